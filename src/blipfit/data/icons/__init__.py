@@ -1,0 +1,30 @@
+"""The world of icons: an endless, deterministic data set of small pictures with questions about them."""
+
+from blipfit.data.icons.draw import draw
+from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
+from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS, Ask, asked, questions
+from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, captions, preference, yes_no
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLORS",
+    "HELD_OUT",
+    "KINDS",
+    "PLANS",
+    "PRETRAINED",
+    "SHAPES",
+    "SKILLS",
+    "SUBTASKS",
+    "Ask",
+    "Icon",
+    "Preference",
+    "Scene",
+    "YesNo",
+    "asked",
+    "captions",
+    "draw",
+    "preference",
+    "questions",
+    "scene",
+    "yes_no",
+]
