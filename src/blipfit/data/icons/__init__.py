@@ -4,6 +4,7 @@ from blipfit.data.icons.draw import draw
 from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
 from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS, Ask, asked, questions
 from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, captions, preference, yes_no
+from blipfit.data.icons.write import load, prepare, write_mme, write_preferences
 
 __all__ = [
     "BACKGROUNDS",
@@ -23,8 +24,12 @@ __all__ = [
     "asked",
     "captions",
     "draw",
+    "load",
     "preference",
+    "prepare",
     "questions",
     "scene",
+    "write_mme",
+    "write_preferences",
     "yes_no",
 ]

@@ -61,6 +61,12 @@ class Scene:
     value: int | None = None
     look: tuple[str | int, ...] = field(default=())
 
+    @property
+    def picture(self) -> tuple:
+        """All that is seen: two scenes of the same value are drawn alike."""
+        hint = len(self.icons) if self.plan == "pattern" else 0  # the question mark at the open place
+        return self.kind, self.background, frozenset(self.icons), self.value, self.look, hint
+
     def lot(self, purpose: str) -> random.Random:
         """A random stream of this scene's own, one for each purpose."""
         return random.Random(f"{self.seed}/{self.index}/{purpose}")

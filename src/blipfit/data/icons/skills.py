@@ -341,11 +341,12 @@ PRETRAINED = tuple(name for name, skill in SKILLS.items() if not skill.held_out)
 HELD_OUT = tuple(name for name, skill in SKILLS.items() if skill.held_out)
 
 
-def _chosen(names: Iterable[str] | None) -> tuple[str, ...]:
+def chosen(names: Iterable[str] | None) -> tuple[str, ...]:
+    """Those skills, or all of them for None; a name that is none, or none at all, is a `ValueError`."""
     names = tuple(SKILLS if names is None else names)
     unknown = [name for name in names if name not in SKILLS]
-    if unknown:
-        raise ValueError(f"there is no skill '{unknown[0]}'; there are {', '.join(SKILLS)}")
+    if unknown or not names:
+        raise ValueError(f"there is no skill {unknown[:1]}; there are {', '.join(SKILLS)}")
     return names
 
 
@@ -355,7 +356,7 @@ def questions(of: Scene, skills: Iterable[str] | None = None) -> list[Ask]:
     A question does not depend on which other skills are asked for. The right option stands at any place with
     the same probability.
     """
-    return [ask for name in _chosen(skills) if (ask := _asked(of, name)) is not None]
+    return [ask for name in chosen(skills) if (ask := _asked(of, name)) is not None]
 
 
 def _asked(of: Scene, name: str) -> Ask | None:
@@ -375,7 +376,7 @@ def _asked(of: Scene, name: str) -> Ask | None:
 
 def asked(seed: int, skills: Iterable[str] | None = None, start: int = 0) -> Iterator[tuple[Scene, Ask]]:
     """Endless scenes with one question each, the skills taking turns."""
-    names = _chosen(skills)
+    names = chosen(skills)
     turn, index = 0, start
     while True:
         name = names[turn % len(names)]
