@@ -66,9 +66,9 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             )
             for turn in turns_
         ]
-    if shape == "moon":
-        outer = [math.radians(angle) for angle in range(50, 311, 5)]
-        inner = [math.radians(angle) for angle in range(290, 69, -5)]
+    if shape == "moon":  # one circle less another; they meet where the angles below begin and end
+        outer = [math.radians(56.6 + 246.8 * step / 50) for step in range(51)]
+        inner = [math.radians(276.2 - 192.4 * step / 40) for step in range(41)]
         rim = [(0.6 + 0.5 * math.cos(turn), 0.5 + 0.5 * math.sin(turn)) for turn in outer]
         return rim + [(0.83 + 0.42 * math.cos(turn), 0.5 + 0.42 * math.sin(turn)) for turn in inner]
     return [(0.5 + 0.49 * math.cos(turn), 0.5 + 0.49 * math.sin(turn)) for turn in _around(64)]

@@ -153,7 +153,7 @@ def _pair(rng: random.Random) -> dict:
     names = [first] * counts[0] + [second] * counts[1]
     if len(names) < 8 and rng.random() < 0.3:
         names.append(others(rng, pool, first, second))
-    looks = {name: rng.choice(free) for name in set(names)}
+    looks = {name: rng.choice(free) for name in dict.fromkeys(names)}
     mixed = rng.random() < 0.5
     kinds = [(name, rng.choice(free) if mixed else looks[name]) for name in names]
     if pool is COLORS:
@@ -226,7 +226,8 @@ def _scale(rng: random.Random) -> dict:
 
 def _clock(rng: random.Random) -> dict:
     """A clock face on a whole or a half hour."""
-    look = (rng.choice(COLORS), rng.choice(COLORS), rng.randint(-2, 2), rng.randint(-2, 2))
+    hand = others(rng, COLORS, "yellow")  # too pale on a white face
+    look = (rng.choice(COLORS), hand, rng.randint(-2, 2), rng.randint(-2, 2))
     return {"value": rng.randrange(24), "look": look}
 
 
