@@ -61,8 +61,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             (
                 0.5 + math.sin(turn) ** 3 * 0.5,
                 0.46
-                - (13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn))
-                / 32,
+                - (13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn)) / 32,
             )
             for turn in turns_
         ]
@@ -93,9 +92,7 @@ def _sprite(shape: str, color: str, side: int) -> tuple[Image.Image, Image.Image
     return paint.resize(box, Image.Resampling.BOX), mask.resize(box, Image.Resampling.BOX)
 
 
-def _hand(
-    face: ImageDraw.ImageDraw, middle: tuple[float, float], turn: float, length: float, width: int, color
-):
+def _hand(face: ImageDraw.ImageDraw, middle: tuple[float, float], turn: float, length: float, width: int, color):
     """A clock hand; `turn` in parts of a full turn from twelve."""
     x, y = middle
     tip = (x + length * math.sin(math.tau * turn), y - length * math.cos(math.tau * turn))
@@ -141,9 +138,7 @@ def _digit(page: ImageDraw.ImageDraw, digit: str, left: float, top: float, unit:
     bars = ((0, 0, 3, 1), (0, 0, 1, 3), (2, 0, 3, 3), (0, 2, 3, 3), (0, 2, 1, 5), (2, 2, 3, 5), (0, 4, 3, 5))
     for on, (x0, y0, x1, y1) in zip(SEGMENTS[digit], bars, strict=True):
         if on == "1":
-            page.rectangle(
-                [left + x0 * unit, top + y0 * unit, left + x1 * unit - 1, top + y1 * unit - 1], fill=INK
-            )
+            page.rectangle([left + x0 * unit, top + y0 * unit, left + x1 * unit - 1, top + y1 * unit - 1], fill=INK)
 
 
 @lru_cache(maxsize=1024)
@@ -183,9 +178,7 @@ def _question_mark(side: int) -> Image.Image:
     sign.arc([large * 0.28, large * 0.1, large * 0.72, large * 0.54], 180, 90, fill=255, width=width)
     middle = large / 2
     sign.rectangle([middle - width / 2, large * 0.47, middle + width / 2, large * 0.68], fill=255)
-    sign.ellipse(
-        [middle - width * 0.6, large * 0.75, middle + width * 0.6, large * 0.75 + width * 1.2], fill=255
-    )
+    sign.ellipse([middle - width * 0.6, large * 0.75, middle + width * 0.6, large * 0.75 + width * 1.2], fill=255)
     return mask.resize((side, side), Image.Resampling.BOX)
 
 

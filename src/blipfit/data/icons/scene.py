@@ -90,9 +90,7 @@ def _placed(rng: random.Random, kinds: Sequence[tuple[str, str]], spans: Sequenc
                 (row, col)
                 for row in room
                 for col in room
-                if not any(
-                    (row + down, col + right) in taken for down in range(span) for right in range(span)
-                )
+                if not any((row + down, col + right) in taken for down in range(span) for right in range(span))
             ]
             if not free:
                 break

@@ -88,9 +88,7 @@ def _count_all(scene: Scene, rng: random.Random) -> Drawn | None:
 def focused(scene: Scene) -> int:
     """How many icons of a scene of the plan 'kind' are of the kind in focus."""
     shape, color = scene.focus
-    return sum(
-        icon.shape in (shape or icon.shape,) and icon.color in (color or icon.color,) for icon in scene.icons
-    )
+    return sum(icon.shape in (shape or icon.shape,) and icon.color in (color or icon.color,) for icon in scene.icons)
 
 
 def focus_name(scene: Scene, number: int) -> str:
@@ -142,20 +140,21 @@ def _exists(scene: Scene, rng: random.Random) -> Drawn | None:
 def present_and_absent(scene: Scene, rng: random.Random, by: str) -> tuple[str, str] | None:
     """A name that fits something in the picture and one of the same form that fits nothing.
 
-    With `by='both'` two of three absent ones are near misses: the shape or the colour is there.
+    With `by='both'` two of three absent ones are near misses: the shape or the colour is there. None where
+    nothing is absent.
     """
     shapes = {icon.shape for icon in scene.icons}
     colors = {icon.color for icon in scene.icons}
+    there = rng.choice(scene.icons)
     if by == "shape":
         absent = [shape for shape in SHAPES if shape not in shapes]
-        return rng.choice(scene.icons).shape, rng.choice(absent)
+        return (there.shape, rng.choice(absent)) if absent else None
     if by == "color":
         absent = [color for color in COLORS if color not in colors]
-        return (f"{rng.choice(scene.icons).color} shape", f"{rng.choice(absent)} shape") if absent else None
+        return (f"{there.color} shape", f"{rng.choice(absent)} shape") if absent else None
     pairs = {(icon.color, icon.shape) for icon in scene.icons}
     missing = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in pairs]
     near = [(color, shape) for color, shape in missing if (color in colors) or (shape in shapes)]
-    there = rng.choice(scene.icons)
     return f"{there.color} {there.shape}", " ".join(rng.choice(near if rng.random() < 2 / 3 else missing))
 
 

@@ -136,7 +136,8 @@ def _counts(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 def _existence(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     names = present_and_absent(scene, rng, "shape")
-    assert names is not None
+    if names is None:
+        return None
     yes, no = (_please(f"Is there {article(name)} in this image?") for name in names)
     return yes, no
 
@@ -150,9 +151,7 @@ def _colors(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if not wrong:
         return None
     color = rng.choice(shown if shown and rng.random() < 0.5 else wrong)
-    yes, no = (
-        _please(f"Is there {article(f'{name} {icon.shape}')} in the image?") for name in (icon.color, color)
-    )
+    yes, no = (_please(f"Is there {article(f'{name} {icon.shape}')} in the image?") for name in (icon.color, color))
     return yes, no
 
 

@@ -45,18 +45,14 @@ def prepare(
     names = chosen(skills)
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
     to = Path(to)
-    with _folder(
-        to, {"data": "icons", **counts, "seed": seed, "skills": list(names), "size": size}
-    ) as folder:
+    with _folder(to, {"data": "icons", **counts, "seed": seed, "skills": list(names), "size": size}) as folder:
         if folder is not None:
             _write_problems(folder, counts, _unrepeated(asked(seed, names)), size)
     images = folder.placed if folder is not None else Counter(kept=sum(counts.values()))
     return PrepareReport("icons", to, counts, images=images)
 
 
-def _write_problems(
-    folder: Folder, counts: Mapping[str, int], drawn: Iterator[tuple[Scene, Ask]], size: int
-) -> None:
+def _write_problems(folder: Folder, counts: Mapping[str, int], drawn: Iterator[tuple[Scene, Ask]], size: int) -> None:
     problems: dict[str, dict[str, Any]] = {}
     members: dict[str, list[str]] = {split: [] for split in counts}
     for split, count in counts.items():
@@ -140,9 +136,7 @@ def _question(folder: Path, split: str, value: Any, where: str) -> Question:
         [folder / split / TYPE / pid / "image.png"], where, f"delete {folder} and prepare it again"
     )
     tags = {"skill": records.text(record, "skill", where)}
-    return Question(
-        pid, image, records.text(record, "question", where), choices[right], choices, right, tags=tags
-    )
+    return Question(pid, image, records.text(record, "question", where), choices[right], choices, right, tags=tags)
 
 
 def write_mme(folder: Path | str, n: int = 50, seed: int = 42, size: int = 64) -> Path:
