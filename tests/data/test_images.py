@@ -160,9 +160,7 @@ def test_half_of_the_augmented_images_are_flipped():
     left_to_right = Image.linear_gradient("L").rotate(90).convert("RGB")  # rises from left to right
     flips = 0
     for epoch in range(600):
-        row = np.asarray(augment(left_to_right, seed=0, epoch=epoch, image_id="x", size=16))[8, :, 0].astype(
-            int
-        )
+        row = np.asarray(augment(left_to_right, seed=0, epoch=epoch, image_id="x", size=16))[8, :, 0].astype(int)
         flips += bool(row[0] > row[-1])
     assert 240 < flips < 360
 
@@ -170,9 +168,7 @@ def test_half_of_the_augmented_images_are_flipped():
 def test_augmentation_is_the_one_of_earlier_versions():
     # A ramp of grey tells where the crop lay; other numbers here mean that old runs cannot be repeated.
     ramp = Image.linear_gradient("L").convert("RGB")
-    tops = [
-        augment(ramp, seed=42, epoch=epoch, image_id="17", size=4).getpixel((0, 0))[0] for epoch in range(6)
-    ]
+    tops = [augment(ramp, seed=42, epoch=epoch, image_id="17", size=4).getpixel((0, 0))[0] for epoch in range(6)]
     assert tops == [46, 54, 38, 37, 34, 40]
 
 

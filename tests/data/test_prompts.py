@@ -18,8 +18,7 @@ def question(**fields) -> Question:
 def test_scienceqa_prompt_letter_by_letter():
     asked = prompt("scienceqa-v1")(question(context="A hint. A lecture.\nIts second line."))
     assert asked.prompt == (
-        "Context: {A hint. A lecture.\nIts second line.} Question: {Which is it?} "
-        "Options: {(a) X\n(b) Y\n} Answer:"
+        "Context: {A hint. A lecture.\nIts second line.} Question: {Which is it?} Options: {(a) X\n(b) Y\n} Answer:"
     )
     assert asked.target == "(b) Y"
     assert asked.candidates == ("(a) X", "(b) Y")
@@ -33,9 +32,7 @@ def test_scienceqa_prompt_without_hint_keeps_the_blank_before_the_lecture():
 
 def test_iconqa_prompt_letter_by_letter():
     asked = prompt("iconqa-v1")(question(question="What time is it?", choices=("6:00 A.M.", "6:00 P.M.")))
-    assert asked.prompt == (
-        "<Image> Question: What time is it? Options: (a) 6:00 A.M. (b) 6:00 P.M.. Short answer:"
-    )
+    assert asked.prompt == ("<Image> Question: What time is it? Options: (a) 6:00 A.M. (b) 6:00 P.M.. Short answer:")
     assert asked.target == "(b) 6:00 P.M."
 
 

@@ -117,7 +117,7 @@ def pixels(images: Sequence[Image.Image], size: int = SIZE) -> "torch.Tensor":
     for row, image in zip(batch, images, strict=True):
         levels = np.asarray(plain(image, size))
         for channel in range(3):
-            np.take(table[channel], levels[..., channel], out=row[channel])
+            np.take(table[channel], levels[..., channel], out=row[channel], mode="clip")  # "raise" copies
     return torch.from_numpy(batch)
 
 

@@ -1,0 +1,64 @@
+"""Data sets by name: how each is prepared, loaded and asked. Importing this imports none of them."""
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from blipfit.data.question import SPLITS, Question
+from blipfit.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """One data set: the module that knows its files, and the prompt it is asked with by default."""
+
+    name: str
+    module: str
+    prompt: str
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Write a prepared folder; see the module's own `prepare` for what it takes and reports."""
+        return import_module(self.module).prepare(*args, **kwargs)
+
+    def load(self, folder: Path, split: str) -> list[Question]:
+        """Read one split of a prepared folder."""
+        return import_module(self.module).load(folder, split)
+
+
+DATASETS = {
+    "scienceqa": DataSet("scienceqa", "blipfit.data.scienceqa", "scienceqa-v1"),
+    "iconqa": DataSet("iconqa", "blipfit.data.iconqa", "iconqa-v1"),
+    "icons": DataSet("icons", "blipfit.data.icons", "iconqa-v1"),
+    "own": DataSet("own", "blipfit.data.own", "vqa-v1"),
+}
+
+
+def dataset(name: str) -> DataSet:
+    """Return the data set of that name."""
+    if name not in DATASETS:
+        raise UserError(_unknown("data set", name, DATASETS))
+    return DATASETS[name]
+
+
+def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[Question]:
+    """Read one split of a prepared folder, at least one question; `limit` keeps the first so many."""
+    found = dataset(name)
+    if split not in SPLITS:
+        raise UserError(_unknown("split", split, SPLITS))
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; it must be 1 or more")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; run `blipfit prepare {name} --from DIR --to {folder}`")
+    questions = found.load(folder, split)
+    if not questions:
+        raise UserError(f"{folder} has no {name} questions in split {split}")
+    return questions[:limit]
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown {what} {name!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    )
