@@ -91,6 +91,15 @@ def test_line_that_is_no_record_is_told(folder: Path, line: str, sentence: str):
     assert sentence in str(error.value)
 
 
+def test_example_of_the_documentation(tmp_path: Path, draw):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith('{"image": "photos/')]
+    for line in lines:
+        draw(tmp_path / json.loads(line)["image"])
+    closed, opened = own.read(write(tmp_path / "data.jsonl", *lines))
+    assert (closed.answer, opened.answer, opened.id) == ("a plate", "a red kite", "k")
+
+
 def test_byte_order_mark_and_windows_line_ends_are_read(folder: Path):
     (folder / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
     assert len(own.read(folder / "data.jsonl")) == 1

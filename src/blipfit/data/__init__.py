@@ -59,6 +59,4 @@ def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[
 
 def _unknown(what: str, name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {what} {name!r}; " + (
-        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    )
+    return f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")

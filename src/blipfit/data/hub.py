@@ -27,9 +27,7 @@ def download(name: str, revision: str) -> Path:
     connection: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
     def snapshot(**how: Any) -> Path:
-        return Path(
-            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=PATTERNS, **how)
-        )
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=PATTERNS, **how))
 
     try:
         cached = snapshot(local_files_only=True)
@@ -58,9 +56,7 @@ def rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split; an image is its file's bytes: `{"bytes": …, "path": …}`, or None."""
     files = _files(folder, split)
     if not _complete(folder, split):
-        raise UserError(
-            f"{folder} lacks parquet files of {SPLIT_NAMES[split]} (has {len(files)}); download it again"
-        )
+        raise UserError(f"{folder} lacks parquet files of {SPLIT_NAMES[split]} (has {len(files)}); download it again")
     import datasets
 
     names = [str(file) for file in files]

@@ -63,9 +63,7 @@ def _root(source: Path) -> Path:
     for root in (source, source / "iconqa_data", source / "iconqa"):
         if (root / "problems.json").is_file():
             return root
-    raise UserError(
-        f"{source} is no IconQA folder (problems.json is missing); unpack {ARCHIVE} and give its folder"
-    )
+    raise UserError(f"{source} is no IconQA folder (problems.json is missing); unpack {ARCHIVE} and give its folder")
 
 
 def _problems(file: Path) -> tuple[dict[str, list[dict[str, Any]]], Counter[str]]:
