@@ -1,6 +1,7 @@
 """IconQA: the published annotation files, byte by byte, from the official archive."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -149,3 +150,19 @@ def test_real_material(shared: Path, tmp_path: Path):
     problems = json.loads((shared / "iconqa" / "problems.json").read_text())
     for question in iconqa.load(tmp_path / "iconqa", "train"):
         assert question.answer == problems[question.id]["choices"][problems[question.id]["answer"]]
+
+
+def test_disk_error_over_an_earlier_result_leaves_its_annotations(prepared: Path, official_iconqa: Path, monkeypatch):
+    before = (prepared / "annotations/train.json").read_bytes()
+    edit_json(official_iconqa / "problems.json", lambda problems: problems["7"].update(answer=0))
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".png":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        iconqa.prepare(official_iconqa, prepared)
+    assert (prepared / "annotations/train.json").read_bytes() == before
