@@ -1,0 +1,240 @@
+"""The bank: K experiments' trained tensors inside one frozen model.
+
+All trained tensors of all experiments lie in one matrix `values` (K × P), their gradients in `grads` of the same
+shape; the K-fold layers hold views of both. So the optimiser is a few operations on a matrix, an experiment is a row,
+and leaving the bank is dropping a row.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blipfit.adapters import placement as places
+from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import AdapterPart
+
+LORA_A, LORA_B = "lora_A", "lora_B"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A trained tensor: its columns in the matrix, its shape in one experiment, whether AdamW decays it."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    decays: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.shape)
+
+
+class Bank:
+    """Installs K experiments in a backbone; `remove()` gives the backbone back as it was.
+
+    ValueError where the experiments cannot share a bank: either all train the Q-Former fully or none does.
+    `seeds` are of LoRA's A: an experiment's start does not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[AdapterPart],
+        seeds: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.backbone, self.adapters = backbone, list(adapters)
+        self.placements = [places.resolve(backbone.hf, backbone.family, adapter) for adapter in adapters]
+        if len({p.qformer_full for p in self.placements}) > 1:
+            raise ValueError("experiments with a fully trained Q-Former and others cannot share a bank")
+        self._originals: dict[str, nn.Module] = {}
+        self._query_tokens = backbone.hf.query_tokens
+        self.slots = self._plan()
+        P = max((slot.stop for slot in self.slots.values()), default=0)
+        self.values = torch.zeros(len(adapters), P, dtype=dtype, device=backbone.device)
+        self.grads = torch.zeros_like(self.values)
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._initialise(seeds)
+        self._install()
+
+    # ---------------------------------------------------------------- shape
+
+    @property
+    def K(self) -> int:
+        return self.values.shape[0]
+
+    def decay_mask(self) -> Tensor:
+        """1 where AdamW decays (matrices that get a gradient), else 0; shape P."""
+        mask = torch.zeros(self.values.shape[1], dtype=self.values.dtype, device=self.values.device)
+        for slot in self.slots.values():
+            if slot.decays:
+                mask[slot.start : slot.stop] = 1
+        return mask
+
+    def _plan(self) -> dict[str, Slot]:
+        """Lay the union of all experiments' tensors into columns."""
+        dead = places.without_gradient(self.backbone.hf)
+        slots: dict[str, Slot] = {}
+
+        def add(name: str, shape: Sequence[int]) -> None:
+            start = next(reversed(slots.values())).stop if slots else 0
+            # AdamW skips what has no gradient, so it must not decay it either.
+            decays = len(shape) > 1 and not dead.match(name)
+            slots[name] = Slot(name, start, tuple(shape), decays)
+
+        add(places.QUERY_TOKENS, self._query_tokens.shape[1:])
+        for name in self.placements[0].full:
+            for suffix, parameter in self.backbone.hf.get_submodule(name).named_parameters(recurse=False):
+                add(f"{name}.{suffix}", parameter.shape)
+        for name, rank in self._lora_ranks().items():
+            linear = self.backbone.hf.get_submodule(name)
+            add(f"{name}.{LORA_A}", (rank, linear.in_features))
+            add(f"{name}.{LORA_B}", (linear.out_features, rank))
+        return slots
+
+    def _lora_ranks(self) -> dict[str, int]:
+        """Every layer that has LoRA in some experiment, with the largest rank there."""
+        ranks: dict[str, int] = {}
+        for adapter, placed in zip(self.adapters, self.placements, strict=True):
+            for name in placed.lora:
+                ranks[name] = max(ranks.get(name, 0), adapter.rank)
+        return ranks
+
+    def _initialise(self, seeds: Sequence[int]) -> None:
+        """Trained tensors start as the model's own; A Kaiming-uniform (a = √5), B zero."""
+        for name, slot in self.slots.items():
+            if name == places.QUERY_TOKENS:
+                self._columns(self.values, slot).copy_(self._query_tokens.detach()[0])
+            elif not name.endswith((LORA_A, LORA_B)):
+                self._columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
+        for k, (adapter, placed, seed) in enumerate(zip(self.adapters, self.placements, seeds, strict=True)):
+            for name in placed.lora:
+                A = self.tensor(k, f"{name}.{LORA_A}")
+                A.copy_(_kaiming(A, seed, name))
+
+    # -------------------------------------------------------------- install
+
+    def _install(self) -> None:
+        for slot in self.slots.values():
+            parameter = nn.Parameter(self._columns(self.values, slot))
+            parameter.grad = self._columns(self.grads, slot)
+            self._parameters[slot.name] = parameter
+        self.backbone.hf.query_tokens = self._parameters[places.QUERY_TOKENS]
+        for name in self.placements[0].full:
+            self._replace(name, self._trained(name))
+        for name in self._lora_ranks():
+            self._replace(name, self._adapted(name))
+
+    def _trained(self, name: str) -> nn.Module:
+        base = self.backbone.hf.get_submodule(name)
+        weight, bias = self._parameters[f"{name}.weight"], self._parameters.get(f"{name}.bias")
+        if isinstance(base, nn.Linear):
+            return BankLinear(weight, bias)
+        if isinstance(base, nn.Embedding):
+            return BankEmbedding(weight)
+        assert isinstance(base, nn.LayerNorm)
+        assert bias is not None
+        return BankLayerNorm(weight, bias, base.eps)
+
+    def _adapted(self, name: str) -> BankLoRA:
+        base = self.backbone.hf.get_submodule(name)
+        A, B = self._parameters[f"{name}.{LORA_A}"], self._parameters[f"{name}.{LORA_B}"]
+        return BankLoRA(base, A, B, *self._scales(name))
+
+    def _scales(self, name: str) -> tuple[Tensor, slice]:
+        """alpha / rank of every experiment at a layer (0 without LoRA), and the span of those with it."""
+        has = [name in placed.lora for placed in self.placements]
+        scales = [a.alpha / a.rank if there else 0.0 for a, there in zip(self.adapters, has, strict=True)]
+        span = slice(has.index(True), len(has) - has[::-1].index(True)) if any(has) else slice(0, 0)
+        return torch.tensor(scales, dtype=self.values.dtype, device=self.values.device), span
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        owner = self.backbone.hf.get_submodule(parent)
+        self._originals[name] = getattr(owner, child)
+        setattr(owner, child, module)
+
+    def remove(self) -> None:
+        """Take the bank out: the backbone has its own modules and query tokens again."""
+        for name, module in reversed(self._originals.items()):
+            parent, _, child = name.rpartition(".")
+            setattr(self.backbone.hf.get_submodule(parent), child, module)
+        self._originals.clear()
+        self.backbone.hf.query_tokens = self._query_tokens
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only these experiments, in this order."""
+        rows = list(indices)
+        self.remove()
+        self.adapters = [self.adapters[k] for k in rows]
+        self.placements = [self.placements[k] for k in rows]
+        self.values, self.grads = self.values[rows].clone(), torch.zeros_like(self.values[rows])
+        self._install()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss to `grads`; experiments do not touch each other's rows."""
+        with warnings.catch_warnings():
+            # Each gradient is a view of a matrix, as wanted; torch warns that such a layout suits its DDP less.
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    # -------------------------------------------------------------- tensors
+
+    def tensor(self, k: int, name: str, source: Tensor | None = None) -> Tensor:
+        """Experiment k's own tensor (a view, padding cut off), from `values` or a matrix of its shape."""
+        slot = self.slots[name]
+        view = (self.values if source is None else source)[k, slot.start : slot.stop].view(slot.shape)
+        if name.endswith(LORA_A):
+            return view[: self.adapters[k].rank]
+        return view[:, : self.adapters[k].rank] if name.endswith(LORA_B) else view
+
+    def names(self, k: int) -> Iterator[str]:
+        """Names of the tensors that experiment k really trains."""
+        layers = set(self.placements[k].lora)
+        for name in self.slots:
+            layer, _, last = name.rpartition(".")
+            if last not in (LORA_A, LORA_B) or layer in layers:
+                yield name
+
+    def state(self, k: int, source: Tensor | None = None) -> dict[str, Tensor]:
+        """Experiment k's tensors by name, copied; independent of the bank's other experiments."""
+        return {name: self.tensor(k, name, source).detach().clone().contiguous() for name in self.names(k)}
+
+    def load_state(self, k: int, state: Mapping[str, Tensor], target: Tensor | None = None) -> None:
+        """Put tensors back; ValueError where names or shapes are not this experiment's."""
+        wanted = set(self.names(k))
+        if wanted != set(state):
+            missing, odd = sorted(wanted - set(state)), sorted(set(state) - wanted)
+            raise ValueError(f"state does not fit the experiment: missing {missing[:3]}, unexpected {odd[:3]}")
+        for name, tensor in state.items():
+            view = self.tensor(k, name, target)
+            if view.shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(view.shape)}")
+            view.detach().copy_(tensor)
+
+    def trained_parameters(self, k: int) -> dict[str, int]:
+        """Trained parameters of experiment k by component."""
+        counts: dict[str, int] = {}
+        for name in self.names(k):
+            part = places.component(name)
+            counts[part] = counts.get(part, 0) + self.tensor(k, name).numel()
+        return counts
+
+    def _columns(self, matrix: Tensor, slot: Slot) -> Tensor:
+        return matrix[:, slot.start : slot.stop].view(matrix.shape[0], *slot.shape)
+
+
+def _kaiming(like: Tensor, seed: int, name: str) -> Tensor:
+    """Kaiming-uniform (a = √5) from a generator of (seed, layer): the same start in any bank, on any device."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    start = torch.empty(like.shape, dtype=torch.float32)
+    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    return start.to(like)

@@ -1,0 +1,90 @@
+"""K-fold layers: each holds the weights of K experiments and gives every slice of rows its own.
+
+Inputs have K·B rows, K-major. `K` experiments, `R` rows × positions of one experiment, `r` rank, `I` in, `O` out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BankLoRA(nn.Module):
+    """A frozen linear layer with one LoRA an experiment beside it: `y_k = W x + scale_k · B_k A_k x`.
+
+    Ranks may differ: A and B are padded with zeros, which stay zero (each one's gradient is a product with the
+    other). Experiments without LoRA here have rank 0; `first:last` is the span of those that have it, so that the
+    others cost nothing.
+    """
+
+    def __init__(self, base: nn.Linear, A_KrI: nn.Parameter, B_KOr: nn.Parameter, scale_K: Tensor, span: slice):
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = A_KrI, B_KOr
+        self.register_buffer("scale", scale_K, persistent=False)
+        self.scale: Tensor
+        self.span = span
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; T5's feed-forward asks for its dtype."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        K = self.scale.shape[0]
+        x_KRI = x.reshape(K, -1, x.shape[-1])[self.span]
+        low = torch.bmm(x_KRI, self.lora_A[self.span].transpose(1, 2))
+        scaled_B = self.lora_B[self.span] * self.scale[self.span, None, None]
+        delta = torch.bmm(low, scaled_B.transpose(1, 2))
+        y_KRO = y.view(K, -1, y.shape[-1])
+        if delta.shape[0] == K:
+            return (y_KRO + delta).view_as(y)
+        inside = y_KRO[self.span] + delta
+        return torch.cat([y_KRO[: self.span.start], inside, y_KRO[self.span.stop :]]).view_as(y)
+
+
+class BankLinear(nn.Module):
+    """K linear layers: `y_k = W_k x + b_k`."""
+
+    def __init__(self, weight_KOI: nn.Parameter, bias_KO: nn.Parameter | None):
+        super().__init__()
+        self.weight, self.bias = weight_KOI, bias_KO
+
+    def forward(self, x: Tensor) -> Tensor:
+        K = self.weight.shape[0]
+        x_KRI = x.reshape(K, -1, x.shape[-1])
+        if self.bias is None:
+            y = torch.bmm(x_KRI, self.weight.transpose(1, 2))
+        else:
+            y = torch.baddbmm(self.bias.unsqueeze(1), x_KRI, self.weight.transpose(1, 2))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class BankLayerNorm(nn.Module):
+    """K layer norms: the normalisation is shared arithmetic, scale and shift are each experiment's."""
+
+    def __init__(self, weight_KD: nn.Parameter, bias_KD: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = weight_KD, bias_KD, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        K, D = self.weight.shape
+        if K == 1:
+            return F.layer_norm(x, (D,), self.weight[0], self.bias[0], self.eps)
+        normed_KRD = F.layer_norm(x, (D,), eps=self.eps).view(K, -1, D)
+        return torch.addcmul(self.bias.unsqueeze(1), normed_KRD, self.weight.unsqueeze(1)).view_as(x)
+
+
+class BankEmbedding(nn.Module):
+    """K embedding tables; every id row reads its own experiment's."""
+
+    def __init__(self, weight_KVD: nn.Parameter):
+        super().__init__()
+        self.weight = weight_KVD
+
+    def forward(self, ids: Tensor) -> Tensor:
+        K = self.weight.shape[0]
+        if K == 1:
+            return F.embedding(ids, self.weight[0])
+        experiment = torch.arange(K, device=ids.device).view(K, *[1] * ids.dim())
+        return self.weight[experiment, ids.view(K, -1, *ids.shape[1:])].view(*ids.shape, -1)

@@ -1,0 +1,98 @@
+"""Judging by ranking: the candidate with the highest summed log-likelihood is the answer.
+
+Source: the original experiments. The score is the SUM over a candidate's tokens, end token included, not normalised
+by length; the mean is reported beside it. An answer is right if its text equals the labelled option's, to the letter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blipfit.data.batches import Encoded
+from blipfit.data.prompts import Prompted
+from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.model.backbone import Backbone
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One judged question: every candidate's score and what they choose."""
+
+    sums: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        return tuple(s / n for s, n in zip(self.sums, self.lengths, strict=True))
+
+    @property
+    def best(self) -> int:
+        return max(range(len(self.sums)), key=self.sums.__getitem__)
+
+    @property
+    def best_by_mean(self) -> int:
+        return max(range(len(self.sums)), key=self.means.__getitem__)
+
+
+@torch.no_grad()
+def rank(
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    features: Callable[[Sequence[int]], Tensor],
+    batch_size: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[list[Choice]]:
+    """Judge questions for all K experiments of the backbone's bank: K lists in the questions' order.
+
+    `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
+    judged: list[list[Choice | None]] = [[None] * len(encoded) for _ in range(backbone.experiments)]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = backbone.text.candidates([encoded[i] for i in chosen]).to(backbone.device)
+        scores = backbone.score(backbone.query(features(chosen), batch), batch)
+        sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
+        at = 0
+        for i in chosen:
+            until = at + len(encoded[i].candidates)
+            for k, row in enumerate(sums):
+                judged[k][i] = Choice(tuple(row[at:until]), tuple(lengths[at:until]))
+            at = until
+        advance(len(chosen))
+    return judged  # type: ignore[return-value]
+
+
+def predictions(questions: Sequence[Any], prompted: Sequence[Prompted], choices: Sequence[Choice]) -> list[dict]:
+    """Records for `predictions.jsonl`: what was chosen and every candidate's score."""
+    return [
+        {
+            "id": question.id,
+            "prediction": p.candidates[choice.best],
+            "prediction_by_mean": p.candidates[choice.best_by_mean],
+            "answer": p.target,
+            "correct": p.candidates[choice.best] == p.target,
+            "candidates": [
+                {"text": text, "sum": s, "mean": m, "tokens": n}
+                for text, s, m, n in zip(p.candidates, choice.sums, choice.means, choice.lengths, strict=True)
+            ],
+        }
+        for question, p, choice in zip(questions, prompted, choices, strict=True)
+    ]
+
+
+def summarise(questions: Sequence[Any], records: Sequence[dict]) -> dict[str, Any]:
+    """Accuracy with interval, accuracy by mean, what chance would give, and the breakdowns."""
+    correct = [record["correct"] for record in records]
+    by_mean = [record["prediction_by_mean"] == record["answer"] for record in records]
+    chance = sum(1 / len(record["candidates"]) for record in records) / len(records) if records else 0
+    return {
+        "method": "ranking",
+        **accuracy(correct),
+        "accuracy_by_mean": accuracy(by_mean)["accuracy"],
+        "chance": round(100 * chance, 4),
+        "by": breakdown(questions, correct),
+    }

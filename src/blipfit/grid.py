@@ -1,0 +1,121 @@
+"""The published grid: 64 experiments a data set, and the baseline beside it, as recipes.
+
+Source: Kim et al., "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks" (ENLSP workshop at
+NeurIPS 2023; Findings of EMNLP 2024) and its 128 configuration files, which this module replaces by arithmetic.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from blipfit.errors import UserError
+from blipfit.recipe import (
+    LANGUAGE_PARTS,
+    QFORMER_PARTS,
+    AdapterPart,
+    DataPart,
+    Family,
+    LanguagePart,
+    ModelPart,
+    QFormerPart,
+    Recipe,
+    TrainingPart,
+)
+
+RANKS = (1, 2, 4, 8)
+MODELS: dict[Family, str] = {
+    "t5": "Salesforce/instructblip-flan-t5-xl",
+    "vicuna": "Salesforce/instructblip-vicuna-7b",
+}
+PROMPTS = {"scienceqa": "scienceqa-v1", "iconqa": "iconqa-v1", "icons": "iconqa-v1"}
+# A flip would turn "left" into "right" here while the answer stays.
+MIRRORED_MATTERS = ("icons",)
+BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A placement: which sublayers of the language model and of the Q-Former are adapted."""
+
+    llm: tuple[LanguagePart, ...]
+    qformer: Literal["full"] | tuple[QFormerPart, ...]
+
+
+ROWS = (
+    Row(("ffn",), "full"),
+    Row(("attn",), "full"),
+    Row(LANGUAGE_PARTS, "full"),
+    Row((), ("ffn",)),
+    Row((), ("self_attn",)),
+    Row((), ("cross_attn",)),
+    Row((), QFORMER_PARTS),
+    Row(LANGUAGE_PARTS, QFORMER_PARTS),
+)
+IDS = range(1, 2 * len(ROWS) * len(RANKS) + 1)
+
+# Learning rates that differ from the rule (2e-5 with the Q-Former fully trained, 5e-4 elsewhere).
+_LEARNING_RATES: dict[str, dict[int, float]] = {
+    "scienceqa": dict.fromkeys((19, 22, 29, 31, 32, 61), 1e-4),
+    "iconqa": dict.fromkeys((15, 26, 31, 61, 62, 63), 1e-4) | dict.fromkeys((5, 8, 9, 12, 33, 40, 42), 1e-5),
+}
+_MAX_EPOCHS: dict[str, dict[int, int]] = {"iconqa": {6: 10, 38: 10}}
+
+
+def locate(experiment: int) -> tuple[Family, Row, int]:
+    """Language-model family, placement and rank of an experiment; ValueError outside 1–64."""
+    if experiment not in IDS:
+        raise ValueError(f"there is no experiment {experiment}; the grid has 1 to {IDS[-1]}")
+    half, index = divmod(experiment - 1, len(ROWS) * len(RANKS))
+    row, rank = divmod(index, len(RANKS))
+    return ("t5", "vicuna")[half], ROWS[row], RANKS[rank]
+
+
+def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Recipe:
+    """The published recipe of an experiment of the grid, or of a baseline.
+
+    `experiment` is 1–64, `baseline` (Flan-T5-XL) or `baseline-vicuna`. `model` replaces the published checkpoint;
+    `tiny` is the miniature of the experiment's family. `icons` follows the rules without the exceptions.
+    """
+    if dataset not in PROMPTS:
+        raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(PROMPTS)}")
+    if experiment in BASELINES:
+        number, family, row, rank = 0, BASELINES[str(experiment)], Row((), "full"), 8
+    else:
+        number = _number(experiment)
+        family, row, rank = locate(number)
+    rate = 2e-5 if row.qformer == "full" else 5e-4
+    return Recipe(
+        experiment=str(number or experiment),
+        model=ModelPart(name=model_name(family, model)),
+        data=DataPart(name=dataset, prompt=PROMPTS[dataset], augment=dataset not in MIRRORED_MATTERS),
+        adapter=AdapterPart(qformer=row.qformer, llm=row.llm, rank=rank, alpha=8),
+        training=TrainingPart(
+            batch_size=16 if family == "t5" else 8,
+            accumulation=1 if family == "t5" else 2,
+            learning_rate=_LEARNING_RATES.get(dataset, {}).get(number, rate),
+            max_epochs=_MAX_EPOCHS.get(dataset, {}).get(number, 15),
+        ),
+    )
+
+
+def model_name(family: Family, model: str | None) -> str:
+    """The checkpoint to load: the published one, the family's miniature for `tiny`, or what was asked for."""
+    if model is None:
+        return MODELS[family]
+    return f"tiny-{family}" if model == "tiny" else model
+
+
+def recipes(dataset: str) -> Iterator[Recipe]:
+    """All 64 experiments of a data set, in order."""
+    return (recipe(dataset, number) for number in IDS)
+
+
+def _number(experiment: int | str) -> int:
+    try:
+        number = int(experiment)
+        locate(number)
+    except ValueError:
+        raise UserError(
+            f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}"
+        ) from None
+    return number

@@ -1,0 +1,218 @@
+"""The model as three stages: see → query → answer, over Hugging Face's own modules.
+
+`K` experiments of a bank, `B` questions, `P` image tokens, `Q` query tokens, `T` prompt tokens, `A` answer tokens,
+`M` candidates, `N` label positions, `D` width. Rows of banked tensors are K-major: row k·B + b.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch, TextEncoder
+from blipfit.recipe import Family
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateScores:
+    """Log-likelihoods of every candidate: `sums_KM` over its tokens, `lengths_M` token counts."""
+
+    sums_KM: Tensor
+    lengths_M: Tensor
+
+
+class Backbone:
+    """An InstructBLIP with its tokenizers; every use of the model goes through its three stages.
+
+    `hf` is the untouched `InstructBlipForConditionalGeneration`; `K` is 1 until a bank is installed in it, which
+    makes the query tokens `K × Q × D`.
+    """
+
+    def __init__(self, hf: Any, text: TextEncoder, family: Family, name: str, autocast: torch.dtype | None = None):
+        self.hf, self.text, self.family, self.name = hf, text, family, name
+        self.autocast_dtype = autocast
+        self.language = hf.language_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.query_tokens.device
+
+    @property
+    def image_size(self) -> int:
+        return self.hf.config.vision_config.image_size
+
+    @property
+    def experiments(self) -> int:
+        """K: how many experiments the installed bank holds."""
+        return self.hf.query_tokens.shape[0]
+
+    def autocast(self) -> Any:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled)
+
+    # ------------------------------------------------------------------ see
+
+    @torch.no_grad()
+    def see(self, pixels_B3SS: Tensor) -> Tensor:
+        """Pixels → image features `B × P × D`, BEFORE the trained layer norm; frozen, in eval mode."""
+        vision = self.hf.vision_model
+        return vision.encoder(inputs_embeds=vision.embeddings(pixels_B3SS)).last_hidden_state
+
+    # ---------------------------------------------------------------- query
+
+    def query(self, features_BPD: Tensor, batch: PromptBatch | TargetBatch | CandidateBatch) -> Tensor:
+        """Image features + instruction → visual tokens `K·B × Q × D_language`."""
+        hf, K = self.hf, self.experiments
+        B = features_BPD.shape[0]
+        with self.autocast():
+            features = hf.vision_model.post_layernorm(over_bank(features_BPD.to(hf.query_tokens.dtype), K))
+            queries_KQD = hf.query_tokens
+            queries = queries_KQD.unsqueeze(1).expand(-1, B, -1, -1).reshape(K * B, *queries_KQD.shape[1:])
+            Q = queries.shape[1]
+            ids = over_bank(batch.qformer_ids_BT, K)
+            mask = torch.cat([batch.qformer_mask_BT.new_ones(B, Q), batch.qformer_mask_BT], dim=1)
+            hidden = hf.qformer(
+                input_ids=ids,
+                attention_mask=over_bank(mask, K),
+                # One row each: a banked position embedding must know whose rows they are.
+                position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+                query_embeds=queries,
+                encoder_hidden_states=features,
+            ).last_hidden_state
+            return hf.language_projection(hidden[:, :Q])
+
+    # --------------------------------------------------------------- answer
+
+    def losses(self, visual: Tensor, batch: TargetBatch) -> Tensor:
+        """Visual tokens + targets → summed negative log-likelihood of the N labels, one value an experiment (K)."""
+        logits_KNV = self.target_logits(visual, batch)
+        K, N, _ = logits_KNV.shape
+        labels = batch.labels_N.expand(K, N).reshape(-1)
+        return F.cross_entropy(_full(logits_KNV.flatten(0, 1)), labels, reduction="none").view(K, N).sum(1)
+
+    def target_logits(self, visual: Tensor, batch: TargetBatch) -> Tensor:
+        """Logits `K × N × V` at the label positions only."""
+        K = visual.shape[0] // batch.text_ids_BT.shape[0]
+        with self.autocast():
+            front, mask = self._front(visual, batch)
+            if self.family == "t5":
+                memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
+                assert batch.decoder_ids_BA is not None
+                hidden = self._decode(over_bank(batch.decoder_ids_BA, K), memory, mask)
+            else:
+                hidden = self.language.model(inputs_embeds=front, attention_mask=mask, use_cache=False)
+                hidden = hidden.last_hidden_state[:, visual.shape[1] :]
+            hidden_KND = hidden.reshape(K, -1, hidden.shape[-1])[:, batch.positions_N]
+            return self.language.lm_head(hidden_KND)
+
+    def score(self, visual: Tensor, batch: CandidateBatch) -> CandidateScores:
+        """Visual tokens + candidates → their log-likelihoods; the prompt is read once a question.
+
+        T5 runs its encoder once and the decoder over the candidates; a causal model keeps the prompt's keys and
+        values and continues them with each candidate.
+        """
+        B = batch.text_ids_BT.shape[0]
+        K = visual.shape[0] // B
+        rows = (torch.arange(K, device=visual.device)[:, None] * B + batch.question_M).flatten()
+        with self.autocast():
+            score = self._score_t5 if self.family == "t5" else self._score_causal
+            sums = score(visual, batch, rows, K)
+        return CandidateScores(sums.view(K, -1), batch.candidate_mask_MA.sum(1))
+
+    @torch.no_grad()
+    def generate(self, visual: Tensor, batch: PromptBatch, **options: Any) -> Tensor:
+        """Visual tokens + prompt → new token ids `K·B × A` of `transformers`' generation with `options`."""
+        with self.autocast():
+            front, mask = self._front(visual, batch)
+            if self.family == "vicuna":
+                front, mask = _left_padded(front, mask)
+            return self.language.generate(inputs_embeds=front, attention_mask=mask, **options)
+
+    def _front(self, visual: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Language-model input `K·B × (Q + T) × D` and its mask: visual tokens, then text."""
+        K = visual.shape[0] // batch.text_ids_BT.shape[0]
+        text = self.language.get_input_embeddings()(batch.text_ids_BT)
+        text, text_mask = over_bank(text, K), over_bank(batch.text_mask_BT, K)
+        mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
+        return torch.cat([visual.to(text.dtype), text], dim=1), mask
+
+    def _decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        """T5 decoder: ids `R × A` over memory `R × L × D` → hidden `R × A × D`, ready for the head."""
+        hidden = self.language.decoder(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=memory,
+            encoder_attention_mask=memory_mask,
+            use_cache=False,
+        ).last_hidden_state
+        if getattr(self.language.config, "scale_decoder_outputs", False):
+            hidden = hidden * self.language.config.d_model**-0.5
+        return hidden
+
+    def _score_t5(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
+        front, mask = self._front(visual, batch)
+        memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
+        ids = batch.candidate_ids_MA
+        start = ids.new_full((ids.shape[0], 1), self.text.decoder_start)
+        shifted = over_bank(torch.cat([start, ids[:, :-1]], dim=1), K)
+        hidden = self._decode(shifted, memory[rows], mask[rows])
+        return self._log_likelihood(hidden, over_bank(ids, K), over_bank(batch.candidate_mask_MA, K))
+
+    def _score_causal(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
+        front, mask = self._front(visual, batch)
+        prefix = self.language.model(inputs_embeds=front, attention_mask=mask, use_cache=True)
+        length = mask.sum(1)  # tokens before the candidate, pads excluded
+        last = prefix.last_hidden_state[torch.arange(len(length), device=length.device), length - 1]
+        cache = prefix.past_key_values
+        cache.batch_select_indices(rows)
+        ids, candidate_mask = over_bank(batch.candidate_ids_MA, K), over_bank(batch.candidate_mask_MA, K)
+        hidden = last[rows].unsqueeze(1)
+        if ids.shape[1] > 1:
+            steps = torch.arange(ids.shape[1] - 1, device=ids.device)
+            rest = self.language.model(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([mask[rows], candidate_mask[:, :-1]], dim=1),
+                position_ids=length[rows].unsqueeze(1) + steps,  # the prompt's pads take no position
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
+        return self._log_likelihood(hidden, ids, candidate_mask)
+
+    def _log_likelihood(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Sum of the log-probabilities of `ids` `R × A` (a log-likelihood: higher is better), shape R."""
+        logits = _full(self.language.lm_head(hidden))
+        token = -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        return (token * mask).sum(1)
+
+
+def over_bank(rows: Tensor, K: int) -> Tensor:
+    """Repeat B rows for each of K experiments: `B × …` → `K·B × …`, K-major."""
+    return rows if K == 1 else rows.unsqueeze(0).expand(K, *rows.shape).reshape(-1, *rows.shape[1:])
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """SHA-256 over the bytes of tensors: equal weights, equal text."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def head(hf: nn.Module) -> Tensor:
+    """The language model's output matrix, which no training of ours may change."""
+    return hf.language_model.get_output_embeddings().weight  # type: ignore[union-attr]
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Log-probabilities are taken in fp32 or better."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _left_padded(front: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move right padding to the left, as generation needs: the last position is then a token in every row."""
+    order = mask.argsort(dim=1, stable=True)  # pads (0) first, tokens keep their order
+    return front.gather(1, order.unsqueeze(-1).expand_as(front)), mask.gather(1, order)

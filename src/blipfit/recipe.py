@@ -1,0 +1,225 @@
+"""Recipe: the whole experiment as one frozen value, to and from YAML."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from blipfit.errors import UserError
+
+Family = Literal["t5", "vicuna"]
+QFormerPart = Literal["self_attn", "cross_attn", "ffn"]
+LanguagePart = Literal["attn", "ffn"]
+QFORMER_PARTS: tuple[QFormerPart, ...] = ("self_attn", "cross_attn", "ffn")
+LANGUAGE_PARTS: tuple[LanguagePart, ...] = ("attn", "ffn")
+
+
+class Part(BaseModel):
+    """A frozen group of fields; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelPart(Part):
+    name: str
+    """Hub name (`Salesforce/instructblip-flan-t5-xl`), a local folder of that format, `tiny-t5` or `tiny-vicuna`."""
+    revision: str | None = None
+    """Hub revision (commit or tag); the default branch where absent."""
+
+
+class DataPart(Part):
+    name: str
+    """Data set: `scienceqa`, `iconqa`, `icons` or `own`."""
+    prompt: str
+    """Prompt name with its version, e.g. `scienceqa-v1`."""
+    augment: bool = True
+    """Random resized crop and horizontal flip in training, as published; off: the plain resize everywhere."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first N questions of every split (for trials)."""
+
+
+class AdapterPart(Part):
+    method: Literal["lora"] = "lora"
+    """How the chosen layers are adapted."""
+    qformer: Literal["full"] | tuple[QFormerPart, ...] = ()
+    """Sublayers of the Q-Former with LoRA, or `full` to train all of it."""
+    llm: tuple[LanguagePart, ...] = ()
+    """Sublayers of the language model with LoRA; empty: frozen."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA rank r."""
+    alpha: float = Field(default=8, gt=0)
+    """LoRA alpha; the scaling is alpha / rank."""
+
+    @field_validator("qformer", "llm")
+    @classmethod
+    def _in_canonical_order(cls, value: Any) -> Any:
+        """One placement has one spelling: duplicates go, the order is fixed."""
+        if value == "full":
+            return value
+        return tuple(part for part in dict.fromkeys((*QFORMER_PARTS, *LANGUAGE_PARTS)) if part in value)
+
+
+class TrainingPart(Part):
+    batch_size: int = Field(default=16, ge=1)
+    """Questions a forward pass."""
+    accumulation: int = Field(default=1, ge=1)
+    """Forward passes an optimiser step; the effective batch is batch_size × accumulation."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Start value; falls linearly per epoch: lr × (1 − epoch / max_epochs)."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW decay on matrices; biases, norms and vectors have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    max_epochs: int = Field(default=15, ge=1)
+    """Epochs at most; also the length of the schedule."""
+    patience: int = Field(default=3, ge=1)
+    """Stop after this many epochs without a better validation accuracy."""
+    seed: int = 42
+    """Of data order, augmentation, dropout and LoRA's A."""
+    dropout: bool = True
+    """Whether the model's own dropout is active in training, frozen parts included."""
+    max_text_tokens: int = Field(default=128, ge=8)
+    """Prompts are cut to this from the left in training (Q-Former: also in evaluation)."""
+    max_target_tokens: int = Field(default=256, ge=2)
+    """Answers are cut to this from the right."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the frozen parts and of autocast; `auto`: bf16 on GPUs that have it, fp32 on CPU."""
+
+
+class JudgingPart(Part):
+    method: Literal["ranking"] = "ranking"
+    """How an answer is chosen: the candidate with the highest summed log-likelihood."""
+    batch_size: int = Field(default=16, ge=1)
+    """Questions a forward pass (their candidates come on top)."""
+
+
+class Recipe(Part):
+    """Everything that changes a result, and nothing else."""
+
+    experiment: str
+    """Name of the experiment: the grid's number, `baseline`, or your own."""
+    model: ModelPart
+    data: DataPart
+    adapter: AdapterPart = AdapterPart()
+    training: TrainingPart = TrainingPart()
+    judging: JudgingPart = JudgingPart()
+
+    @model_validator(mode="after")
+    def _names_a_folder(self) -> "Recipe":
+        if not self.experiment or any(c in self.experiment for c in "/\\") or self.experiment.startswith("."):
+            raise ValueError(f"experiment {self.experiment!r} cannot name a folder")
+        return self
+
+    @property
+    def title(self) -> str:
+        return f"{self.data.name}/{self.experiment}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def override(self, assignments: Sequence[str]) -> "Recipe":
+        """Return a copy with `section.field=value` assignments applied (values are YAML)."""
+        values = self.model_dump(mode="json")
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            if not equals:
+                raise UserError(f"--set {assignment}: write it as section.field=value")
+            _assign(values, path.strip(), _parse(assignment, text))
+        return from_mapping(values)
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Fields whose values differ: path → (here, there)."""
+        here, there = dict(_leaves(self)), dict(_leaves(other))
+        return {path: (here[path], there[path]) for path in here if here[path] != there[path]}
+
+
+def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Build a Recipe; every mistake becomes one sentence that names the field and the mend."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors()[:3])) from None
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe from a YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; `blipfit show DATASET ID --json` prints a recipe to start from"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no recipe: expected keys such as model, data, adapter, training")
+    return from_mapping(values, source=str(path))
+
+
+def _fields_of(path: Sequence[str | int]) -> list[str]:
+    """Known field names of the section that `path` leads to."""
+    part: type[BaseModel] = Recipe
+    for key in path:
+        annotation = part.model_fields[str(key)].annotation if str(key) in part.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        part = annotation
+    return list(part.model_fields)
+
+
+def _unknown(key: str, path: Sequence[str | int]) -> str:
+    known = _fields_of(path)
+    near = difflib.get_close_matches(key, known, n=1)
+    where = ".".join(map(str, path))
+    section = f" in {where}" if where else ""
+    return f"unknown key {key!r}{section}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+
+
+def _sentence(error: Any) -> str:
+    location = error["loc"]
+    if error["type"] == "extra_forbidden":
+        return _unknown(str(location[-1]), location[:-1])
+    field = ".".join(str(key) for key in location if key not in ("literal['full']", "tuple[literal[...], ...]"))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message[:1].lower()}{message[1:]} (got {error['input']!r})" if field else message
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    keys = path.split(".")
+    section = values
+    for depth, key in enumerate(keys):
+        if key not in section:
+            raise UserError(f"--set {path}: {_unknown(key, keys[:depth])}")
+        if depth == len(keys) - 1:
+            if isinstance(section[key], dict):
+                raise UserError(f"--set {path}: {path} is a section; set one of its fields: {', '.join(section[key])}")
+            section[key] = value
+        elif not isinstance(section[key], dict):
+            raise UserError(f"--set {path}: {'.'.join(keys[: depth + 1])} has no fields")
+        else:
+            section = section[key]
+
+
+def _parse(assignment: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as a string; everybody means the number.
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,151 @@
+"""The run folder: its names, whole-file writes, and what is finished.
+
+This is the only file that knows the names inside `results/DATASET/EXPERIMENT/`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blipfit import recipe as recipes
+from blipfit.errors import UserError
+from blipfit.recipe import Recipe
+
+State = Literal["new", "started", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One experiment's folder."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, results: Path, recipe: Recipe) -> "Run":
+        return cls(results / recipe.data.name / recipe.experiment)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Resume state: `state.safetensors` and `state.json`."""
+        return self.folder / "checkpoint"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT-format adapter of the best epoch, the always-trained tensors beside it."""
+        return self.folder / "adapter"
+
+    @property
+    def predictions_file(self) -> Path:
+        return self.folder / "predictions.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def failure_file(self) -> Path:
+        """Why the last attempt ended, where it failed."""
+        return self.folder / "failure.json"
+
+    def fail(self, reason: str) -> None:
+        write_json(self.failure_file, {"reason": reason})
+
+    def state(self) -> State:
+        if self.result_file.exists():
+            return "finished"
+        return "started" if self.recipe_file.exists() else "new"
+
+    def recipe(self) -> Recipe:
+        if not self.recipe_file.exists():
+            raise UserError(f"{self.folder} is not a run folder: it has no {self.recipe_file.name}")
+        return recipes.load(self.recipe_file)
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.result_file)
+
+    def claim(self, recipe: Recipe) -> State:
+        """Make the folder this recipe's, or refuse if it holds another's; return its state."""
+        state = self.state()
+        if state == "new":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe_file, recipe.to_yaml())
+            return state
+        if differences := self.recipe().differences(recipe):
+            told = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
+            raise UserError(
+                f"{self.folder} holds results of another recipe ({told}); choose another --results folder or experiment name"
+            )
+        return state
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line; a line is written by one call, so a killed run leaves whole lines."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def truncate_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop lines that a resumed run will write again."""
+        if self.log_file.exists():
+            write_lines(self.log_file, [line for line in read_lines(self.log_file) if keep(line)])
+
+
+def find(results: Path) -> list[Run]:
+    """All finished runs below a results folder, by path."""
+    return [Run(file.parent) for file in sorted(results.glob("*/*/result.json"))]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling path; on success it takes `path`'s place, on failure it vanishes.
+
+    Works for files and for folders: create either at the yielded path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            os.replace(path, holder / "previous")  # a folder cannot be renamed over a full one
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

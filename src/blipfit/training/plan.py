@@ -1,0 +1,47 @@
+"""Which experiments can share a bank, and in which order batches come."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from blipfit.recipe import Recipe, TrainingPart
+
+# What may differ inside a bank; everything else is shared by its members.
+_OWN = {"learning_rate", "weight_decay", "betas", "max_epochs", "patience"}
+
+
+def bank_key(recipe: Recipe) -> tuple[Any, ...]:
+    """Experiments with equal keys see the same batches through the same backbone, so they can share a bank."""
+    shared = recipe.training.model_dump(exclude=_OWN)
+    return (
+        recipe.model.name,
+        recipe.model.revision or "",
+        recipe.data.model_dump_json(),
+        repr(sorted(shared.items())),
+        recipe.judging.model_dump_json(),
+        recipe.adapter.qformer == "full",
+    )
+
+
+def effective_batches(count: int, training: TrainingPart, epoch: int) -> list[list[int]]:
+    """Shuffled question indices, one list an optimiser step; the last short batch is dropped.
+
+    A function of (seed, epoch) alone.
+    """
+    order = list(range(count))
+    random.Random(f"{training.seed}/{epoch}").shuffle(order)
+    size = training.batch_size * training.accumulation
+    return [order[i : i + size] for i in range(0, count - size + 1, size)]
+
+
+def micro_batches(batch: Sequence[int], training: TrainingPart) -> Iterator[Sequence[int]]:
+    """The forward passes of one optimiser step."""
+    for start in range(0, len(batch), training.batch_size):
+        yield batch[start : start + training.batch_size]
+
+
+def step_seed(seed: int, epoch: int, step: int, micro: int) -> int:
+    """Seed of the dropout of one forward pass, so that a resumed run draws the same noise."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{step}/{micro}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,99 @@
+"""The record of a finished run: adapter, predictions, result."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+import blipfit
+from blipfit import grid, run
+from blipfit.adapters import peft_format
+from blipfit.errors import UserError
+from blipfit.evaluation import ranking
+from blipfit.evaluation.material import Material
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import Recipe
+from blipfit.run import Run
+from blipfit.training.checkpoint import Progress
+
+
+def write(
+    folder: Run,
+    recipe: Recipe,
+    backbone: Backbone,
+    progress: Progress,
+    state: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    splits: Mapping[str, Material],
+    choices: Mapping[str, Sequence[ranking.Choice]],
+    head_hash: str,
+) -> dict[str, Any]:
+    """Write `adapter/`, `predictions.jsonl`, then `result.json`, which makes the run finished."""
+    adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
+    lines, metrics = [], {}
+    for split, judged in choices.items():
+        material = splits[split]
+        records = ranking.predictions(material.questions, material.prompted, judged)
+        lines += [{"split": split, **record} for record in records]
+        metrics[split] = ranking.summarise(material.questions, records)
+    run.write_lines(folder.predictions_file, lines)
+    total = sum(p.numel() for p in backbone.hf.parameters()) + lora_parameters(state)
+    trained = sum(counts.values())
+    result = {
+        "experiment": recipe.experiment,
+        "dataset": recipe.data.name,
+        "metrics": metrics,
+        "best_epoch": progress.best_epoch + 1,
+        "epochs": len(progress.history),
+        "trained_parameters": trained,
+        "trained_by_component": dict(counts),
+        "total_parameters": total,
+        "trained_share": trained / total,
+        "prompt": recipe.data.prompt,
+        "prompt_example": splits["test"].prompted[0].prompt,
+        "counts": {split: len(material) for split, material in splits.items()},
+        "adapter_sha256": adapter_hash,
+        "head_sha256": head_hash,
+        "seconds": round(progress.seconds, 3),
+        "device": device_name(backbone),
+        "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
+        "versions": versions(),
+        "differs_from_published": differences(recipe),
+        "history": progress.history,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    run.write_json(folder.result_file, result)
+    return result
+
+
+def lora_parameters(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for name, tensor in state.items() if "lora_" in name)
+
+
+def device_name(backbone: Backbone) -> str:
+    import torch
+
+    if backbone.device.type == "cuda":
+        return torch.cuda.get_device_name(backbone.device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
+    return {
+        "blipfit": blipfit.__version__,
+        "python": platform.python_version(),
+        **{n: version(n) for n in names},
+    }
+
+
+def differences(recipe: Recipe) -> dict[str, Any] | None:
+    """Where a recipe differs from the published one of its name: field → [published, here]; None if it is no such."""
+    try:
+        published = grid.recipe(recipe.data.name, recipe.experiment)
+    except UserError:
+        return None
+    return {path: list(pair) for path, pair in published.differences(recipe).items()}
