@@ -155,6 +155,10 @@ def test_real_material(shared: Path, tmp_path: Path):
 def test_disk_error_over_an_earlier_result_leaves_its_annotations(prepared: Path, official_iconqa: Path, monkeypatch):
     before = (prepared / "annotations/train.json").read_bytes()
     edit_json(official_iconqa / "problems.json", lambda problems: problems["7"].update(answer=0))
+    for image in official_iconqa.rglob("*.png"):  # other files than those linked, so that they are placed again
+        content = image.read_bytes()
+        image.unlink()
+        image.write_bytes(content)
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
