@@ -4,7 +4,7 @@ from blipfit.data.icons.draw import draw
 from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
 from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS, Ask, asked, questions
 from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, captions, preference, yes_no
-from blipfit.data.icons.write import load, prepare, write_mme, write_preferences
+from blipfit.data.icons.write import VERSION, load, prepare, write_mme, write_preferences
 
 __all__ = [
     "BACKGROUNDS",
@@ -16,6 +16,7 @@ __all__ = [
     "SHAPES",
     "SKILLS",
     "SUBTASKS",
+    "VERSION",
     "Ask",
     "Icon",
     "Preference",

@@ -25,7 +25,8 @@ PAPER = {
 INK = (70, 70, 70)
 FINE = 8  # an icon is drawn this many times larger and scaled down: smooth edges
 MARGIN = 1 / 16  # of its box, free on every side of an icon
-LEFT, STEP = 7 / 64, 5 / 64  # of the picture's side: first mark of the number line, distance of the marks
+# Of the picture's side: first mark of the number line and distance of the marks; at 64 they are whole pixels.
+LEFT, STEP = 7.5 / 64, 5 / 64
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
@@ -151,7 +152,7 @@ def _scale(value: int, look: tuple, background: str, side: int) -> Image.Image:
     page = ImageDraw.Draw(picture)
     base = (34 + down) * unit
     xs = [(LEFT + STEP * mark) * large for mark in range(LAST_MARK + 1)]
-    page.rectangle([xs[0], base - unit, xs[-1], base], fill=INK)
+    page.rectangle([xs[0], base - unit, xs[-1], base - 1], fill=INK)
     for mark, x in enumerate(xs):
         height = (5 if mark % 5 == 0 else 3) * unit
         page.rectangle([x - unit / 2, base - unit, x + unit / 2 - 1, base + height], fill=INK)
