@@ -1,7 +1,7 @@
 """The world of icons: an endless, deterministic data set of small pictures with questions about them."""
 
-from blipfit.data.icons.pictures import draw
-from blipfit.data.icons.scenes import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
+from blipfit.data.icons.draw import draw
+from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
 from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS, Ask, asked, questions
 from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, captions, preference, yes_no
 from blipfit.data.icons.write import VERSION, load, prepare, write_mme, write_preferences

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from blipfit.data.icons.scenes import (
+from blipfit.data.icons.scene import (
     BOARD,
     COLORS,
     LAST_MARK,

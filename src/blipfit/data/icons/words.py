@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blipfit.data.icons.scenes import (
+from blipfit.data.icons.scene import (
     BOARD,
     COLORS,
     LAST_MARK,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.data import prepared, records
-from blipfit.data.icons.pictures import draw
-from blipfit.data.icons.scenes import Scene, scene
+from blipfit.data.icons.draw import draw
+from blipfit.data.icons.scene import Scene, scene
 from blipfit.data.icons.skills import HELD_OUT, Ask, asked, chosen
 from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, preference, yes_no
 from blipfit.data.prepared import Folder, PrepareReport

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
-from blipfit.data.icons.scenes import BOARD, LAST_MARK, Icon, Scene
+from blipfit.data.icons.scene import BOARD, LAST_MARK, Icon, Scene
 
 RGB = {
     "red": (222, 34, 34),
