@@ -66,8 +66,8 @@ def config(
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=2 * WIDTH,
-            hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             max_position_embeddings=192,
             cross_attention_frequency=2,
             encoder_hidden_size=WIDTH,
@@ -84,7 +84,7 @@ def vision_config() -> InstructBlipVisionConfig:
     return InstructBlipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
@@ -104,7 +104,7 @@ def _t5_config(vocabulary: int) -> T5Config:
         num_layers=3,
         num_decoder_layers=2,
         num_heads=4,
-        dropout_rate=0.1,
+        dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -170,18 +170,12 @@ def image_processor() -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
-def processor(
-    tokenizer: PreTrainedTokenizerBase, qformer_tokenizer: PreTrainedTokenizerBase
-) -> InstructBlipProcessor:
+def processor(tokenizer: PreTrainedTokenizerBase, qformer_tokenizer: PreTrainedTokenizerBase) -> InstructBlipProcessor:
     """A processor over these tokenizers; it adds `<image>` to the first where that is missing."""
-    return InstructBlipProcessor(
-        image_processor(), tokenizer, qformer_tokenizer, num_query_tokens=QUERY_TOKENS
-    )
+    return InstructBlipProcessor(image_processor(), tokenizer, qformer_tokenizer, num_query_tokens=QUERY_TOKENS)
 
 
-def build(
-    family: Family, parts: InstructBlipProcessor, seed: int = 0
-) -> InstructBlipForConditionalGeneration:
+def build(family: Family, parts: InstructBlipProcessor, seed: int = 0) -> InstructBlipForConditionalGeneration:
     """A miniature with random weights, the same for the same seed; the query tokens are drawn too, not zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,0 +1,144 @@
+"""The pre-training recipe at toy scale: it learns, continues where it stopped, and records what made the weights."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blipfit.data import icons
+from blipfit.errors import UserError
+from blipfit.model import tiny
+from blipfit.training import pretrain, pretrain_answers, pretrain_texts, pretrain_tower
+from blipfit.training.pretrain_loop import Schedule
+
+TOY = replace(
+    pretrain.RECIPE,
+    token_scenes=60,
+    tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
+    answers=Schedule(steps=6, batch=4, lr=1e-3, warmup=2),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with toy tokenizers and a toy tower."""
+    target = tmp_path_factory.mktemp("miniatures")
+    pretrain.train_tokenizers(TOY, target)
+    records = []
+    pretrain.train_tower(TOY, target, target / "state/tower.safetensors", records.append)
+    return target, records
+
+
+def first_losses(records, name):
+    return [record[name] for record in records if name in record]
+
+
+def test_the_tower_learns_and_the_clip_is_written(made):
+    target, _ = made
+    clip = tiny.build_clip(pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer)
+    tokenizer = pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer
+    scenes = [icons.scene(5, index) for index in range(6)]
+    batch = pretrain_tower.batch(scenes, tokenizer, 1, 0)
+    fresh = pretrain_tower.Tower(clip)
+    trained = pretrain_tower.Tower(clip)
+    weights = load_file(target / "state/tower.safetensors")
+    trained.load_state_dict(
+        {name.removeprefix("weight."): value for name, value in weights.items() if name.startswith("weight.")}
+    )
+    with torch.no_grad():
+        before, after = fresh.losses(*batch), trained.losses(*batch)
+    assert after["icon"] < before["icon"]
+    assert after["board"] < before["board"]
+    config = json.loads((target / tiny.CLIP_NAME / "config.json").read_text(encoding="utf-8"))
+    assert config["blipfit"]["recipe"] == TOY.hash()
+
+
+@pytest.mark.parametrize("family", ["t5", "vicuna"])
+def test_answers_are_learned(made, family):
+    target, _ = made
+    records = []
+    state = target / f"learn/{family}.safetensors"
+    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2))
+    backbone = pretrain.untrained(family, target, target / "state/tower.safetensors", recipe.seed)
+    with torch.no_grad():
+        before = sum(pretrain_answers.losses(backbone, 1, 0, 8, recipe.mixture).values())
+    run = {"family": family, "target": target, "tower": target / "state/tower.safetensors"}
+    pretrain.train_answers(recipe, state=state, log=records.append, checked=0, **run)
+    after = first_losses(records, "answers")[-1] + first_losses(records, "captions")[-1]
+    assert after < 0.9 * float(before)
+
+
+def test_interrupted_equals_straight(made):
+    target, _ = made
+    tower = target / "state/tower.safetensors"
+    straight, stopped = target / "straight.safetensors", target / "stopped.safetensors"
+    run = {"family": "t5", "target": target, "tower": tower, "log": lambda record: None, "checked": 0}
+    pretrain.train_answers(TOY, state=straight, **run)
+    pretrain.train_answers(TOY, state=stopped, until=3, **run)
+    assert stopped.exists()
+    pretrain.train_answers(TOY, state=stopped, **run)
+    one, other = load_file(straight), load_file(stopped)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_tower_stays_frozen(made):
+    target, _ = made
+    weights = load_file(target / "state/tower.safetensors")
+    backbone = pretrain.untrained("t5", target, target / "state/tower.safetensors", 0)
+    trained = dict(pretrain_answers.Trained(backbone).named_parameters())
+    ours = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert not any(value is ours for value in trained.values())
+    assert not ours.requires_grad
+    assert torch.equal(ours, weights["weight.vision.encoder.layers.0.mlp.fc1.weight"])
+
+
+def test_state_of_another_recipe_is_refused(tmp_path):
+    pretrain._claim(tmp_path, TOY)
+    pretrain._claim(tmp_path, TOY)
+    with pytest.raises(UserError, match="another pre-training recipe"):
+        pretrain._claim(tmp_path, pretrain.RECIPE)
+
+
+def test_hash_follows_the_recipe():
+    assert pretrain.PretrainRecipe().hash() == pretrain.RECIPE.hash()
+    assert replace(TOY, mixture=replace(TOY.mixture, asks=2)).hash() != TOY.hash()
+
+
+def test_no_held_out_skill_is_ever_asked():
+    held_out = {ask.question for index in range(400) for ask in icons.questions(icons.scene(7, index), icons.HELD_OUT)}
+    rng = random.Random(0)
+    for index in range(400):
+        for made in pretrain_answers.tasks(icons.scene(7, index), TOY.mixture, rng):
+            assert not any(question in made.prompt for question in held_out)
+
+
+def test_free_channels_hold_no_embedding(made):
+    target, _ = made
+    weights = load_file(target / "state/tower.safetensors")
+    positions = weights["weight.vision.embeddings.position_embedding"][0]
+    assert positions[:, : pretrain_tower.FREE].abs().max() == 0
+    assert positions[:, pretrain_tower.FREE :].mean(1).abs().max() < 1e-6
+
+
+def test_planted_errors_change_one_word():
+    rng = random.Random(1)
+    for index in range(100):
+        text = pretrain_texts.fullest(icons.scene(8, index))
+        wrong = pretrain_texts.planted(text, rng)
+        differing = sum(a != b for a, b in zip(text.split(), wrong.split(), strict=True))
+        assert differing == (0 if text in ("a clock", "a number line") else 1)
+
+
+def test_truth_is_what_stands_there():
+    scene = icons.Scene(0, 0, "scatter", "total", "white", (icons.Icon("heart", "blue", 1, 2, 2),))
+    real = pretrain_tower.truth([scene])
+    shape, color = icons.SHAPES.index("heart") + 1, icons.COLORS.index("blue") + 1
+    patches = real["icon"].view(pretrain_tower.SIDE, pretrain_tower.SIDE, 3)
+    assert patches[2:6, 4:8].reshape(-1, 3).unique(dim=0).tolist() == [[shape, color, 2]]
+    assert patches[..., 0].count_nonzero() == 16
+    assert real["board"][0, -1] == 1
+    assert real["reading"][0] == -100
