@@ -71,7 +71,7 @@ class Bank:
         return self.values.shape[0]
 
     def decay_mask(self) -> Tensor:
-        """1 where AdamW decays (matrices that get a gradient), else 0; shape P."""
+        """1 where AdamW decays (matrices), else 0 (biases, norms, vectors); shape P."""
         mask = torch.zeros(self.values.shape[1], dtype=self.values.dtype, device=self.values.device)
         for slot in self.slots.values():
             if slot.decays:
@@ -80,14 +80,12 @@ class Bank:
 
     def _plan(self) -> dict[str, Slot]:
         """Lay the union of all experiments' tensors into columns."""
-        dead = places.without_gradient(self.backbone.hf)
         slots: dict[str, Slot] = {}
 
         def add(name: str, shape: Sequence[int]) -> None:
             start = next(reversed(slots.values())).stop if slots else 0
-            # AdamW skips what has no gradient, so it must not decay it either.
-            decays = len(shape) > 1 and not dead.match(name)
-            slots[name] = Slot(name, start, tuple(shape), decays)
+            # The last feed-forward's text branch too: its gradient is zero, not absent, so torch's AdamW decays it.
+            slots[name] = Slot(name, start, tuple(shape), decays=len(shape) > 1)
 
         add(places.QUERY_TOKENS, self._query_tokens.shape[1:])
         for name in self.placements[0].full:
@@ -114,7 +112,7 @@ class Bank:
                 self._columns(self.values, slot).copy_(self._query_tokens.detach()[0])
             elif not name.endswith((LORA_A, LORA_B)):
                 self._columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
-        for k, (adapter, placed, seed) in enumerate(zip(self.adapters, self.placements, seeds, strict=True)):
+        for k, (placed, seed) in enumerate(zip(self.placements, seeds, strict=True)):
             for name in placed.lora:
                 A = self.tensor(k, f"{name}.{LORA_A}")
                 A.copy_(_kaiming(A, seed, name))

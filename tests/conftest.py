@@ -1,0 +1,72 @@
+"""What tests of several rooms share: small checkpoints of both families and a small data set, written once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoints
+from blipfit.model.backbone import Backbone
+
+COUNTS = {"train": 12, "val": 6, "test": 5}
+
+
+@pytest.fixture(params=checkpoints.FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of both families with the project's own small tokenizers."""
+    root = tmp_path_factory.mktemp("small")
+    return {f: checkpoints.write(root / f, f, checkpoints.own_tokenizers(f)) for f in checkpoints.FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def hub_like(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of both families with the published T5, LLaMA and BERT vocabularies."""
+    if not checkpoints.TOKENIZERS.is_dir():
+        pytest.skip(f"no real tokenizers at {checkpoints.TOKENIZERS}")
+    root = tmp_path_factory.mktemp("hub_like")
+    return {f: checkpoints.write(root / f, f, checkpoints.real_tokenizers(f)) for f in checkpoints.FAMILIES}
+
+
+@pytest.fixture
+def backbone(small: dict[str, Path], family: str) -> Backbone:
+    """A freshly loaded small model of the family under test, fp32."""
+    return checkpoints.load(small[family])
+
+
+@pytest.fixture(scope="session")
+def iconqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared IconQA folder of random pictures, with two to four choices a question."""
+    root = tmp_path_factory.mktemp("iconqa")
+    draws = np.random.default_rng(7)
+    (root / "annotations").mkdir()
+    number = 100
+    for split, count in COUNTS.items():
+        entries = []
+        for _ in range(count):
+            number += 1
+            picture = root / split / "choose_txt" / str(number) / "image.png"
+            picture.parent.mkdir(parents=True)
+            Image.fromarray(draws.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(picture)
+            choices = [f"{word} {number}" for word in ("one", "eleven red", "three of the stars", "no")]
+            choices = choices[: 2 + number % 3]
+            entries.append(
+                {
+                    "question": f"Which {'of the many ' * (number % 4)}number is {number}?",
+                    "choices": choices,
+                    "answer": number % len(choices),
+                    "ques_type": "choose_txt",
+                    "grade": "grade1",
+                    "label": "A1",
+                    "split": split,
+                    "id": str(number),
+                }
+            )
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(entries))
+    return root
