@@ -64,6 +64,10 @@ class Run:
     def fail(self, reason: str) -> None:
         write_json(self.failure_file, {"reason": reason})
 
+    def failure(self) -> str:
+        """The recorded reason of a failed attempt, or what is known without one."""
+        return read_json(self.failure_file)["reason"] if self.failure_file.exists() else "not finished"
+
     def state(self) -> State:
         if self.result_file.exists():
             return "finished"
@@ -87,7 +91,8 @@ class Run:
         if differences := self.recipe().differences(recipe):
             told = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
             raise UserError(
-                f"{self.folder} holds results of another recipe ({told}); choose another --results folder or experiment name"
+                f"{self.folder} holds results of another recipe ({told}); "
+                "choose another --results folder or experiment name"
             )
         return state
 

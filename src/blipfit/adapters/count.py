@@ -52,9 +52,13 @@ def memory_estimate(
     layers = getattr(text, "num_layers", None) or text.num_hidden_layers
     qformer = config.qformer_config
     language_tokens = tokens + config.num_query_tokens
-    kept = 34 * 2 * (
-        language_tokens * width * layers
-        + (128 + config.num_query_tokens) * qformer.hidden_size * qformer.num_hidden_layers
+    kept = (
+        34
+        * 2
+        * (
+            language_tokens * width * layers
+            + (128 + config.num_query_tokens) * qformer.hidden_size * qformer.num_hidden_layers
+        )
     )
     return {
         "weights": 4 * fp32 + 2 * (sum(parts.values()) - fp32),

@@ -1,0 +1,219 @@
+"""Commands: read arguments, call one function, print. Heavy imports happen inside, so that --help answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from blipfit.errors import UserError
+
+app = typer.Typer(
+    name="blipfit",
+    help="Fine-tune InstructBLIP with few trained parameters; evaluate and compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU where there is one.")]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Prepared data folder; data/DATASET if absent.")]
+Results = Annotated[Path, typer.Option("--results", help="Where run folders go: RESULTS/DATASET/ID.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Hub name, local folder, or `tiny`: the embedded miniature of the experiment's family."),
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: training.max_epochs=2.")
+]
+Dataset = Annotated[str, typer.Argument(help="scienceqa, iconqa or icons.")]
+
+
+@app.command()
+def grid(as_json: Json = False) -> None:
+    """List the 64 published experiments with their trained parameters, counted on the model's modules."""
+    from blipfit.report import experiments
+
+    records = experiments.grid_records()
+    _show(records, as_json, lambda: experiments.grid_table(records))
+
+
+@app.command()
+def show(
+    dataset: Dataset,
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="1–64, baseline or baseline-vicuna.")],
+    model: Model = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Show an experiment before it runs: recipe, modules, parameters, memory. Needs no download."""
+    from blipfit import grid as grid_room
+    from blipfit.report import experiments
+
+    recipe = grid_room.recipe(dataset, experiment, model).override(sets or [])
+    record = experiments.describe(recipe)
+    _show(record, as_json, lambda: experiments.description(recipe, record))
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Folder in the official layout, or `hub`; not for icons, which are drawn."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder to write; data/DATASET if absent.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a data set in its official layout, check every image, and write its annotation files."""
+    from blipfit import data
+
+    found = data.dataset(dataset)
+    target = to or Path("data") / dataset
+    if dataset == "icons":
+        if source is not None:
+            raise UserError("icons are drawn, not read; leave --from out")
+        report = found.prepare(target)
+    elif source is None:
+        raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
+    else:
+        report = found.prepare(source, target)
+    _show(report, as_json, lambda: str(report))
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own; or a recipe file (.yaml).")],
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, baseline-vicuna.")] = None,
+    model: Model = None,
+    data: DataFolder = None,
+    results: Results = Path("results"),
+    sets: Sets = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16 or fp16; short for --set training.precision=…")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train, judge and record experiments. The same command again continues or skips what is there."""
+    from blipfit.report import experiments, terminal
+    from blipfit.training.loop import train as run_training
+
+    assignments = [*(sets or []), *([f"training.precision={precision}"] if precision else [])]
+    recipes = experiments.chosen(dataset, ids or [], model, assignments)
+    folder = experiments.data_folder(recipes[0].data.name, data)
+    runs = run_training(recipes, folder, results, device=_device(device), listen=terminal.TrainingDisplay())
+    records = [run.result() for run in runs if run.state() == "finished"]
+    failures = {str(run.folder): run.failure() for run in runs if run.state() != "finished"}
+    summary = {"results": records, "failed": failures, "folders": [str(run.folder) for run in runs]}
+    _show(summary, as_json, lambda: experiments.outcome(records, [run.folder for run in runs]))
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, e.g. results/scienceqa/15.")],
+    data: DataFolder = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    base: Annotated[bool, typer.Option("--base", help="Judge the untrained model beside it.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a finished run again from its files, and check that its adapter is the recorded one."""
+    from blipfit.evaluation.evaluate import evaluate as judge
+    from blipfit.report import experiments
+    from blipfit.run import Run
+
+    folder = experiments.data_folder(Run(run).recipe().data.name, data)
+    record = judge(run, folder, split, _device(device), base)
+    _show(record, as_json, lambda: experiments.judgement(record))
+
+
+@app.command()
+def doctor(model: Model = None, data: DataFolder = None, as_json: Json = False) -> None:
+    """Check this machine, and with --model or --data a checkpoint or a data folder; says the mend of what is wrong."""
+    from blipfit.report import health
+
+    checks = health.examine(model, data)
+    _show({"checks": checks}, as_json, lambda: health.table(checks))
+    if any(check["state"] == "wrong" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    results: Annotated[Path, typer.Option("--results", help="Folder of the demo's data and runs.")] = Path(
+        "results/demo"
+    ),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a miniature InstructBLIP learn what it could not do. No download, no GPU, a few minutes."""
+    from blipfit.report import demonstration
+
+    record = demonstration.run_demo(results, _device(device))
+    _show(record, as_json, lambda: demonstration.ending(record))
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    from blipfit.training.loop import default_device
+
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: write cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; leave --device out to use the CPU")
+    return device
+
+
+def _show(record: Any, as_json: bool, drawn: Any) -> None:
+    """Print the JSON object, or what a person reads."""
+    if as_json:
+        value = record if isinstance(record, dict | list) else _plain(record)
+        print(json.dumps(value, ensure_ascii=False, default=str))
+    else:
+        from blipfit.report import terminal
+
+        shown = drawn()
+        for part in shown if isinstance(shown, list | tuple) else (shown,):
+            terminal.console().print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as JSON can hold it."""
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(value), default=str))
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one sentence and exit code 2, a defect of ours keeps its traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        print(f"blipfit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("blipfit: stopped; the same command again continues where it was", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            context = getattr(error, "ctx", None)
+            hint = f" (`{context.command_path} --help` tells more)" if context else ""
+            print(f"blipfit: {error.format_message()}{hint}", file=sys.stderr)
+            sys.exit(2)
+        raise
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

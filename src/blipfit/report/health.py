@@ -1,0 +1,125 @@
+"""`blipfit doctor`: what could silently go wrong on this machine, checked, with the mend."""
+
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from blipfit.errors import UserError
+
+Check = dict[str, str]
+_MINIATURES = ("tiny-t5", "tiny-vicuna")
+
+
+def examine(model: str | None, data: Path | None) -> list[Check]:
+    """Run all checks: the machine, the embedded miniatures, and a checkpoint and a data folder where given."""
+    checks = [_python(), *_packages(), _device(), _disk(), _hub()]
+    checks += [_attempt(f"miniature {name}", lambda name=name: _loads(name)) for name in _MINIATURES]  # type: ignore[misc]
+    if model is not None:
+        names = _MINIATURES if model == "tiny" else (model,)
+        checks += [_attempt(f"model {name}", lambda name=name: _loads(name)) for name in names]  # type: ignore[misc]
+    if data is not None:
+        checks.append(_attempt(f"data {data}", lambda: _reads(data)))
+    return checks
+
+
+def table(checks: Sequence[Check]) -> list[Any]:
+    shown = Table(show_header=True)
+    shown.add_column("check")
+    shown.add_column("state")
+    shown.add_column("found")
+    for check in checks:
+        shown.add_row(check["check"], check["state"], check["found"])
+    wrong = sum(check["state"] == "wrong" for check in checks)
+    return [shown, f"{wrong} of {len(checks)} checks found something wrong" if wrong else "all is well"]
+
+
+def _check(name: str, fine: bool, found: str, otherwise: str = "wrong") -> Check:
+    return {"check": name, "state": "ok" if fine else otherwise, "found": found}
+
+
+def _attempt(name: str, action: Callable[[], str]) -> Check:
+    try:
+        return _check(name, True, action())
+    except UserError as error:
+        return _check(name, False, str(error))
+
+
+def _python() -> Check:
+    fine = sys.version_info >= (3, 11)
+    return _check("python", fine, platform.python_version() + ("" if fine else "; blipfit needs 3.11 or newer"))
+
+
+def _packages() -> list[Check]:
+    """Every dependency is there and inside the range that blipfit was written for."""
+    from packaging.requirements import Requirement
+
+    checks = []
+    for line in requires("blipfit") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            checks.append(_check(requirement.name, False, f"missing: pip install '{requirement}'"))
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            checks.append(_check(requirement.name, False, f"{found}; pip install '{requirement}'"))
+    return checks or [_check("packages", True, "all inside their ranges")]
+
+
+def _device() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: fp16 is used, with fp32 trained parameters"
+        return _check("device", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {bf16}")
+    return _check("device", True, f"CPU with {torch.get_num_threads()} threads: enough for the miniatures")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(tempfile.gettempdir() if not Path.cwd().exists() else Path.cwd()).free / 2**30
+    return _check("disk", free > 2, f"{free:.0f} GiB free here" + ("" if free > 2 else "; runs need some: make room"))
+
+
+def _hub() -> Check:
+    from blipfit.model.loading import hub_reachable
+
+    if hub_reachable():
+        return _check("hub", True, "reachable")
+    return _check("hub", False, "not reachable: only local folders, the cache and the miniatures can be used", "note")
+
+
+def _loads(name: str) -> str:
+    from blipfit.model.loading import load
+    from blipfit.recipe import ModelPart
+
+    backbone = load(ModelPart(name=name))
+    count = sum(p.numel() for p in backbone.hf.parameters())
+    return f"{count:,} parameters, {backbone.family}; head, query tokens, tokenizers and activation as they must be"
+
+
+def _reads(folder: Path) -> str:
+    from blipfit import data
+    from blipfit.data.images import open_image
+
+    reasons = []
+    for name in data.DATASETS:
+        try:
+            splits = {split: data.load(name, folder, split) for split in ("train", "val", "test")}
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for questions in splits.values():
+            for question in questions:
+                open_image(question.image)
+        return f"{name}: " + " / ".join(f"{len(questions)} {split}" for split, questions in splits.items())
+    raise UserError(f"{folder} is no data folder that blipfit reads: {reasons[0]}")
