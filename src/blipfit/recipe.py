@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from blipfit.errors import UserError
 
@@ -15,12 +15,13 @@ QFormerPart = Literal["self_attn", "cross_attn", "ffn"]
 LanguagePart = Literal["attn", "ffn"]
 QFORMER_PARTS: tuple[QFormerPart, ...] = ("self_attn", "cross_attn", "ffn")
 LANGUAGE_PARTS: tuple[LanguagePart, ...] = ("attn", "ffn")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(BaseModel):
     """A frozen group of fields; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelPart(Part):
@@ -53,13 +54,19 @@ class AdapterPart(Part):
     alpha: float = Field(default=8, gt=0)
     """LoRA alpha; the scaling is alpha / rank."""
 
+    @field_validator("qformer", "llm", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "full" else value
+
     @field_validator("qformer", "llm")
     @classmethod
-    def _in_canonical_order(cls, value: Any) -> Any:
+    def _in_canonical_order(cls, value: Any, info: ValidationInfo) -> Any:
         """One placement has one spelling: duplicates go, the order is fixed."""
         if value == "full":
             return value
-        return tuple(part for part in dict.fromkeys((*QFORMER_PARTS, *LANGUAGE_PARTS)) if part in value)
+        known: tuple[str, ...] = QFORMER_PARTS if info.field_name == "qformer" else LANGUAGE_PARTS
+        return tuple(part for part in known if part in value)
 
 
 class TrainingPart(Part):
@@ -71,7 +78,7 @@ class TrainingPart(Part):
     """Start value; falls linearly per epoch: lr × (1 − epoch / max_epochs)."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW decay on matrices; biases, norms and vectors have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW betas."""
     max_epochs: int = Field(default=15, ge=1)
     """Epochs at most; also the length of the schedule."""
@@ -99,7 +106,7 @@ class JudgingPart(Part):
 class Recipe(Part):
     """Everything that changes a result, and nothing else."""
 
-    experiment: str
+    experiment: str = Field(coerce_numbers_to_str=True)
     """Name of the experiment: the grid's number, `baseline`, or your own."""
     model: ModelPart
     data: DataPart
@@ -182,7 +189,8 @@ def _sentence(error: Any) -> str:
     location = error["loc"]
     if error["type"] == "extra_forbidden":
         return _unknown(str(location[-1]), location[:-1])
-    field = ".".join(str(key) for key in location if key not in ("literal['full']", "tuple[literal[...], ...]"))
+    # Where a field has several types, pydantic adds the type to the path; a user knows no such key.
+    field = ".".join(str(key) for key in location if not str(key).startswith(("literal[", "tuple[")))
     message = error["msg"].removeprefix("Value error, ")
     return f"{field}: {message[:1].lower()}{message[1:]} (got {error['input']!r})" if field else message
 

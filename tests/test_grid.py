@@ -1,0 +1,111 @@
+"""The published grid, number by number, against a table of its own."""
+
+import pytest
+
+from blipfit import grid
+from blipfit.adapters import count
+from blipfit.errors import UserError
+from blipfit.model import shapes
+
+# ids (T5), LoRA in the language model, Q-Former; the Vicuna ids are 32 higher, the ranks are 1, 2, 4, 8.
+TABLE = [
+    (range(1, 5), {"ffn"}, "full"),
+    (range(5, 9), {"attn"}, "full"),
+    (range(9, 13), {"attn", "ffn"}, "full"),
+    (range(13, 17), set(), {"ffn"}),
+    (range(17, 21), set(), {"self_attn"}),
+    (range(21, 25), set(), {"cross_attn"}),
+    (range(25, 29), set(), {"self_attn", "cross_attn", "ffn"}),
+    (range(29, 33), {"attn", "ffn"}, {"self_attn", "cross_attn", "ffn"}),
+]
+SLOWER = {
+    "scienceqa": {1e-4: {19, 22, 29, 31, 32, 61}},
+    "iconqa": {1e-4: {15, 26, 31, 61, 62, 63}, 1e-5: {5, 8, 9, 12, 33, 40, 42}},
+    "icons": {},
+}
+# Trainable parameters a rank, and what is trained beside it.
+QFORMER = {"self_attn": 36_864, "ffn": 184_320, "cross_attn": 44_544}
+LANGUAGE = {"t5": {"attn": 589_824, "ffn": 1_032_192}, "vicuna": {"attn": 524_288, "ffn": 1_449_984}}
+PROJECTION = {"t5": 1_574_912, "vicuna": 3_149_824}
+QFORMER_FULL = {"t5": 187_262_464, "vicuna": 188_837_376}
+ALWAYS = 27_392
+
+
+def _row(experiment: int):
+    base = 32 if experiment > 32 else 0
+    ids, llm, qformer = next(row for row in TABLE if experiment - base in row[0])
+    return "vicuna" if base else "t5", llm, qformer, 2 ** (experiment - base - ids[0])
+
+
+@pytest.mark.parametrize("dataset", ["scienceqa", "iconqa", "icons"])
+def test_all_64_recipes(dataset):
+    recipes = list(grid.recipes(dataset))
+    assert [r.experiment for r in recipes] == [str(n) for n in range(1, 65)]
+    for number, r in enumerate(recipes, start=1):
+        family, llm, qformer, rank = _row(number)
+        assert (set(r.adapter.llm), r.adapter.rank, r.adapter.alpha) == (llm, rank, 8), number
+        assert r.adapter.qformer == qformer if qformer == "full" else set(r.adapter.qformer) == qformer, number
+        rule = 2e-5 if qformer == "full" else 5e-4
+        rate = next((rate for rate, ids in SLOWER[dataset].items() if number in ids), rule)
+        epochs = 10 if dataset == "iconqa" and number in (6, 38) else 15
+        t = r.training
+        assert (t.learning_rate, t.max_epochs, t.patience, t.seed) == (rate, epochs, 3, 42), number
+        assert (t.batch_size, t.accumulation) == ((16, 1) if family == "t5" else (8, 2)), number
+        assert (t.weight_decay, t.betas, t.max_text_tokens, t.max_target_tokens) == (0.05, (0.9, 0.999), 128, 256)
+        assert r.model.name == f"Salesforce/instructblip-{'flan-t5-xl' if family == 't5' else 'vicuna-7b'}"
+        assert (r.data.name, r.data.prompt) == (dataset, "scienceqa-v1" if dataset == "scienceqa" else "iconqa-v1")
+        assert r.data.augment == (dataset != "icons")
+        assert r.training.dropout
+        assert r.judging.method == "ranking"
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "batch"), [("baseline", "t5", (16, 1)), ("baseline-vicuna", "vicuna", (8, 2))]
+)
+def test_baselines(name, family, batch):
+    r = grid.recipe("scienceqa", name)
+    assert (r.adapter.qformer, r.adapter.llm, r.training.learning_rate) == ("full", (), 2e-5)
+    assert (r.training.batch_size, r.training.accumulation) == batch
+    assert r.model.name == grid.MODELS[family]
+    model = shapes.on_meta(r.model.name)
+    assert sum(count.trained(model, family, r.adapter).values()) == QFORMER_FULL[family]
+
+
+@pytest.mark.parametrize("family", ["t5", "vicuna"])
+def test_trained_parameters_of_the_modules_equal_the_published(family):
+    model = shapes.on_meta(grid.MODELS[family])
+    for number in range(1, 33) if family == "t5" else range(33, 65):
+        _, llm, qformer, rank = _row(number)
+        expected = rank * sum(LANGUAGE[family][part] for part in llm)
+        if qformer == "full":
+            expected += QFORMER_FULL[family]
+        else:
+            expected += rank * sum(QFORMER[part] for part in qformer) + ALWAYS + PROJECTION[family]
+        assert sum(count.trained(model, family, grid.recipe("iconqa", number).adapter).values()) == expected, number
+
+
+@pytest.mark.parametrize(
+    ("number", "published"), [(28, 3_728_128), (64, 21_097_216), (15, 2_339_584), (9, 188_884_480)]
+)
+def test_published_examples(number, published):
+    family, _, _ = grid.locate(number)
+    r = grid.recipe("scienceqa", number)
+    assert sum(count.trained(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
+
+
+@pytest.mark.parametrize("wrong", [0, 65, -1, "x", "1.5", "baselin"])
+def test_other_experiments_are_refused(wrong):
+    with pytest.raises(UserError, match=f"no experiment '?{wrong}'?; the grid has 1 to 64 and baseline"):
+        grid.recipe("scienceqa", wrong)
+
+
+def test_other_data_sets_are_refused():
+    with pytest.raises(UserError, match="no data set 'vqa'; known: scienceqa, iconqa, icons"):
+        grid.recipe("vqa", 1)
+
+
+def test_another_model():
+    assert grid.recipe("iconqa", 47, "tiny").model.name == "tiny-vicuna"
+    assert grid.recipe("iconqa", 15, "tiny").model.name == "tiny-t5"
+    assert grid.recipe("iconqa", 15, "./mine").model.name == "./mine"
+    assert grid.recipe("iconqa", "15") == grid.recipe("iconqa", 15)

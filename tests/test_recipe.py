@@ -1,0 +1,157 @@
+"""A recipe is a frozen value, to and from YAML, whose mistakes are told in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from blipfit import grid, recipe
+from blipfit.errors import UserError
+from blipfit.recipe import AdapterPart, DataPart, ModelPart, Recipe, TrainingPart
+
+MINE = Recipe(
+    experiment="mine",
+    model=ModelPart(name="tiny-t5", revision="0123abc"),
+    data=DataPart(name="own", prompt="vqa-v1", limit=5, augment=False),
+    adapter=AdapterPart(qformer=("ffn", "self_attn"), llm=("attn",), rank=3, alpha=16),
+    training=TrainingPart(learning_rate=3e-4, betas=(0.8, 0.99), max_epochs=7, precision="bf16", dropout=False),
+)
+
+
+@pytest.mark.parametrize("value", [MINE, grid.recipe("scienceqa", 9), grid.recipe("iconqa", 64)], ids=lambda r: r.title)
+def test_yaml_round_trip(value: Recipe, tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(value.to_yaml())
+    assert recipe.load(file) == value
+    assert recipe.load(file).to_yaml() == value.to_yaml()
+
+
+def test_yaml_is_plain_and_ordered():
+    text = MINE.to_yaml()
+    assert list(yaml.safe_load(text)) == ["experiment", "model", "data", "adapter", "training", "judging"]
+    assert "!!" not in text
+
+
+def test_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        MINE.experiment = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        MINE.training.seed = 1  # type: ignore[misc]
+
+
+def test_a_placement_has_one_spelling():
+    one = AdapterPart(qformer=("ffn", "self_attn", "ffn"), llm=("ffn", "attn"))
+    assert one == AdapterPart(qformer=("self_attn", "ffn"), llm=("attn", "ffn"))
+    assert one.llm == recipe.LANGUAGE_PARTS
+    assert MINE.override(["adapter.qformer=ffn"]) == MINE.override(["adapter.qformer=[ffn]"])
+
+
+def _file(tmp_path: Path, **changes) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(MINE.model_dump(mode="json") | changes))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trainig": {}}, "unknown key 'trainig'; did you mean 'training'?"),
+        ({"training": {"learning_rte": 1}}, "unknown key 'learning_rte' in training; did you mean 'learning_rate'?"),
+        ({"data": {"name": "own", "prompt": "vqa-v1", "zzz": 1}}, "in data; known: name, prompt, augment, limit"),
+        ({"training": {"max_epochs": 0}}, r"training.max_epochs: input should be greater than or equal to 1 \(got 0\)"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: input should be a finite number"),
+        ({"training": {"betas": [0.9, 1.0]}}, "training.betas.1: input should be less than 1"),
+        ({"adapter": {"qformer": ["fn"]}}, "adapter.qformer.0: input should be 'self_attn', 'cross_attn' or 'ffn'"),
+        ({"model": "tiny"}, r"model: input should be a valid dictionary .*\(got 'tiny'\)"),
+        ({"experiment": "a/b"}, "'a/b' cannot name a folder"),
+        ({"experiment": ".."}, "cannot name a folder"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence(tmp_path: Path, changes, told):
+    file = _file(tmp_path, **changes)
+    with pytest.raises(UserError, match=told) as error:
+        recipe.load(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+    assert "[" not in str(error.value).split(": ")[1]  # no type of pydantic's in the field's name
+
+
+def test_a_missing_field_is_named(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("experiment: x\ndata: {name: own}\n")
+    with pytest.raises(UserError, match=r"model: field required .* data.prompt: field required"):
+        recipe.load(file)
+
+
+def test_a_number_may_name_an_experiment(tmp_path: Path):
+    assert recipe.load(_file(tmp_path, experiment=15)).experiment == "15"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("a: [1", "not a readable YAML file"), ("- 1\n", "holds no recipe"), ("", "holds no recipe")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content, told):
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=told) as error:
+        recipe.load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match=r"does not exist; `blipfit show"):
+        recipe.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="not a readable YAML file"):
+        recipe.load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"experiment: caf\xe9")
+    with pytest.raises(UserError, match="not a readable YAML file"):
+        recipe.load(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("training.learning_rate=1e-4", 1e-4),
+        ("training.learning_rate=2.5E-5", 2.5e-5),
+        ("training.max_epochs=2", 2),
+        ("training.dropout=true", True),
+        ("training.betas=[0.5, 0.6]", (0.5, 0.6)),
+        ("data.limit=null", None),
+        ("adapter.llm=[ffn, attn]", ("attn", "ffn")),
+        ("adapter.qformer=full", "full"),
+        ("model.name=../folder", "../folder"),
+    ],
+)
+def test_overrides_reach_every_kind_of_field(assignment, value):
+    section, field = assignment.partition("=")[0].split(".")
+    changed = MINE.override([assignment])
+    assert getattr(getattr(changed, section), field) == value
+    assert list(MINE.differences(changed)) == [f"{section}.{field}"]
+    assert changed.override([]) == changed
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("training.max_epoch=2", "unknown key 'max_epoch' in training; did you mean 'max_epochs'?"),
+        ("trainng.seed=1", "unknown key 'trainng'; did you mean 'training'?"),
+        ("training=3", "training is a section; set one of its fields: batch_size"),
+        ("model.name.x=1", "model.name has no fields"),
+        ("training.seed", "write it as section.field=value"),
+        ("training.seed=[", "is not a YAML value"),
+        ("training.seed=abc", "training.seed: input should be a valid integer"),
+        ("training.learning_rate=-1", "training.learning_rate: input should be greater than 0"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(assignment, told):
+    with pytest.raises(UserError, match=told) as error:
+        MINE.override([assignment])
+    assert "\n" not in str(error.value)
+
+
+def test_later_overrides_win_and_differences_tell_both_sides():
+    changed = MINE.override(["training.seed=1", "training.seed=2", "experiment=other"])
+    assert MINE.differences(changed) == {"experiment": ("mine", "other"), "training.seed": (42, 2)}
+    assert MINE.differences(MINE) == {}

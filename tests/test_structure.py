@@ -1,0 +1,99 @@
+"""Imports point downwards only: a room never imports one above it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import blipfit
+
+SOURCE = Path(blipfit.__file__).parent
+# docs/design.md: from the top to the ground. A room is a file or a folder of blipfit.
+ROOMS = (
+    "__main__",
+    "cli",
+    "app",
+    "report",
+    "sweep",
+    "training",
+    "evaluation",
+    "adapters",
+    "model",
+    "data",
+    "run",
+    "grid",
+    "recipe",
+    "errors",
+)
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(text: str, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every module of blipfit that a file's text imports, anywhere in it, as a path below blipfit."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["blipfit", *package][: 1 + len(package) - node.level + 1] if node.level else []
+            base = above + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (tuple(name[1:]) for name in names if name[0] == "blipfit" and len(name) > 1)
+
+
+def upward(text: str, path: tuple[str, ...]) -> list[str]:
+    """The imports of a file at `path` (below blipfit, without suffix) that do not point downwards."""
+    here = ROOMS.index(path[0])
+    rooms = [name for name in imported(text, path[:-1]) if name[0] in ROOMS]
+    return [".".join(name) for name in rooms if name[0] != path[0] and ROOMS.index(name[0]) < here]
+
+
+def _path(file: Path) -> tuple[str, ...]:
+    return file.relative_to(SOURCE).with_suffix("").parts
+
+
+def test_every_file_is_in_a_room():
+    assert {_path(file)[0] for file in FILES} <= {*ROOMS, "__init__"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if _path(f) != ("__init__",)], ids=lambda f: "/".join(_path(f)))
+def test_imports_point_downwards(file: Path):
+    assert upward(file.read_text(encoding="utf-8"), _path(file)) == []
+
+
+def test_the_package_itself_imports_no_room():
+    assert not list(imported((SOURCE / "__init__.py").read_text(encoding="utf-8"), ()))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "found"),
+    [
+        ("from blipfit.training import loop", ("model", "loading"), ["training.loop"]),
+        ("from blipfit import training", ("model", "loading"), ["training"]),
+        ("def f():\n    import blipfit.cli", ("report", "page"), ["cli"]),
+        ("from .. import training", ("model", "loading"), ["training"]),
+        ("from ..training.loop import train", ("model", "loading"), ["training.loop.train"]),
+        ("from . import tiny", ("model", "loading"), []),
+        ("from blipfit.errors import UserError\nimport torch", ("recipe",), []),
+        ("from blipfit.recipe import Recipe", ("errors",), ["recipe.Recipe"]),
+    ],
+)
+def test_the_check_finds_what_points_upwards(text, path, found):
+    assert upward(text, path) == found
+
+
+def test_no_room_for_odds_and_ends():
+    assert not {f.stem for f in FILES} & {"utils", "helpers", "common", "misc"}
+
+
+def test_one_place_loads_models_and_one_knows_the_run_folder():
+    """`from_pretrained` of an InstructBLIP, and the names inside a run folder, stand in one file each."""
+
+    def holding(words: tuple[str, ...]) -> set[str]:
+        return {"/".join(_path(f)) for f in FILES if all(w in f.read_text(encoding="utf-8") for w in words)}
+
+    loads = holding(("InstructBlipForConditionalGeneration.from_pretrained(",))
+    assert loads == {"model/loading"}
+    assert holding(('"recipe.yaml"',)) | holding(('"result.json"',)) == {"run"}
