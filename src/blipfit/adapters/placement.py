@@ -56,8 +56,8 @@ def resolve(model: nn.Module, family: Family, adapter: AdapterPart) -> Placement
     if adapter.qformer != "full":
         for part in adapter.qformer:
             lora += _matching(names, _QFORMER[part], f"qformer {part}")
-    for part in adapter.llm:
-        lora += _matching(names, _LANGUAGE[family][part], f"llm {part}")
+    for sublayer in adapter.llm:
+        lora += _matching(names, _LANGUAGE[family][sublayer], f"llm {sublayer}")
     full = [VISION_NORM, PROJECTION]
     if adapter.qformer == "full":
         full += [

@@ -372,5 +372,6 @@ class BankSession:
             "target": self.splits["train"].prompted[0].target,
             "counts": {split: len(m) for split, m in self.splits.items()},
             "trained": [self.bank.trained_parameters(k) for k in range(self.bank.K)],
+            "differs": [record.differences(recipe) for recipe in self.recipes],
             "device": str(self.backbone.device),
         }
