@@ -188,11 +188,11 @@ def _show(record: Any, as_json: bool, drawn: Any) -> None:
             terminal.console().print(part, soft_wrap=isinstance(part, str), markup=False)
 
 
-def _plain(value: Any) -> Any:
-    """A dataclass as JSON can hold it."""
-    from dataclasses import asdict
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as a mapping; its own `asdict` would miscount a Counter."""
+    from dataclasses import fields
 
-    return json.loads(json.dumps(asdict(value), default=str))
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def main() -> NoReturn:

@@ -7,6 +7,7 @@ from typing import Any
 from blipfit.data.question import Question
 
 _GRADES = {"G1-6": range(1, 7), "G7-12": range(7, 13)}
+_MOST_VALUES = 20  # ScienceQA has hundreds of skills: a table of them tells nobody anything
 _SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 
 
@@ -39,7 +40,7 @@ def breakdown(questions: Sequence[Question], correct: Sequence[bool]) -> dict[st
     }
     for tag in ("subject", "skill"):
         values = {q.tags[tag] for q in questions if tag in q.tags}
-        if 1 < len(values) <= 30:
+        if 1 < len(values) <= _MOST_VALUES:
             groups[tag] = _by(questions, correct, lambda q, tag=tag: q.tags.get(tag))  # type: ignore[misc]
     if columns := leaderboard(questions, correct):
         groups["leaderboard"] = columns

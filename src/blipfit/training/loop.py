@@ -85,10 +85,12 @@ def _banks(todo: Sequence[Member]) -> list[list[Member]]:
 
 
 def _read_all(recipes: Sequence[Recipe], data: Path) -> None:
-    """Fail on broken data before a folder is claimed or a model loaded."""
+    """Fail on broken data or an absent model before a folder is claimed or a model loaded."""
     for name, limit in {(r.data.name, r.data.limit) for r in recipes}:
         for split in ("train", "val", "test"):
             material.datasets.load(name, data, split, limit)
+    for model in {recipe.model for recipe in recipes}:
+        loading.locate(model)
 
 
 def _backbone_for(recipe: Recipe, device: torch.device, loaded: Backbone | None) -> Backbone:

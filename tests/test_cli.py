@@ -1,0 +1,176 @@
+"""The command line as a user meets it: what it prints, where, and with which exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blipfit import cli, grid
+from blipfit.data import icons
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
+
+
+@pytest.fixture
+def blipfit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["blipfit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared data set."""
+    folder = tmp_path_factory.mktemp("icons") / "data"
+    icons.prepare(folder, train=32, val=8, test=8)
+    return folder
+
+
+def mistake(outcome: tuple[int, str, str]) -> str:
+    """The sentence of a user's mistake: exit code 2, one line on stderr, nothing on stdout, no traceback."""
+    code, out, err = outcome
+    lines = err.strip().splitlines()
+    assert (code, out, len(lines)) == (2, "", 1), outcome
+    assert lines[0].startswith("blipfit: ")
+    return lines[0]
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from blipfit.cli import app; app(['--help'], standalone_mode=False)"
+    code += "; assert 'torch' not in sys.modules"
+    assert "grid" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_grid_json(blipfit) -> None:
+    code, out, err = blipfit("grid", "--json")
+    records = json.loads(out)
+    assert (code, err, len(records)) == (0, "", 64)
+    assert list(records[0]) == ["id", "llm", "llm_lora", "qformer", "rank", "trainable_parameters"]
+    counts = {record["id"]: record["trainable_parameters"] for record in records}
+    assert (counts[28], counts[64], counts[15], counts[9]) == (3_728_128, 21_097_216, 2_339_584, 188_884_480)
+
+
+def test_grid_and_show_for_people(blipfit) -> None:
+    assert "21,097,216" in blipfit("grid")[1]
+    code, out, err = blipfit("show", "scienceqa", "28")
+    assert (code, err) == (0, "")
+    assert "3,728,128 of 4,022,969,088" in out
+    assert "never get a gradient" in out
+
+
+def test_show_json_is_a_recipe_to_start_from(blipfit, tmp_path: Path) -> None:
+    record = json.loads(blipfit("show", "iconqa", "47", "--model", "tiny", "--json")[1])
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(record["recipe"]))
+    from blipfit import recipe
+
+    assert recipe.load(file) == grid.recipe("iconqa", 47, "tiny")
+
+
+def test_train_then_skip_then_refuse(blipfit, drawn: Path, tmp_path: Path) -> None:
+    command = ["train", "icons", "13", "29", "--model", "tiny", "--data", drawn, "--results", tmp_path]
+    command += ["--set", "training.max_epochs=1", "--json"]
+    code, out, err = blipfit(*command)
+    results = json.loads(out)["results"]
+    assert code == 0, err
+    assert [record["experiment"] for record in results] == ["13", "29"]
+    assert all(record["metrics"][split]["questions"] == 8 for record in results for split in ("val", "test"))
+    assert "differs from the published recipe" in err
+    assert "one in full" in err
+    before = (tmp_path / "icons/13/result.json").read_bytes()
+    code, again, err = blipfit(*command)
+    assert code == 0
+    assert json.loads(again)["results"] == results
+    assert "finished already" in err
+    assert "holds results of another recipe (training.max_epochs is 1 there and 2 here)" in mistake(
+        blipfit(*command, "--set", "training.max_epochs=2")
+    )
+    assert (tmp_path / "icons/13/result.json").read_bytes() == before
+    code, out, _ = blipfit("evaluate", tmp_path / "icons/13", "--data", drawn, "--base", "--json")
+    judged = json.loads(out)
+    assert judged["tuned"]["accuracy"] == results[0]["metrics"]["test"]["accuracy"] == judged["recorded"]
+    assert judged["base"]["questions"] == 8
+    adapter = tmp_path / "icons/13/adapter"
+    shutil.rmtree(adapter)
+    shutil.copytree(tmp_path / "icons/29/adapter", adapter)
+    assert "is not the adapter" in mistake(blipfit("evaluate", tmp_path / "icons/13", "--data", drawn))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "scienceqa", "65"], "no experiment '65'; the grid has 1 to 64"),
+        (["train", "scienceqb", "15"], "no data set 'scienceqb'"),
+        (["train", "scienceqa"], "say which experiments"),
+        (["train", "icons", "15", "--modell", "tiny"], "--model"),
+        (["train", "icons", "15", "--set", "training.max_epoch=1"], "did you mean 'max_epochs'?"),
+        (["train", "icons", "15", "--set", "training=1"], "is a section"),
+        (["train", "icons", "15", "--set", "training.max_epochs=many"], "training.max_epochs"),
+        (["train", "icons", "15", "--data", "nowhere"], "nowhere does not exist"),
+        (["train", "missing.yaml"], "missing.yaml does not exist"),
+        (["train", "icons", "15", "--device", "quantum"], "--device quantum"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["prepare", "scienceqa"], "--from DIR, or --from hub"),
+        (["prepare", "scienceqa", "--from", "nowhere"], "nowhere"),
+        (["prepare", "icons", "--from", "x"], "drawn"),
+        (["show", "iconqa", "0"], "no experiment '0'"),
+        (["nosuch"], "nosuch"),
+    ],
+)
+def test_a_mistake_is_one_sentence(blipfit, tmp_path: Path, monkeypatch, arguments, sentence) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = [] if arguments[0] != "train" or "--data" in arguments or arguments[1] != "icons" else ["--data", tmp_path]
+    assert sentence in mistake(blipfit(*arguments, *data))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_absent_model_claims_no_folder(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    outcome = blipfit("train", "icons", "15", "--model", "owner/absent", "--data", drawn, "--results", tmp_path / "r")
+    assert "`owner/absent` is not in the local cache" in mistake(outcome)
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_image_that_breaks_before_training(blipfit, tmp_path: Path) -> None:
+    icons.prepare(tmp_path / "data", train=16, val=4, test=4)
+    broken = next((tmp_path / "data/train").rglob("image.png"))
+    broken.write_bytes(broken.read_bytes()[:60])
+    arguments = ["train", "icons", "13", "--model", "tiny", "--data", tmp_path / "data", "--results", tmp_path / "r"]
+    code, out, err = blipfit(*arguments, "--set", "training.max_epochs=1")
+    assert (code, out) == (2, "")
+    assert str(broken) in err.splitlines()[-1]
+    assert not (tmp_path / "r/icons/13/result.json").exists()
+
+
+@needs_shared
+def test_prepare_counts(blipfit, tmp_path: Path) -> None:
+    report = json.loads(
+        blipfit("prepare", "scienceqa", "--from", SHARED / "data/scienceqa", "--to", tmp_path / "s", "--json")[1]
+    )
+    assert report["counts"] == {"train": 120, "val": 40, "test": 40}
+    out = blipfit("prepare", "iconqa", "--from", SHARED / "data/iconqa", "--to", tmp_path / "i")[1]
+    assert "24 train / 8 val / 8 test" in out
+
+
+def test_doctor(blipfit, drawn: Path) -> None:
+    code, out, _ = blipfit("doctor", "--data", drawn, "--json")
+    checks = {check["check"]: check for check in json.loads(out)["checks"]}
+    assert code == 0
+    assert checks["miniature tiny-t5"]["state"] == "ok"
+    assert "32 train / 8 val / 8 test" in checks[f"data {drawn}"]["found"]
+    code, out, _ = blipfit("doctor", "--data", drawn.parent)
+    assert code == 1
+    assert "wrong" in out
