@@ -88,12 +88,20 @@ def test_no_room_for_odds_and_ends():
     assert not {f.stem for f in FILES} & {"utils", "helpers", "common", "misc"}
 
 
-def test_one_place_loads_models_and_one_knows_the_run_folder():
-    """`from_pretrained` of an InstructBLIP, and the names inside a run folder, stand in one file each."""
+def test_models_are_loaded_in_their_room_only():
+    """`from_pretrained` of a model, with the guards it needs; tokenizers, processors and configurations are free."""
+    loaders = {
+        "/".join(_path(file))
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and isinstance(node.value, ast.Name)
+        if not node.value.id.endswith(("Config", "Processor", "Tokenizer"))
+    }
+    assert "model/loading" in loaders
+    assert {name.split("/")[0] for name in loaders} == {"model"}
 
-    def holding(words: tuple[str, ...]) -> set[str]:
-        return {"/".join(_path(f)) for f in FILES if all(w in f.read_text(encoding="utf-8") for w in words)}
 
-    loads = holding(("InstructBlipForConditionalGeneration.from_pretrained(",))
-    assert loads == {"model/loading"}
-    assert holding(('"recipe.yaml"',)) | holding(('"result.json"',)) == {"run"}
+def test_one_file_knows_the_names_in_a_run_folder():
+    names = ('"recipe.yaml"', '"result.json"', '"predictions.jsonl"')
+    knows = {"/".join(_path(f)) for f in FILES for name in names if name in f.read_text(encoding="utf-8")}
+    assert knows == {"run"}

@@ -5,14 +5,16 @@ Every guard stands for a way in which a model was silently wrong; docs/footguns.
 
 import contextlib
 import os
-import socket
+import ssl
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from blipfit.data.batches import TextEncoder
@@ -45,17 +47,18 @@ def load(
     fp32; the ViT and the language model take the 16-bit type. Raises UserError where the checkpoint cannot be had or
     is one of the known broken copies.
     """
-    from transformers import InstructBlipForConditionalGeneration
-
     device = torch.device(device)
     folder, revision = locate(model)
     low = low_precision(precision, device)
-    dtype: Any = torch.float32 if low is None else {"": torch.float32, "vision_config": low, "text_config": low}
     with quiet():
-        hf = InstructBlipForConditionalGeneration.from_pretrained(folder, revision=revision, dtype=dtype)
+        hf = weights(folder, revision, low or torch.float32, model.name)
         qformer_tokenizer, tokenizer = tokenizers(folder, revision)
     family = family_of(hf.config)
     prepare(hf, family, model.name)
+    if max_text > (positions := hf.config.qformer_config.max_position_embeddings):
+        raise UserError(
+            f"{model.name}: the Q-Former reads at most {positions} tokens; lower training.max_text_tokens={max_text}"
+        )
     hf.requires_grad_(False).eval().to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
     text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start(hf, family), max_text, max_target)
@@ -75,42 +78,90 @@ def locate(model: ModelPart) -> tuple[str, str | None]:
     if name.count("/") != 1:
         known = ", ".join(_MINIATURES)
         raise UserError(f"unknown model {name!r}: give a hub name (owner/name), a local folder, or one of {known}")
-    if not cached(name, model.revision) and not hub_reachable():
+    if hub_reachable():
+        return name, model.revision
+    if (snapshot := cached(name, model.revision)) is None:
         raise UserError(f"offline: `{name}` is not in the local cache; give a folder with --model, or --model tiny")
-    return name, model.revision
+    return str(snapshot), None
 
 
-def cached(name: str, revision: str | None) -> bool:
-    """Whether the hub cache holds the checkpoint's configuration."""
+def cached(name: str, revision: str | None) -> Path | None:
+    """The folder of the local hub cache that holds the checkpoint, if any."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """One short connection to the hub instead of a minute of retries."""
+    """One short request to the hub, through the proxy where there is one, instead of a minute of retries."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
         return False
-    address = urlparse(constants.ENDPOINT)
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()
-    except OSError:
-        return False
+        urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError as error:
+        # The hub's own client brings its certificates; this one depends on the system's.
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
+
+
+def weights(folder: str, revision: str | None, dtype: torch.dtype, name: str) -> Any:
+    """The model with all its weights, of type `dtype` where they stay frozen and fp32 where they may be trained.
+
+    UserError where the copy is of another kind, damaged or not whole.
+    """
+    from transformers import InstructBlipForConditionalGeneration, PreTrainedConfig
+
+    class Loaded(InstructBlipForConditionalGeneration):
+        # transformers 5 ignores a type for each part; this is how it keeps some modules out of the cast.
+        _keep_in_fp32_modules_strict = ("query_tokens", "qformer", "language_projection", "post_layernorm")
+
+    try:
+        kind = PreTrainedConfig.get_config_dict(folder, revision=revision)[0].get("model_type")
+        if kind != "instructblip":
+            raise UserError(f"{name} is a model of type {kind!r}; blipfit fine-tunes 'instructblip' checkpoints")
+        hf, loaded = Loaded.from_pretrained(
+            folder,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to name them below; transformers' own error does not
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name} cannot be loaded ({_first_line(error)}); get a whole copy") from error
+    for weight, there, wanted in loaded["mismatched_keys"]:
+        raise UserError(
+            f"{name}: {weight} is {tuple(there)} but config.json asks for {tuple(wanted)}; get a current copy"
+        )
+    if absent := sorted(loaded["missing_keys"]):
+        # transformers would draw them at random, with a warning at most.
+        raise UserError(f"{name}: {len(absent)} weights are missing, e.g. {absent[0]}; get a whole copy")
+    hf.__class__ = InstructBlipForConditionalGeneration
+    return hf
 
 
 def tokenizers(folder: str, revision: str | None = None) -> tuple[Any, Any]:
     """The Q-Former's and the language model's tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
-    try:
-        qformer = AutoTokenizer.from_pretrained(folder, subfolder="qformer_tokenizer", revision=revision)
-        language = AutoTokenizer.from_pretrained(folder, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its tokenizers cannot be loaded ({_first_line(error)}); get a whole copy") from None
-    return qformer, language
+    def read(where: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(folder, subfolder=where, revision=revision)
+        except (
+            Exception
+        ) as error:  # what damaged files raise has no common class, and tokenizers raises Exception itself
+            raise UserError(
+                f"{folder}: its tokenizer{where and f' in {where}/'} cannot be loaded ({_first_line(error)}); "
+                "get a whole copy"
+            ) from error
+
+    return read("qformer_tokenizer"), read("")
 
 
 def family_of(config: Any) -> Family:
@@ -152,17 +203,12 @@ def prepare(hf: Any, family: Family, name: str) -> None:
             f"{name}: all {len(queries)} query tokens are identical (loading with ignored mismatches zeroes them); "
             "use a copy with its own query tokens"
         )
-    if hf.config.num_query_tokens != len(queries):
-        raise UserError(
-            f"{name}: config.json says {hf.config.num_query_tokens} query tokens, the weights have {len(queries)}; "
-            "get a current copy"
-        )
 
 
 def _untie(hf: Any, name: str) -> None:
     """Flan-T5 has a head of its own: keep every later tie_weights() from overwriting it with the input embedding."""
     language = hf.language_model
-    if language.lm_head.weight.data_ptr() == language.shared.weight.data_ptr():
+    if torch.equal(language.lm_head.weight, language.shared.weight):
         raise UserError(
             f"{name}: the language model's head is tied to its input embedding, Flan-T5's is not; "
             "the checkpoint was saved wrongly or lacks language_model.lm_head.weight: get a fresh copy"
@@ -199,6 +245,9 @@ def check_tokenizers(hf: Any, family: Family, qformer: Any, language: Any, name:
     for kind, tokenizer in ((family, language), ("bert", qformer)):
         expected = _KNOWN_IDS.get((kind, tokenizer.vocab_size))
         found = tokenizer(_KNOWN_TEXT, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id in found:
+            # Without its files, transformers makes a tokenizer of a handful of words and says nothing.
+            raise UserError(f"{name}: the {kind} tokenizer does not know plain English; get a copy with its files")
         if expected is not None and found != expected:
             raise UserError(
                 f"{name}: the {kind} tokenizer gives other ids than the original for a known text "
@@ -226,4 +275,4 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

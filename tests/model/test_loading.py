@@ -1,0 +1,289 @@
+"""Loading refuses what would be silently wrong, and says the mend."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import reference
+from blipfit.adapters.bank import Bank
+from blipfit.errors import UserError
+from blipfit.model import loading, tiny
+from blipfit.model.backbone import fingerprint, head
+from blipfit.recipe import AdapterPart, ModelPart
+
+
+@pytest.fixture
+def copy(small: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a small checkpoint, to be spoilt."""
+    return lambda family: Path(shutil.copytree(small[family], tmp_path / "copy"))
+
+
+def _set(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_loaded_model_is_frozen_and_in_eval_mode(small, family, capfd):
+    backbone = checkpoints.load(small[family])
+    assert backbone.family == family
+    assert backbone.name == str(small[family])
+    assert backbone.experiments == 1
+    assert not any(module.training for module in backbone.hf.modules())
+    assert not any(p.requires_grad for p in backbone.hf.parameters())
+    assert {p.dtype for p in backbone.hf.parameters()} == {torch.float32}
+    assert type(backbone.hf).__name__ == "InstructBlipForConditionalGeneration"
+    out = capfd.readouterr()
+    assert (out.out, out.err) == ("", "")  # a newcomer's first screen
+
+
+def test_the_weights_are_those_of_the_file(small, family):
+    backbone = checkpoints.load(small[family])
+    loaded = backbone.hf.state_dict()
+    for name, tensor in load_file(small[family] / "model.safetensors").items():
+        assert torch.equal(loaded[name], tensor.float()), name
+
+
+def test_16_bit_is_for_the_frozen_parts_only(small, family):
+    """What may be trained keeps its fp32 values; ViT and language model take half the memory."""
+    exact, low = checkpoints.load(small[family]).hf, checkpoints.load(small[family], precision="bf16").hf
+    for name, parameter in low.named_parameters():
+        trained = name.startswith(("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm."))
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
+        if trained:
+            assert torch.equal(parameter, exact.get_parameter(name)), name
+
+
+def test_16_bit_trains_and_scores_close_to_fp32(small, family):
+    losses, scores = [], []
+    for precision in ("fp32", "bf16"):
+        backbone = checkpoints.load(small[family], precision=precision)
+        encoded, pixels = reference.ask(backbone), reference.pictures(backbone, 4)
+        bank = Bank(backbone, [AdapterPart(qformer=("ffn",), llm=("attn", "ffn"), rank=2)] * 2, [0, 1])
+        batch, candidates = backbone.text.targets(encoded), backbone.text.candidates(encoded)
+        loss_K = backbone.losses(backbone.query(backbone.see(pixels), batch), batch)
+        bank.backward(loss_K.sum())
+        assert bank.grads.dtype == torch.float32
+        assert bool(torch.isfinite(bank.grads).all())
+        moved = [n for n in bank.names(1) if n.endswith("lora_B") and "layer.1.output" not in n]
+        assert len(moved) > 10
+        assert all(bank.tensor(1, n, bank.grads).any() for n in moved if "layer.1.intermediate.dense" not in n)
+        losses.append(loss_K.detach())
+        with torch.no_grad():
+            scores.append(backbone.score(backbone.query(backbone.see(pixels), candidates), candidates).sums_KM)
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0)
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.05, atol=0)
+    assert not torch.equal(losses[1], losses[0])
+
+
+def test_fp16_needs_a_gpu(small):
+    with pytest.raises(UserError, match="fp16 needs a GPU; on a CPU use fp32 or bf16"):
+        checkpoints.load(small["t5"], precision="fp16")
+
+
+def test_tie_weights_leaves_the_head_alone(small):
+    """Some launchers call it; on a Flan-T5 it would overwrite the head with the input embedding."""
+    hf = checkpoints.load(small["t5"]).hf
+    before = fingerprint(head(hf))
+    assert before != fingerprint(hf.language_model.shared.weight)
+    for part in (hf, hf.language_model, hf.language_model.encoder, hf.language_model.decoder):
+        part.tie_weights()
+    assert fingerprint(head(hf)) == before
+    assert head(hf) is hf.language_model.lm_head.weight
+
+
+def test_the_guard_is_needed(small):
+    from transformers import InstructBlipForConditionalGeneration
+
+    with loading.quiet():
+        hf = InstructBlipForConditionalGeneration.from_pretrained(small["t5"])
+        for config in (hf.config.text_config, hf.language_model.config):
+            config.tie_word_embeddings = True  # as the hub's configuration is read where it says nothing
+        hf.language_model.tie_weights()
+    assert torch.equal(hf.language_model.lm_head.weight, hf.language_model.shared.weight)
+
+
+def test_a_tied_t5_head_is_refused(copy):
+    folder = copy("t5")
+    _weights(folder, lambda t: t.update({"language_model.lm_head.weight": t["language_model.shared.weight"].clone()}))
+    with pytest.raises(UserError, match=r"head is tied to its input embedding.*get a fresh copy"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_t5_without_its_head_is_refused(copy, tied):
+    folder = copy("t5")
+    _weights(folder, lambda t: t.pop("language_model.lm_head.weight"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"lm_head.weight.*get a (fresh|whole) copy"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.02])
+def test_identical_query_tokens_are_refused(copy, family, value):
+    folder = copy(family)
+    _weights(folder, lambda t: t["query_tokens"].fill_(value))
+    with pytest.raises(UserError, match="all 4 query tokens are identical"):
+        checkpoints.load(folder)
+
+
+def test_another_number_of_query_tokens_is_refused(copy):
+    folder = copy("vicuna")
+    _set(folder / "config.json", num_query_tokens=8)
+    with pytest.raises(UserError, match=r"query_tokens is \(1, 4, 32\) but config.json asks for \(1, 8, 32\)"):
+        checkpoints.load(folder)
+
+
+def test_missing_weights_are_refused(copy):
+    folder = copy("vicuna")
+    _weights(folder, lambda t: t.pop("language_projection.bias"))
+    with pytest.raises(UserError, match=r"1 weights are missing, e.g. language_projection.bias; get a whole copy"):
+        checkpoints.load(folder)
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_cut, "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda f: _set(f / "config.json", model_type="clip"), "is a model of type 'clip'"),
+        (lambda f: shutil.rmtree(f / "qformer_tokenizer"), "tokenizer in qformer_tokenizer/ cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "its tokenizer cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").unlink(), "does not know plain English"),
+        (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
+    ],
+)
+def test_a_broken_folder_is_one_sentence(copy, spoil, told):
+    folder = copy("t5")
+    spoil(folder)
+    with pytest.raises(UserError, match=told) as error:
+        checkpoints.load(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(UserError, match="is a model of type 'clip'"):
+        checkpoints.load(tiny.clip_folder())
+    with pytest.raises(UserError, match=r"unknown model 'tinyt5'.*tiny-t5, tiny-vicuna"):
+        loading.load(ModelPart(name="tinyt5"))
+    with pytest.raises(UserError, match="is not a model folder"):
+        loading.load(ModelPart(name="./no/such/folder"))
+
+
+def test_vicuna_with_bos_s_is_refused(copy):
+    folder = copy("vicuna")
+    _set(folder / "tokenizer_config.json", bos_token="<s>")
+    with pytest.raises(UserError, match="BOS is '<s>', the InstructBLIP Vicuna checkpoints use '</s>'"):
+        checkpoints.load(folder)
+
+
+def test_a_tokenizer_without_pad_is_refused(copy):
+    folder = copy("vicuna")
+    _set(folder / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(UserError, match="language model's tokenizer has no usable pad token"):
+        checkpoints.load(folder)
+
+
+def test_a_larger_tokenizer_than_the_embedding_is_refused(small, tmp_path):
+    def shrink(model) -> None:
+        model.qformer.embeddings.word_embeddings = torch.nn.Embedding(50, checkpoints.WIDTH)
+        model.config.qformer_config.vocab_size = 50
+
+    folder = checkpoints.write(tmp_path / "x", "vicuna", checkpoints.own_tokenizers("vicuna"), shrink)
+    with pytest.raises(UserError, match="Q-Former's tokenizer has ids beyond its 50 embeddings"):
+        checkpoints.load(folder)
+
+
+def test_prompts_longer_than_the_q_former_reads_are_refused(small):
+    with pytest.raises(UserError, match=r"reads at most 160 tokens; lower training.max_text_tokens=161"):
+        checkpoints.load(small["t5"], max_text=161)
+
+
+@pytest.mark.parametrize(
+    ("family", "where", "kind"), [("t5", "", "t5"), ("vicuna", "", "vicuna"), ("t5", "qformer_tokenizer", "bert")]
+)
+def test_a_tokenizer_of_another_class_is_refused(hub_like, tmp_path, family, where, kind):
+    """The right vocabulary cut up in another way: ids in range, and wrong."""
+    folder = Path(shutil.copytree(hub_like[family], tmp_path / "copy"))
+    file = folder / where / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "l"}, "behavior": "Isolated", "invert": False}
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    file.write_text(json.dumps(tokenizer))
+    _set(folder / where / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(UserError, match=rf"the {kind} tokenizer (gives other ids|does not know plain English)"):
+        checkpoints.load(folder)
+
+
+def test_the_real_tokenizers_pass(hub_like, family):
+    backbone = checkpoints.load(hub_like[family])
+    assert backbone.text.llm.vocab_size == {"t5": 32100, "vicuna": 32000}[family]
+    assert backbone.text.qformer.vocab_size == 30522
+
+
+_OFFLINE = """
+import sys, time
+from blipfit.errors import UserError
+from blipfit.model import loading
+from blipfit.recipe import ModelPart
+import torch, transformers
+for name in ("Salesforce/instructblip-flan-t5-xl", "someone/small"):
+    started = time.perf_counter()
+    try:
+        print("loaded", loading.load(ModelPart(name=name)).name)
+    except UserError as error:
+        print(error)
+    print(time.perf_counter() - started)
+"""
+
+
+@pytest.mark.parametrize("offline", ["unreachable", "asked for"])
+def test_offline_is_said_at_once_and_the_cache_still_serves(small, tmp_path, offline):
+    hub = tmp_path / "hub" / "models--someone--small"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0123")
+    shutil.copytree(small["t5"], hub / "snapshots" / "0123")
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
+    how = {"HF_ENDPOINT": "http://127.0.0.1:9"} if offline == "unreachable" else {"HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _OFFLINE],
+        env=environment | how | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert time.perf_counter() - started < 60
+    assert done.stderr == ""
+    told, seconds, loaded, _ = done.stdout.splitlines()
+    assert told == (
+        "offline: `Salesforce/instructblip-flan-t5-xl` is not in the local cache; "
+        "give a folder with --model, or --model tiny"
+    )
+    assert float(seconds) < 10
+    assert loaded == "loaded someone/small"
