@@ -101,7 +101,8 @@ class Backbone:
             if self.family == "t5":
                 memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
                 assert batch.decoder_ids_BA is not None
-                hidden = self._decode(over_bank(batch.decoder_ids_BA, K), memory, mask)
+                decoded = self._decode(over_bank(batch.decoder_ids_BA, K), memory, mask, use_cache=False)
+                hidden = self._for_head(decoded.last_hidden_state)
             else:
                 hidden = self.language.model(inputs_embeds=front, attention_mask=mask, use_cache=False)
                 hidden = hidden.last_hidden_state[:, visual.shape[1] :]
@@ -139,27 +140,33 @@ class Backbone:
         mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
         return torch.cat([visual.to(text.dtype), text], dim=1), mask
 
-    def _decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor, mask: Tensor | None = None) -> Tensor:
-        """T5 decoder: ids `R × A` over memory `R × L × D` → hidden `R × A × D`, ready for the head."""
-        hidden = self.language.decoder(
-            input_ids=ids,
-            attention_mask=mask,
-            encoder_hidden_states=memory,
-            encoder_attention_mask=memory_mask,
-            use_cache=False,
-        ).last_hidden_state
-        if getattr(self.language.config, "scale_decoder_outputs", False):
-            hidden = hidden * self.language.config.d_model**-0.5
-        return hidden
+    def _decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor, **options: Any) -> Any:
+        """T5 decoder: ids `R × A` over memory `R × L × D`; its output has hidden states `R × A × D`."""
+        return self.language.decoder(
+            input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=memory_mask, **options
+        )
+
+    def _for_head(self, hidden: Tensor) -> Tensor:
+        """T5 1.0 scales what its tied head reads; T5 1.1 and Flan do not."""
+        scaled = getattr(self.language.config, "scale_decoder_outputs", False)
+        return hidden * self.language.config.d_model**-0.5 if scaled else hidden
 
     def _score_t5(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
+        """The decoder's first step runs once a question and leaves the cross-attention's keys and values behind."""
         front, mask = self._front(visual, batch)
         memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
-        ids = batch.candidate_ids_MA
-        start = ids.new_full((ids.shape[0], 1), self.text.decoder_start)
-        shifted = over_bank(torch.cat([start, ids[:, :-1]], dim=1), K)
-        hidden = self._decode(shifted, memory[rows], mask[rows])
-        return self._log_likelihood(hidden, over_bank(ids, K), over_bank(batch.candidate_mask_MA, K))
+        start = mask.new_full((mask.shape[0], 1), self.text.decoder_start)
+        first = self._decode(start, memory, mask, use_cache=True)
+        cache = first.past_key_values
+        cache.batch_select_indices(rows)
+        ids, candidate_mask = over_bank(batch.candidate_ids_MA, K), over_bank(batch.candidate_mask_MA, K)
+        hidden = first.last_hidden_state[rows]
+        if ids.shape[1] > 1:
+            # The memory's content is in the cache; the decoder still wants its shape.
+            shape = memory[:1].expand(len(rows), -1, -1)
+            rest = self._decode(ids[:, :-1], shape, mask[rows], past_key_values=cache, use_cache=True)
+            hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
+        return self._log_likelihood(self._for_head(hidden), ids, candidate_mask)
 
     def _score_causal(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
         front, mask = self._front(visual, batch)
