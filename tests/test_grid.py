@@ -54,7 +54,7 @@ def test_all_64_recipes(dataset):
         assert (t.weight_decay, t.betas, t.max_text_tokens, t.max_target_tokens) == (0.05, (0.9, 0.999), 128, 256)
         assert r.model.name == f"Salesforce/instructblip-{'flan-t5-xl' if family == 't5' else 'vicuna-7b'}"
         assert (r.data.name, r.data.prompt) == (dataset, "scienceqa-v1" if dataset == "scienceqa" else "iconqa-v1")
-        assert r.data.augment == (dataset != "icons")
+        assert r.data.images == ("stored" if dataset == "icons" else "shared")
         assert r.training.dropout
         assert r.judging.method == "ranking"
 

@@ -13,7 +13,7 @@ from blipfit.recipe import AdapterPart, DataPart, ModelPart, Recipe, TrainingPar
 MINE = Recipe(
     experiment="mine",
     model=ModelPart(name="tiny-t5", revision="0123abc"),
-    data=DataPart(name="own", prompt="vqa-v1", limit=5, augment=False),
+    data=DataPart(name="own", prompt="vqa-v1", limit=5, images="stored"),
     adapter=AdapterPart(qformer=("ffn", "self_attn"), llm=("attn",), rank=3, alpha=16),
     training=TrainingPart(learning_rate=3e-4, betas=(0.8, 0.99), max_epochs=7, precision="bf16", dropout=False),
 )
@@ -58,7 +58,7 @@ def _file(tmp_path: Path, **changes) -> Path:
     [
         ({"trainig": {}}, "unknown key 'trainig'; did you mean 'training'?"),
         ({"training": {"learning_rte": 1}}, "unknown key 'learning_rte' in training; did you mean 'learning_rate'?"),
-        ({"data": {"name": "own", "prompt": "vqa-v1", "zzz": 1}}, "in data; known: name, prompt, augment, limit"),
+        ({"data": {"name": "own", "prompt": "vqa-v1", "zzz": 1}}, "in data; known: name, prompt, images, limit"),
         ({"training": {"max_epochs": 0}}, r"training.max_epochs: input should be greater than or equal to 1 \(got 0\)"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: input should be a finite number"),
         ({"training": {"betas": [0.9, 1.0]}}, "training.betas.1: input should be less than 1"),

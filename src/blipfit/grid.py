@@ -87,7 +87,9 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
     return Recipe(
         experiment=str(number or experiment),
         model=ModelPart(name=model_name(family, model)),
-        data=DataPart(name=dataset, prompt=PROMPTS[dataset], augment=dataset not in MIRRORED_MATTERS),
+        data=DataPart(
+            name=dataset, prompt=PROMPTS[dataset], images="stored" if dataset in MIRRORED_MATTERS else "shared"
+        ),
         adapter=AdapterPart(qformer=row.qformer, llm=row.llm, rank=rank, alpha=8),
         training=TrainingPart(
             batch_size=16 if family == "t5" else 8,

@@ -36,8 +36,10 @@ class DataPart(Part):
     """Data set: `scienceqa`, `iconqa`, `icons` or `own`."""
     prompt: str
     """Prompt name with its version, e.g. `scienceqa-v1`."""
-    augment: bool = True
-    """Random resized crop and horizontal flip in training, as published; off: the plain resize everywhere."""
+    images: Literal["stored", "shared", "off"] = "shared"
+    """`shared`: training sees the published augmentation, one ViT pass a step for the whole bank, other splits come from
+    the feature store. `stored`: the plain resize everywhere, all features from the store. `off`: the plain resize,
+    nothing is kept."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of every split (for trials)."""
 

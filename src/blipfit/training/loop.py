@@ -214,7 +214,7 @@ class BankSession:
 
     def _pixels(self, batch: Sequence[int], epoch: int) -> list[Tensor]:
         """The images of a step, prepared in a thread beside the computation."""
-        view = (self.training.seed, epoch) if self.recipes[0].data.augment else None
+        view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
         questions = self.splits["train"].questions
         return [
             self.eyes.pixels([questions[i] for i in micro], view) for micro in plan.micro_batches(batch, self.training)
