@@ -6,9 +6,10 @@ Letters in names: `B` questions, `T` prompt tokens, `A` answer tokens, `M` candi
 The contract (source: the original experiments):
 
 - The Q-Former reads the prompt as BERT tokens, `[CLS] … [SEP]`, cut to `max_text` FROM THE LEFT, always.
-- The language model reads the same prompt. In training it is cut to `max_text` from the left; in evaluation it is whole.
+- The language model reads the same prompt: in training cut to `max_text` from the left, in evaluation whole.
 - T5: prompt `… </s>`; target `… </s>`, cut to `max_target` from the right; the decoder starts with the pad token.
 - Causal (Vicuna): `BOS prompt answer </s>`, right-padded; the answer has no BOS; loss only on the answer and `</s>`.
+- Candidates to rank are like targets, but a causal model's have no `</s>`: only T5's score counts the end token.
 - Visual tokens stand before the prompt's first token; they are added later, by the model's answer stage.
 """
 
@@ -118,15 +119,15 @@ class TextEncoder:
     def encode(self, prompted: Sequence[Prompted]) -> list[Encoded]:
         """Tokenise prompts, targets and candidates."""
         prompts = [p.prompt for p in prompted]
-        answers = [text for p in prompted for text in (p.target, *p.candidates)]
-        answer_ids = iter(self._answers(answers))
+        candidates = iter(self._answers([text for p in prompted for text in p.candidates], ended=self.family == "t5"))
         return [
-            Encoded(qformer, prompt, prompt_cut, next(answer_ids), [next(answer_ids) for _ in p.candidates])
-            for p, qformer, prompt, prompt_cut in zip(
+            Encoded(qformer, prompt, prompt_cut, target, [next(candidates) for _ in p.candidates])
+            for p, qformer, prompt, prompt_cut, target in zip(
                 prompted,
                 _ids(self.qformer, prompts, truncation=True, max_length=self.max_text),
                 self._prompts(prompts),
                 self._prompts(prompts, self.max_text),
+                self._answers([p.target for p in prompted]),
                 strict=True,
             )
         ]
@@ -176,10 +177,11 @@ class TextEncoder:
         cut = {"truncation": True, "max_length": limit - 1} if limit else {}
         return [[self.llm.bos_token_id, *row] for row in _ids(self.llm, texts, add_special_tokens=False, **cut)]
 
-    def _answers(self, texts: list[str]) -> list[list[int]]:
-        """Ids without a start token and with the end token, which survives the cut."""
+    def _answers(self, texts: list[str], ended: bool = True) -> list[list[int]]:
+        """Ids without a start token, cut from the right; `ended`: with the end token, which survives the cut."""
+        end = [self.llm.eos_token_id] if ended else []
         ids = _ids(self.llm, texts, add_special_tokens=False)
-        return [[*row[: self.max_target - 1], self.llm.eos_token_id] for row in ids]
+        return [row[: self.max_target - len(end)] + end for row in ids]
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Judging by ranking: the candidate with the highest summed log-likelihood is the answer.
 
-Source: the original experiments. The score is the SUM over a candidate's tokens, end token included, not normalised
-by length; the mean is reported beside it. An answer is right if its text equals the labelled option's, to the letter.
+Source: the original experiments. The score is the SUM over a candidate's tokens (T5's end token included, Vicuna's
+not), not normalised by length; the mean is reported beside it. An answer is right if its text equals the labelled
+option's, to the letter.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,145 @@
+"""What each text tower sees, token by token.
+
+The golden ids were taken from the vocabularies through other libraries: sentencepiece for LLaMA, tokenizers for T5
+and BERT.
+"""
+
+import pytest
+import torch
+
+import checkpoints
+from blipfit.data.batches import Encoded, TextEncoder
+from blipfit.data.prompts import Prompted
+
+SHORT = Prompted(
+    "<Image> Question: Is it 3 o'clock? Options: (a) yes (b) no. Short answer:", "(b) no", ("(a) yes", "(b) no")
+)
+LONG = Prompted(
+    "Context: {"
+    + "The robin is a small bird. " * 40
+    + "} Question: {Which bird is it?} Options: {(a) robin\n(b) owl\n} Answer:",
+    "(b) owl",
+    ("(a) robin", "(b) owl"),
+)
+SHORT_BERT = [101, 1026, 3746, 1028, 3160, 1024, 2003, 2009, 1017, 1051, 1005, 5119, 1029, 7047, 1024, 1006, 1037]
+SHORT_BERT += [1007, 2748, 1006, 1038, 1007, 2053, 1012, 2460, 3437, 1024, 102]
+SHORT_T5 = [3, 2, 29979, 3155, 11860, 10, 27, 7, 34, 220, 3, 32, 31, 17407, 58, 17011, 10, 41, 9, 61, 4273, 41, 115]
+SHORT_T5 += [61, 150, 5, 7110, 1525, 10, 1]
+SHORT_LLAMA = [529, 2940, 29958, 894, 29901, 1317, 372, 29871, 29941, 288, 29915, 13058, 29973, 25186, 29901, 313]
+SHORT_LLAMA += [29874, 29897, 4874, 313, 29890, 29897, 694, 29889, 13899, 1234, 29901]
+# The question and the options, as the long prompt ends.
+END_BERT = [3160, 1024, 1063, 2029, 4743, 2003, 2009, 1029, 1065, 7047, 1024, 1063, 1006, 1037, 1007, 5863, 1006]
+END_BERT += [1038, 1007, 13547, 1065, 3437, 1024, 102]
+END_T5 = [11860, 10, 3, 2, 518, 107, 362, 5963, 19, 34, 58, 2, 17011, 10, 3, 2, 599, 9, 61, 3, 5840, 77, 41, 115, 61]
+END_T5 += [3, 2381, 40, 3, 2, 11801, 10, 1]
+END_LLAMA = [894, 29901, 426, 8809, 436, 11199, 338, 372, 13684, 25186, 29901, 426, 29898, 29874, 29897, 696, 2109]
+END_LLAMA += [13, 29898, 29890, 29897, 8152, 29880, 13, 29913, 673, 29901]
+WHOLE = {"t5": 440, "vicuna": 352}  # tokens of the long prompt, </s> or BOS included
+NO = {"t5": [41, 115, 61, 150, 1], "vicuna": [313, 29890, 29897, 694, 2]}
+YES = {"t5": [41, 9, 61, 4273, 1], "vicuna": [313, 29874, 29897, 4874]}
+OWL = {"t5": [41, 115, 61, 3, 2381, 40, 1], "vicuna": [313, 29890, 29897, 8152, 29880, 2]}
+
+
+@pytest.fixture
+def text(hub_like, family) -> TextEncoder:
+    return checkpoints.load(hub_like[family]).text
+
+
+def test_golden_short_prompt(text: TextEncoder, family):
+    (e,) = text.encode([SHORT])
+    prompt = SHORT_T5 if family == "t5" else [2, *SHORT_LLAMA]
+    # Vicuna's targets end in </s> and its candidates do not: T5's scores alone count the end token.
+    candidates = [YES[family], NO[family] if family == "t5" else NO[family][:-1]]
+    assert e == Encoded(SHORT_BERT, prompt, prompt, NO[family], candidates)
+
+
+def test_golden_cut_from_the_left(text: TextEncoder, family):
+    (e,) = text.encode([LONG])
+    assert len(e.qformer) == len(e.prompt_cut) == 128
+    assert (e.qformer[0], e.qformer[-len(END_BERT) :]) == (101, END_BERT)
+    end = END_T5 if family == "t5" else END_LLAMA
+    assert e.prompt_cut[-len(end) :] == end
+    assert len(e.prompt) == WHOLE[family]  # the language model sees all of it in evaluation
+    if family == "t5":
+        assert e.prompt_cut == e.prompt[-128:]
+    else:
+        assert e.prompt_cut == [2, *e.prompt[-127:]]
+        assert e.prompt[0] == 2
+    assert e.target == OWL[family]
+
+
+def test_golden_training_batch(text: TextEncoder, family):
+    short, long = text.encode([SHORT, LONG])
+    batch = text.targets([short, long])
+    assert batch.qformer_ids_BT.shape == (2, 128)
+    assert batch.qformer_ids_BT[0].tolist() == SHORT_BERT + [0] * (128 - len(SHORT_BERT))
+    assert batch.qformer_mask_BT.sum(1).tolist() == [len(SHORT_BERT), 128]
+    assert batch.labels_N.tolist() == NO[family] + OWL[family]
+    if family == "t5":
+        assert batch.text_ids_BT[0].tolist() == SHORT_T5 + [0] * (128 - len(SHORT_T5))
+        assert batch.text_mask_BT.sum(1).tolist() == [len(SHORT_T5), 128]
+        assert batch.decoder_ids_BA.tolist() == [[0, 41, 115, 61, 150, 0, 0], [0, 41, 115, 61, 3, 2381, 40]]
+        assert batch.positions_N.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
+    else:
+        pad, answer = 32000, NO["vicuna"]
+        assert batch.decoder_ids_BA is None
+        assert batch.text_ids_BT.shape == (2, 128 + len(OWL["vicuna"]))
+        row = [2, *SHORT_LLAMA, *answer]
+        assert batch.text_ids_BT[0].tolist() == row + [pad] * (134 - len(row))
+        assert batch.text_ids_BT[1, 128:].tolist() == OWL["vicuna"]
+        assert batch.text_mask_BT[0].tolist() == [1] * len(row) + [0] * (134 - len(row))
+        # The place before a token predicts it: loss on the answer and its end, on nothing of the prompt.
+        first = len(SHORT_LLAMA)
+        assert batch.positions_N.tolist() == [*range(first, first + 5), *range(134 + 127, 134 + 133)]
+
+
+def test_golden_ranking_batch(text: TextEncoder, family):
+    batch = text.candidates(text.encode([SHORT, LONG]))
+    pad = 0 if family == "t5" else 32000
+    width = batch.candidate_ids_MA.shape[1]
+    assert batch.question_M.tolist() == [0, 0, 1, 1]
+    assert batch.candidate_ids_MA[0].tolist() == YES[family] + [pad] * (width - len(YES[family]))
+    assert batch.candidate_mask_MA[0].tolist() == [1] * len(YES[family]) + [0] * (width - len(YES[family]))
+    assert batch.text_ids_BT.shape == (2, WHOLE[family])
+    assert batch.qformer_ids_BT.shape == (2, 128)
+
+
+def test_an_answer_is_cut_from_the_right_and_keeps_its_end(hub_like, family):
+    text = checkpoints.load(hub_like[family], max_target=4).text
+    (e,) = text.encode([Prompted("Question:", "(b) owl", ("(b) owl",))])
+    assert e.target == [*OWL[family][:3], text.llm.eos_token_id]
+    assert e.candidates == [e.target if family == "t5" else OWL[family][:4]]
+
+
+def test_another_length_of_text(hub_like, family):
+    text = checkpoints.load(hub_like[family], max_text=16).text
+    (e,) = text.encode([LONG])
+    assert (len(e.qformer), len(e.prompt_cut), len(e.prompt)) == (16, 16, WHOLE[family])
+
+
+def test_every_row_has_a_label(backbone):
+    """All labels ignored would give T5 a NaN loss; the end token is always there."""
+    batch = backbone.text.targets(backbone.text.encode([Prompted("Question:", "", ()), SHORT]))
+    assert batch.labels_N[0] == backbone.text.llm.eos_token_id
+    assert len(batch.labels_N) == len(batch.positions_N)
+
+
+def test_batches_move_as_one(backbone):
+    batch = backbone.text.targets(backbone.text.encode([SHORT, LONG])).to("meta")
+    assert batch.labels_N.is_meta
+    assert batch.text_ids_BT.is_meta
+    assert (batch.decoder_ids_BA is None) == (backbone.family == "vicuna")
+
+
+def test_labels_are_the_tokens_that_follow_their_places(backbone):
+    """Read at the places shifted by one, the causal text gives the labels back; T5's decoder ids likewise."""
+    encoded = backbone.text.encode([SHORT, LONG])
+    batch = backbone.text.targets(encoded)
+    if backbone.family == "vicuna":
+        assert torch.equal(batch.text_ids_BT.flatten()[batch.positions_N + 1], batch.labels_N)
+    else:
+        read = batch.decoder_ids_BA.flatten()[batch.positions_N]
+        starts = [0, len(encoded[0].target)]
+        assert read[starts].tolist() == [backbone.text.decoder_start] * 2
+        inner = [i for i in range(1, len(read)) if i not in starts]
+        assert torch.equal(read[inner], batch.labels_N[[i - 1 for i in inner]])
