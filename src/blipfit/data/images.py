@@ -44,13 +44,17 @@ def open_image(path: Path) -> Image.Image:
 
     Transparency is dropped, as in the published experiments. A missing, cut-off or foreign file: UserError.
     """
+    return decode_image(read_image(path), str(path))
+
+
+def read_image(path: Path) -> bytes:
+    """Return the bytes of an image's file, not looked into; a missing or unreadable one: UserError."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: put the image there, or take its question out") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): put an image there") from None
-    return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
