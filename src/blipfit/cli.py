@@ -115,6 +115,47 @@ def train(
 
 
 @app.command()
+def sweep(
+    datasets: Annotated[str, typer.Argument(metavar="DATASET", help="One data set or several: scienceqa,iconqa.")],
+    ids: Annotated[list[str], typer.Argument(metavar="IDS…", help="1-32, 13,15,28, all, baseline; or recipe files.")],
+    model: Model = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data folder (one data set); else data/DATASET.")] = None,
+    results: Results = Path("results"),
+    sets: Sets = None,
+    bank: Annotated[int | None, typer.Option(min=1, help="Experiments at once; measured if absent.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the plan.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train many experiments, as many at once as pays: several share one pass over the frozen model."""
+    from blipfit.report import sweeps
+
+    recipes, folders = sweeps.chosen(datasets, ids, model, sets or [], data)
+    swept = sweeps.run(recipes, folders, results, bank, plan, _device(device))
+    _show(swept.record, as_json, lambda: swept.shown)
+    if swept.record.get("failed"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def features(
+    action: Annotated[str, typer.Argument(help="list, build, check or delete.")] = "list",
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="Of the store, for delete.")] = None,
+    dataset: Annotated[str | None, typer.Option("--on", help="Data set, for build and check.")] = None,
+    data: DataFolder = None,
+    model: Annotated[str, typer.Option(help="Checkpoint whose vision tower sees, for build and check.")] = "tiny-t5",
+    store: Annotated[Path | None, typer.Option(help="Folder of stores; $BLIPFIT_CACHE or ~/.cache if absent.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """List, build, check or delete stored image features, which all sweeps share."""
+    from blipfit.report import stores
+
+    record = stores.act(action, key, dataset, data, model, store, _device(device) if action != "list" else None)
+    _show(record, as_json, lambda: stores.table(record))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, e.g. results/scienceqa/15.")],
     data: DataFolder = None,
@@ -162,7 +203,7 @@ def demo(
 def _device(name: str | None) -> Any:
     import torch
 
-    from blipfit.training.loop import default_device
+    from blipfit.training.workshop import default_device
 
     if name is None:
         return default_device()

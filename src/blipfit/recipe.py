@@ -37,8 +37,8 @@ class DataPart(Part):
     prompt: str
     """Prompt name with its version, e.g. `scienceqa-v1`."""
     images: Literal["stored", "shared", "off"] = "shared"
-    """`shared`: training sees the published augmentation, one ViT pass a step for the whole bank, other splits come from
-    the feature store. `stored`: the plain resize everywhere, all features from the store. `off`: the plain resize,
+    """`shared`: training sees the published augmentation, one ViT pass a step for the whole bank; other splits come
+    from the feature store. `stored`: the plain resize everywhere, all features from the store. `off`: the plain resize,
     nothing is kept."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of every split (for trials)."""

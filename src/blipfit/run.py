@@ -83,18 +83,21 @@ class Run:
 
     def claim(self, recipe: Recipe) -> State:
         """Make the folder this recipe's, or refuse if it holds another's; return its state."""
+        self.refuse_other(recipe)
         state = self.state()
         if state == "new":
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe.to_yaml())
-            return state
-        if differences := self.recipe().differences(recipe):
+        return state
+
+    def refuse_other(self, recipe: Recipe) -> None:
+        """UserError if the folder holds another recipe's results."""
+        if self.state() != "new" and (differences := self.recipe().differences(recipe)):
             told = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
             raise UserError(
                 f"{self.folder} holds results of another recipe ({told}); "
                 "choose another --results folder or experiment name"
             )
-        return state
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line; a line is written by one call, so a killed run leaves whole lines."""

@@ -8,9 +8,10 @@ import torch
 from blipfit.adapters import peft_format
 from blipfit.errors import UserError
 from blipfit.evaluation import material, ranking
-from blipfit.evaluation.material import Eyes, Material
+from blipfit.evaluation.material import Material
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
+from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 
@@ -27,14 +28,16 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
     recorded = run.result()
     training = recipe.training
     backbone = loading.load(recipe.model, training.precision, device, training.max_text_tokens)
+    chosen = material.read(backbone, recipe.data, data, split)
+    sight = judging_sight(backbone, recipe)
     facts: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
     if base:
-        facts["base"] = judge(backbone, recipe, data, split)
+        facts["base"] = summary(backbone, recipe, chosen, sight)
     bank, digest = peft_format.install(backbone, run.adapter)
     try:
         if digest != recorded["adapter_sha256"]:
             raise UserError(f"{run.adapter} is not the adapter that {run.result_file} was made with; train it again")
-        facts["tuned"] = judge(backbone, recipe, data, split)
+        facts["tuned"] = summary(backbone, recipe, chosen, sight)
     finally:
         bank.remove()
     facts["adapter_sha256"] = digest
@@ -42,19 +45,28 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
     return facts
 
 
-def judge(backbone: Backbone, recipe: Recipe, data: Path, split: str) -> dict[str, Any]:
+def summary(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> dict[str, Any]:
     """Rank a split with what is installed in the backbone (a bank of one, or nothing)."""
-    chosen = material.read(backbone, recipe.data, data, split)
-    return ranking.summarise(chosen.questions, answers(backbone, recipe, chosen))
+    return ranking.summarise(chosen.questions, answers(backbone, recipe, chosen, sight))
 
 
-def answers(backbone: Backbone, recipe: Recipe, chosen: Material) -> list[dict[str, Any]]:
+def answers(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> list[dict[str, Any]]:
     """Prediction records of a split, in its order."""
-    eyes = Eyes(backbone)
-    judged = ranking.rank(
+    (judged,) = judge(backbone, chosen, sight, recipe.judging.batch_size)
+    return ranking.predictions(chosen.questions, chosen.prompted, judged)
+
+
+def judge(backbone: Backbone, chosen: Material, sight: Sight, batch_size: int) -> list[list[ranking.Choice]]:
+    """Rank a split's candidates for all K experiments in the backbone's bank."""
+    backbone.hf.eval()
+    return ranking.rank(
         backbone,
         chosen.encoded,
-        lambda indices: eyes.plain([chosen.questions[i] for i in indices]),
-        recipe.judging.batch_size,
+        lambda indices: sight.features([chosen.questions[i] for i in indices]),
+        batch_size,
     )
-    return ranking.predictions(chosen.questions, chosen.prompted, judged[0])
+
+
+def judging_sight(backbone: Backbone, recipe: Recipe, store: Path | None = None) -> Sight:
+    """Where a recipe's validation and test features come from: they never change, so the store unless it is off."""
+    return Sight.from_backbone(backbone, "off" if recipe.data.images == "off" else "stored", store)

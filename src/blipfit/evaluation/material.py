@@ -1,13 +1,9 @@
-"""What a model is trained and judged on: questions with their prompts, tokens and image features."""
+"""What a model is trained and judged on: questions with their prompts and tokens."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from blipfit import data as datasets
-from blipfit.data import images
 from blipfit.data.batches import Encoded
 from blipfit.data.prompts import Prompted, prompt
 from blipfit.data.question import Question
@@ -38,29 +34,3 @@ def read(backbone: Backbone, part: DataPart, folder: Path, split: str) -> Materi
                 f"{part.name} {split} {question.id}: the answer {written.target!r} is not among the choices"
             )
     return Material(questions, prompted, backbone.text.encode(prompted))
-
-
-class Eyes:
-    """Image features of questions: opens, resizes or augments, and sees."""
-
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-
-    def pixels(self, questions: Sequence[Question], view: tuple[int, int] | None = None) -> Tensor:
-        """`B × 3 × S × S`; `view` = (seed, epoch) of the augmentation, or None for the plain resize."""
-        size = self.backbone.image_size
-        opened = [images.open_image(question.image) for question in questions]
-        if view is not None:
-            seed, epoch = view
-            opened = [
-                images.augment(image, seed=seed, epoch=epoch, image_id=question.id, size=size)
-                for image, question in zip(opened, questions, strict=True)
-            ]
-        return images.pixels(opened, size)
-
-    def see(self, pixels: Tensor) -> Tensor:
-        """`B × P × D` image features before the trained layer norm."""
-        return self.backbone.see(pixels.to(self.backbone.device, non_blocking=True))
-
-    def plain(self, questions: Sequence[Question]) -> Tensor:
-        return self.see(self.pixels(questions))

@@ -41,7 +41,7 @@ def run_demo(folder: Path, device: torch.device, seed: int = 42) -> dict[str, An
     screen.print("Three pictures, each with a kind of question that this miniature InstructBLIP was never taught:\n")
     if screen.is_terminal:
         screen.print(pictures.in_terminal(images))
-    answers = {"base": evaluate.answers(backbone, chosen[0], test)}
+    answers = {"base": evaluate.answers(backbone, chosen[0], test, evaluate.judging_sight(backbone, chosen[0]))}
     for i in picked:
         question = test.questions[i]
         screen.print(f"  {question.question}  ({', '.join(question.choices)})", soft_wrap=True)

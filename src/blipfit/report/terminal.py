@@ -114,12 +114,20 @@ class TrainingDisplay:
         self.task: Any = None
         self.batch = self.steps = 0
         self.since, self.done = time.monotonic(), 0
+        self.place = ""
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
         getattr(self, f"_{event}")(facts)
 
     def _skipped(self, facts: dict[str, Any]) -> None:
         self._say(f"{facts['recipe'].title}: finished already, skipped ({facts['run'].folder})")
+
+    def _planning(self, facts: dict[str, Any]) -> None:
+        self._say(f"trial steps for {facts['experiments']} experiments: {facts['group']} …")
+
+    def _bank(self, facts: dict[str, Any]) -> None:
+        self.place = f"bank {facts['number']} of {facts['of']}, "
+        self._say(f"bank {facts['number']} of {facts['of']}: {len(facts['recipes'])} experiments")
 
     def _start(self, facts: dict[str, Any]) -> None:
         recipes, counts = facts["recipes"], facts["counts"]
@@ -139,6 +147,8 @@ class TrainingDisplay:
         self.batch = first.training.batch_size * first.training.accumulation
         self.steps = facts["steps"]
         epochs = max(recipe.training.max_epochs for recipe in recipes)
+        if self.task is not None:
+            self.progress.remove_task(self.task)
         self.task = self.progress.add_task("training", total=epochs * self.steps, facts="")
         self.progress.update(self.task, completed=facts["epoch"] * self.steps)
         self.since, self.done = time.monotonic(), 0
@@ -154,7 +164,7 @@ class TrainingDisplay:
         self.progress.update(
             self.task,
             completed=completed,
-            description=f"epoch {facts['epoch'] + 1}",
+            description=f"{self.place}epoch {facts['epoch'] + 1}",
             facts=f"loss {loss:.3f} · {rate:.0f} samples/s" + (f" · {len(losses)} experiments" * (len(losses) > 1)),
         )
 

@@ -54,7 +54,7 @@ def load(folder: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
     try:
         with safe_open(path, "pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
     except (SafetensorError, KeyError, TypeError) as error:

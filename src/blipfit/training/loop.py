@@ -4,8 +4,8 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blipfit import data as datasets
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
-from blipfit.adapters.dropout import shared_dropout
 from blipfit.errors import UserError
-from blipfit.evaluation import material, ranking
-from blipfit.evaluation.material import Eyes, Material
+from blipfit.evaluation import ranking
+from blipfit.evaluation.evaluate import judge
+from blipfit.evaluation.material import Material
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone, fingerprint, head
+from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.training import checkpoint, plan, record
 from blipfit.training.checkpoint import Progress
-from blipfit.training.optimiser import BankAdamW, rate_at
+from blipfit.training.optimiser import rate_at
+from blipfit.training.step import Stepper
+from blipfit.training.workshop import SPLITS, Workshop
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with an event's name and facts: `start`, `step`, `epoch`, `finished`, `failed`, `skipped`."""
@@ -40,34 +44,32 @@ def train(
     results: Path,
     *,
     device: str | torch.device | None = None,
+    workshop: Workshop | None = None,
     listen: Listener = lambda event, facts: None,
 ) -> list[Run]:
     """Train, judge and record experiments; those that can share a bank do.
 
     Finished runs are skipped, interrupted ones continue where they stopped. Before anything is trained, UserError
-    where a folder holds another recipe's results. Returns the runs in the recipes' order.
+    where a folder holds another recipe's results. A `workshop` lends its device, loaded model and features to several
+    calls. Returns the runs in the recipes' order; a failed one has `failure.json` and no result.
     """
     runs = [Run.of(results, recipe) for recipe in recipes]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("two of the recipes have the same data set and experiment name; give each its own name")
-    device = torch.device(device) if device else default_device()
-    _read_all(recipes, data)
-    states = [run.claim(recipe) for run, recipe in zip(runs, recipes, strict=True)]
-    todo = []
-    for run, recipe, state in zip(runs, recipes, states, strict=True):
-        if state == "finished":
+    workshop = workshop or Workshop(device)
+    for run, recipe in zip(runs, recipes, strict=True):
+        run.refuse_other(recipe)
+    unfinished = [recipe for run, recipe in zip(runs, recipes, strict=True) if run.state() != "finished"]
+    _check_inputs(unfinished, data)
+    todo: list[Member] = []
+    for run, recipe in zip(runs, recipes, strict=True):
+        if run.claim(recipe) == "finished":
             listen("skipped", {"run": run, "recipe": recipe})
         else:
             todo.append((run, recipe, checkpoint.load(run.checkpoint)))
-    backbone: Backbone | None = None
     for members in _banks(todo):
-        backbone = _backbone_for(members[0][1], device, backbone)
-        _train_bank(backbone, members, data, listen)
+        _train_bank(workshop, members, data, listen)
     return runs
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 Member = tuple[Run, Recipe, tuple[Progress, dict[str, dict[str, Tensor]]] | None]
@@ -84,39 +86,66 @@ def _banks(todo: Sequence[Member]) -> list[list[Member]]:
     return [list(group) for _, group in groupby(sorted(todo, key=key), key=key)]
 
 
-def _read_all(recipes: Sequence[Recipe], data: Path) -> None:
+def _check_inputs(recipes: Sequence[Recipe], data: Path) -> None:
     """Fail on broken data or an absent model before a folder is claimed or a model loaded."""
     for name, limit in {(r.data.name, r.data.limit) for r in recipes}:
-        for split in ("train", "val", "test"):
-            material.datasets.load(name, data, split, limit)
+        for split in SPLITS:
+            datasets.load(name, data, split, limit)
     for model in {recipe.model for recipe in recipes}:
         loading.locate(model)
 
 
-def _backbone_for(recipe: Recipe, device: torch.device, loaded: Backbone | None) -> Backbone:
-    training = recipe.training
-    wanted = (recipe.model, training.precision, training.max_text_tokens, training.max_target_tokens)
-    if loaded is None or getattr(loaded, "loaded_as", None) != wanted:
-        loaded = loading.load(
-            recipe.model, training.precision, device, training.max_text_tokens, training.max_target_tokens
-        )
-        loaded.loaded_as = wanted  # type: ignore[attr-defined]
-    return loaded
-
-
-def _train_bank(backbone: Backbone, members: Sequence[Member], data: Path, listen: Listener) -> None:
+def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, listen: Listener) -> None:
     recipes = [recipe for _, recipe, _ in members]
-    splits = {split: material.read(backbone, recipes[0].data, data, split) for split in ("train", "val", "test")}
+    backbone = workshop.backbone(recipes[0])
     head_before = fingerprint(head(backbone.hf))
-    bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
-    session = BankSession(backbone, bank, members, splits, listen)
+    splits, sights = workshop.splits(recipes[0], data), workshop.sights(recipes[0])
+    for split, sight in zip(SPLITS, (sights[0], sights[1], sights[1]), strict=True):
+        sight.prepare(splits[split].questions)
+    session = BankSession(backbone, members, splits, sights, listen)
     try:
         session.run()
     finally:
-        bank.remove()
+        session.stepper.bank.remove()
+        backbone.hf.eval()
     if fingerprint(head(backbone.hf)) != head_before:
         raise AssertionError("the language model's head changed during training")
-    session.test(head_before)
+    _test(session, head_before)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An experiment that has left its bank, with its best epoch's tensors."""
+
+    run: Run
+    recipe: Recipe
+    progress: Progress
+    state: dict[str, Tensor]
+    counts: dict[str, int]
+
+
+def _test(session: "BankSession", head_hash: str) -> None:
+    """Judge the best epoch of all finished experiments on validation and test, and write their results."""
+    done, backbone = session.finished, session.backbone
+    if not done:
+        return
+    bank = Bank(backbone, [one.recipe.adapter for one in done], [0] * len(done))
+    try:
+        for k, one in enumerate(done):
+            before = bank.state(k)
+            bank.load_state(k, one.state)
+            if not peft_format.changes(one.recipe.adapter, before, one.state):
+                raise AssertionError(f"{one.recipe.title}: training changed nothing")
+        size, sight = done[0].recipe.judging.batch_size, session.judging_sight
+        judged = {
+            split: judge(backbone, session.splits[split], sight, size) for split in ("val", "test")
+        }
+    finally:
+        bank.remove()
+    for k, one in enumerate(done):
+        choices = {split: judged[split][k] for split in judged}
+        facts = record.write(one, backbone, session.splits, choices, head_hash)
+        session.listen("finished", {"run": one.run, "recipe": one.recipe, "result": facts})
 
 
 class BankSession:
@@ -125,26 +154,29 @@ class BankSession:
     def __init__(
         self,
         backbone: Backbone,
-        bank: Bank,
         members: Sequence[Member],
         splits: dict[str, Material],
+        sights: tuple[Sight, Sight],
         listen: Listener,
     ):
-        self.backbone, self.bank, self.splits, self.listen = backbone, bank, splits, listen
+        self.backbone, self.splits, self.listen = backbone, splits, listen
+        self.training_sight, self.judging_sight = sights
         self.runs = [run for run, _, _ in members]
         self.recipes = [recipe for _, recipe, _ in members]
         self.training = self.recipes[0].training
-        self.eyes = Eyes(backbone)
-        self.optimiser = BankAdamW(bank, [r.training for r in self.recipes])
-        self.best = bank.values.clone()
-        self.start_values = bank.values.clone()
+        self.stepper = Stepper(backbone, self.recipes, splits["train"].encoded)
+        self.best = self.bank.values.clone()
         self.progress = [Progress() for _ in members]
-        self.finished: list[tuple[Run, Recipe, Progress, dict[str, Tensor], dict[str, int]]] = []
+        self.finished: list[Finished] = []
         self.saved_at = time.monotonic()
         self._pending: list[tuple[list[str], Tensor]] = []
         for k, (run, _, resumed) in enumerate(members):
             if resumed:
                 self._restore(k, run, *resumed)
+
+    @property
+    def bank(self) -> Bank:
+        return self.stepper.bank
 
     # ------------------------------------------------------------- the walk
 
@@ -171,54 +203,33 @@ class BankSession:
         """The rest of the current epoch, from the step it stands at."""
         epoch, first = self.progress[0].epoch, self.progress[0].step
         batches = plan.effective_batches(len(self.splits["train"]), self.training, epoch)
-        self.backbone.hf.train(self.training.dropout)
-        self.backbone.hf.vision_model.eval()
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self._pixels, batches[first], epoch) if first < len(batches) else None
-            for step in range(first, len(batches)):
-                assert coming is not None
-                pixels = coming.result()
-                if step + 1 < len(batches):
-                    coming = ahead.submit(self._pixels, batches[step + 1], epoch)
-                self._step(batches[step], pixels, epoch, step)
-                if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
-                    self._settle()
-                if not self.runs:
-                    return
-                if time.monotonic() - self.saved_at > SAVE_SECONDS and step + 1 < len(batches):
-                    self._save_all()
+        features = self._features(batches[first:], epoch)
+        self.stepper.train_mode()
+        for step in range(first, len(batches)):
+            self._step(batches[step], features, epoch, step)
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
+                self._settle()
+            if not self.runs:
+                break
+            if time.monotonic() - self.saved_at > SAVE_SECONDS and step + 1 < len(batches):
+                self._save_all()
         self.backbone.hf.eval()
 
-    def _step(self, batch: Sequence[int], pixels: Sequence[Tensor], epoch: int, step: int) -> None:
-        """One optimiser step: the micro-batches' summed losses over all their labels."""
+    def _features(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Tensor]:
+        """Image features of one micro-batch after the other, prepared ahead of their use."""
+        questions = self.splits["train"].questions
+        micros = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
+        view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
+        return self.training_sight.prefetch([[questions[i] for i in micro] for micro in micros], view)
+
+    def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
         started = time.perf_counter()
-        micros = list(plan.micro_batches(batch, self.training))
-        material = self.splits["train"]
-        targets = [self.backbone.text.targets([material.encoded[i] for i in micro]) for micro in micros]
-        labels = sum(len(target.labels_N) for target in targets)
-        self.bank.grads.zero_()
-        total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
-        for number, (view, target) in enumerate(zip(pixels, targets, strict=True)):
-            torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number))
-            target = target.to(self.backbone.device)
-            features = self.eyes.see(view)
-            with shared_dropout(self.bank.K):
-                losses_K = self.backbone.losses(self.backbone.query(features, target), target)
-            self.bank.backward(losses_K.sum() / labels)
-            total += losses_K.detach()
-        self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
-        self._pending.append(([material.questions[i].id for i in batch], total))
+        seen = [next(features) for _ in plan.micro_batches(batch, self.training)]
+        losses_K, labels = self.stepper.step(batch, seen, epoch, step)
+        self._pending.append(([self.splits["train"].questions[i].id for i in batch], losses_K))
         for p in self.progress:
             p.step, p.updates, p.label_count = step + 1, p.updates + 1, p.label_count + labels
             p.seconds += (time.perf_counter() - started) / self.bank.K
-
-    def _pixels(self, batch: Sequence[int], epoch: int) -> list[Tensor]:
-        """The images of a step, prepared in a thread beside the computation."""
-        view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
-        questions = self.splits["train"].questions
-        return [
-            self.eyes.pixels([questions[i] for i in micro], view) for micro in plan.micro_batches(batch, self.training)
-        ]
 
     def _settle(self) -> None:
         """Read the losses of the last steps from the device at once; an experiment with a non-finite one leaves."""
@@ -256,7 +267,7 @@ class BankSession:
     def _validate(self) -> None:
         """Judge the validation split, keep what is best, retire what is done, save the rest."""
         started = time.perf_counter()
-        judged = self.judge("val")
+        judged = judge(self.backbone, self.splits["val"], self.judging_sight, self.recipes[0].judging.batch_size)
         seconds = (time.perf_counter() - started) / self.bank.K
         leaving = []
         for k, (recipe, p, choices) in enumerate(zip(self.recipes, self.progress, judged, strict=True)):
@@ -296,53 +307,22 @@ class BankSession:
             self._leave(k)
         self._drop(leaving)
 
-    def judge(self, split: str) -> list[list[ranking.Choice]]:
-        """Rank a split's candidates for all experiments in the bank."""
-        self.backbone.hf.eval()
-        material = self.splits[split]
-        return ranking.rank(
-            self.backbone,
-            material.encoded,
-            lambda indices: self.eyes.plain([material.questions[i] for i in indices]),
-            self.recipes[0].judging.batch_size,
-        )
-
     def _leave(self, k: int) -> None:
         """Remember experiment k's best tensors for the test."""
         state = {name: tensor.cpu() for name, tensor in self.bank.state(k, self.best).items()}
         counts = self.bank.trained_parameters(k)
-        if not peft_format.changes(self.recipes[k].adapter, self.bank.state(k, self.start_values), state):
-            raise AssertionError(f"{self.recipes[k].title}: training changed nothing")
-        self.finished.append((self.runs[k], self.recipes[k], self.progress[k], state, counts))
+        self.finished.append(Finished(self.runs[k], self.recipes[k], self.progress[k], state, counts))
 
     def _drop(self, leaving: Sequence[int]) -> None:
         staying = [k for k in range(len(self.runs)) if k not in set(leaving)]
         if len(staying) == len(self.runs):
             return
         if staying:
-            self.bank.keep(staying)
-            self.optimiser.keep(staying)
-            self.best, self.start_values = self.best[staying].clone(), self.start_values[staying].clone()
+            self.stepper.keep(staying)
+            self.best = self.best[staying].clone()
         self.runs = [self.runs[k] for k in staying]
         self.recipes = [self.recipes[k] for k in staying]
         self.progress = [self.progress[k] for k in staying]
-
-    def test(self, head_hash: str) -> None:
-        """Judge the best epoch of all finished experiments on validation and test, and write their results."""
-        if not self.finished:
-            return
-        self.recipes = [recipe for _, recipe, _, _, _ in self.finished]
-        self.bank = Bank(self.backbone, [r.adapter for r in self.recipes], [0] * len(self.recipes))
-        try:
-            for k, (_, _, _, state, _) in enumerate(self.finished):
-                self.bank.load_state(k, state)
-            judged = {split: self.judge(split) for split in ("val", "test")}
-        finally:
-            self.bank.remove()
-        for k, (run, recipe, progress, state, counts) in enumerate(self.finished):
-            choices = {split: judged[split][k] for split in judged}
-            facts = record.write(run, recipe, self.backbone, progress, state, counts, self.splits, choices, head_hash)
-            self.listen("finished", {"run": run, "recipe": recipe, "result": facts})
 
     # ----------------------------------------------------------------- save
 
@@ -352,7 +332,7 @@ class BankSession:
             groups = {
                 "values": self.bank.state(k),
                 "best": self.bank.state(k, self.best),
-                **self.optimiser.state(k),
+                **self.stepper.optimiser.state(k),
             }
             checkpoint.save(run.checkpoint, p, groups)
         self.saved_at = time.monotonic()
@@ -361,7 +341,7 @@ class BankSession:
         self.progress[k] = progress
         self.bank.load_state(k, tensors["values"])
         self.bank.load_state(k, tensors["best"], self.best)
-        self.optimiser.load_state(k, tensors, progress.updates)
+        self.stepper.optimiser.load_state(k, tensors, progress.updates)
         run.truncate_log(lambda line: line["epoch"] <= progress.epoch)
 
     def _opening(self, steps: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,22 +15,21 @@ from blipfit.evaluation import ranking
 from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.run import Run
-from blipfit.training.checkpoint import Progress
+
+if TYPE_CHECKING:
+    from blipfit.training.loop import Finished
 
 
 def write(
-    folder: Run,
-    recipe: Recipe,
+    finished: "Finished",
     backbone: Backbone,
-    progress: Progress,
-    state: Mapping[str, Tensor],
-    counts: Mapping[str, int],
     splits: Mapping[str, Material],
     choices: Mapping[str, Sequence[ranking.Choice]],
     head_hash: str,
 ) -> dict[str, Any]:
     """Write `adapter/`, `predictions.jsonl`, then `result.json`, which makes the run finished."""
+    folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
+    counts = finished.counts
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
     lines, metrics = [], {}
     for split, judged in choices.items():

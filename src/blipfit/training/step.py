@@ -1,0 +1,57 @@
+"""One optimiser step of a bank: the place where forward, backward and update happen."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blipfit.adapters.bank import Bank
+from blipfit.adapters.dropout import shared_dropout
+from blipfit.data.batches import Encoded
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import Recipe
+from blipfit.training import plan
+from blipfit.training.optimiser import BankAdamW, rate_at
+
+
+class Stepper:
+    """A bank of K experiments with its optimiser, taking steps on one list of questions."""
+
+    def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
+        self.backbone, self.encoded = backbone, encoded
+        self.recipes = list(recipes)
+        self.training = self.recipes[0].training
+        self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
+        self.optimiser = BankAdamW(self.bank, [r.training for r in recipes])
+
+    def train_mode(self) -> None:
+        """Dropout as the recipe says; the ViT stays in eval mode."""
+        self.backbone.hf.train(self.training.dropout)
+        self.backbone.hf.vision_model.eval()
+
+    def step(self, batch: Sequence[int], features: Sequence[Tensor], epoch: int, step: int) -> tuple[Tensor, int]:
+        """One update from an effective batch (question indices) and its image features, one a micro-batch.
+
+        Returns the summed losses (K) over all label tokens, still on the device, and the number of label tokens. The
+        gradient is of the sum over that number, so it does not depend on how the batch was cut.
+        """
+        micros = plan.micro_batches(batch, self.training)
+        targets = [self.backbone.text.targets([self.encoded[i] for i in micro]) for micro in micros]
+        labels = sum(len(target.labels_N) for target in targets)
+        self.bank.grads.zero_()
+        total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
+        for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
+            torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number))
+            target = target.to(self.backbone.device)
+            with shared_dropout(self.bank.K):
+                losses_K = self.backbone.losses(self.backbone.query(seen, target), target)
+            self.bank.backward(losses_K.sum() / labels)
+            total += losses_K.detach()
+        self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
+        return total, labels
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these experiments only."""
+        self.recipes = [self.recipes[k] for k in rows]
+        self.bank.keep(rows)
+        self.optimiser.keep(rows)

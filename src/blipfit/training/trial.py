@@ -1,0 +1,116 @@
+"""Short trial steps: how long a step of a bank takes and how much memory it needs, measured before planning."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blipfit.evaluation import ranking
+from blipfit.evaluation.material import Material
+from blipfit.model.backbone import Backbone
+from blipfit.model.sight import Sight
+from blipfit.recipe import Recipe
+from blipfit.training import plan
+from blipfit.training.step import Stepper
+
+TIMED_STEPS = 3
+MATRICES = 6
+"""K × P matrices of a bank in training: values, gradients, two moments, the best epoch, one to work in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a bank of that size costs."""
+
+    experiments: int
+    seconds: float
+    """Of one optimiser step of the whole bank, the median of a few."""
+    memory: int
+    """Bytes at the peak: on a GPU the allocator's, elsewhere weights, bank and what backward keeps."""
+    judge_seconds: float
+    """Of ranking one question for the whole bank."""
+
+    @property
+    def seconds_each(self) -> float:
+        return self.seconds / self.experiments
+
+
+def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, sight: Sight) -> Trial | None:
+    """Take a few steps with a bank of these recipes and put everything back; None where memory does not suffice."""
+    stepper = None
+    try:
+        stepper = Stepper(backbone, recipes, material.encoded)
+        return _measured(stepper, material, sight)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if stepper is not None:
+            stepper.bank.remove()
+        backbone.hf.eval()
+        if backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
+    training = stepper.training
+    batches = plan.effective_batches(len(material), training, 0)[: TIMED_STEPS + 1]
+    stepper.train_mode()
+    times = []
+    kept = _Kept(stepper)
+    for number in range(TIMED_STEPS + 1):
+        batch = batches[number % len(batches)]
+        micros = plan.micro_batches(batch, training)
+        features = [sight.features([material.questions[i] for i in micro]) for micro in micros]
+        if number == 0:  # warms up; slow from counting what backward keeps
+            with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
+                stepper.step(batch, features, 0, number)
+            continue
+        _wait(stepper.backbone)
+        started = time.perf_counter()
+        stepper.step(batch, features, 0, number)
+        _wait(stepper.backbone)
+        times.append(time.perf_counter() - started)
+    judging = _judge_seconds(stepper, material, sight)
+    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], _memory(stepper, kept.bytes), judging)
+
+
+def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
+    """Seconds of ranking one question, from one batch."""
+    size = min(stepper.recipes[0].judging.batch_size, len(material))
+    features = sight.features(material.questions[:size])
+    stepper.backbone.hf.eval()
+    started = time.perf_counter()
+    ranking.rank(stepper.backbone, material.encoded[:size], lambda indices: features[list(indices)], size)
+    _wait(stepper.backbone)
+    return (time.perf_counter() - started) / size
+
+
+def _memory(stepper: Stepper, activations: int) -> int:
+    if stepper.backbone.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(stepper.backbone.device)
+    weights = sum(p.numel() * p.element_size() for p in stepper.backbone.hf.parameters())
+    return weights + MATRICES * stepper.bank.values.nbytes + activations
+
+
+def _wait(backbone: Backbone) -> None:
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
+
+
+class _Kept:
+    """Counts the bytes that autograd keeps for backward: each storage once, weights not at all."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.bytes = 0
+        held = [*stepper.backbone.hf.parameters(), stepper.bank.values]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def count(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor

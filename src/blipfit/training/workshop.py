@@ -1,0 +1,67 @@
+"""What several banks of a sweep share: the loaded model, questions ready for it, its image features."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blipfit.evaluation import material
+from blipfit.evaluation.evaluate import judging_sight
+from blipfit.evaluation.material import Material
+from blipfit.model import loading
+from blipfit.model.backbone import Backbone
+from blipfit.model.sight import Sight
+from blipfit.recipe import Recipe
+
+SPLITS = ("train", "val", "test")
+
+
+class Workshop:
+    """Loads each thing once and keeps the latest model."""
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        store: Path | None = None,
+        announce: Callable[[str], None] = lambda text: None,
+    ):
+        self.device = torch.device(device) if device else default_device()
+        self.store, self.announce = store, announce
+        self._backbone: tuple[Any, Backbone] | None = None
+        self._splits: dict[Any, dict[str, Material]] = {}
+        self._sights: dict[str, tuple[Sight, Sight]] = {}
+
+    def backbone(self, recipe: Recipe) -> Backbone:
+        training = recipe.training
+        key = (recipe.model, training.precision, training.max_text_tokens, training.max_target_tokens)
+        if self._backbone is None or self._backbone[0] != key:
+            self._backbone = None  # the old model goes before the new one comes
+            self._splits.clear()
+            self._sights.clear()
+            loaded = loading.load(
+                recipe.model, training.precision, self.device, training.max_text_tokens, training.max_target_tokens
+            )
+            self._backbone = (key, loaded)
+        return self._backbone[1]
+
+    def splits(self, recipe: Recipe, data: Path) -> dict[str, Material]:
+        backbone = self.backbone(recipe)
+        key = (recipe.data.name, recipe.data.prompt, recipe.data.limit, data)
+        if key not in self._splits:
+            self._splits[key] = {split: material.read(backbone, recipe.data, data, split) for split in SPLITS}
+        return self._splits[key]
+
+    def sights(self, recipe: Recipe) -> tuple[Sight, Sight]:
+        """Where features come from in training and in judging."""
+        backbone, mode = self.backbone(recipe), recipe.data.images
+        if mode not in self._sights:
+            judging = judging_sight(backbone, recipe, self.store)
+            judging.announce = self.announce
+            training = Sight.from_backbone(backbone, mode) if mode == "shared" else judging
+            self._sights[mode] = (training, judging)
+        return self._sights[mode]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
