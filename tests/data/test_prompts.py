@@ -64,6 +64,11 @@ def test_caption_prompt():
     assert (asked.prompt, asked.target) == ("<Image> A short image description:", "A kite in the sky.")
 
 
+def test_instruction_is_the_question_itself():
+    asked = prompt("instruction-v1")(question(question="Describe #1!  ", choices=(), answer_index=None, answer="A! "))
+    assert (asked.prompt, asked.target, asked.candidates) == ("Describe 1", "A! ", ())
+
+
 def test_options_are_lettered_to_the_end_of_the_alphabet():
     assert options([str(n) for n in range(26)])[25] == "(z) 25"
 

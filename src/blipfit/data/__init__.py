@@ -32,6 +32,8 @@ DATASETS = {
     "iconqa": DataSet("iconqa", "blipfit.data.iconqa", "iconqa-v1"),
     "icons": DataSet("icons", "blipfit.data.icons", "iconqa-v1"),
     "own": DataSet("own", "blipfit.data.own", "vqa-v1"),
+    "rewardbench": DataSet("rewardbench", "blipfit.data.rewardbench", "instruction-v1"),
+    "mme": DataSet("mme", "blipfit.data.mme", "instruction-v1"),
 }
 
 

@@ -4,19 +4,18 @@ Rows are streamed from the files, so nothing is kept a second time in another ca
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from blipfit.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test"}
-PATTERNS = ["data/*.parquet"]
 TIMEOUT = 5.0  # seconds to find out whether the hub can be reached
 
 
-def download(name: str, revision: str) -> Path:
-    """Return the folder with the data set's parquet files, fetched if the local cache lacks them.
+def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES)) -> Path:
+    """Return the folder with the parquet files of these splits, fetched if the local cache lacks them.
 
     Without a connection this fails at once, not after the client's many retries.
     """
@@ -26,12 +25,14 @@ def download(name: str, revision: str) -> Path:
     # Errors of the connection: OSError, and those of its HTTP library, which differs between its versions.
     connection: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
+    patterns = [f"data/{SPLIT_NAMES[split]}-*.parquet" for split in splits]
+
     def snapshot(**how: Any) -> Path:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=PATTERNS, **how))
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns, **how))
 
     try:
         cached = snapshot(local_files_only=True)
-        if all(_complete(cached, split) for split in SPLIT_NAMES):
+        if all(_complete(cached, split) for split in splits):
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -57,11 +58,20 @@ def rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     files = _files(folder, split)
     if not _complete(folder, split):
         raise UserError(f"{folder} lacks parquet files of {SPLIT_NAMES[split]} (has {len(files)}); download it again")
+    yield from parquet(files)
+
+
+def parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of parquet files that have a column `image`; an image is as in `rows`."""
     import datasets
+    import pyarrow
 
     names = [str(file) for file in files]
-    stream = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
-    yield from stream.cast_column("image", datasets.Image(decode=False))
+    try:
+        stream = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+        yield from stream.cast_column("image", datasets.Image(decode=False))
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"{', '.join(names)}: not readable as parquet ({_first_line(error)}); fetch it again") from None
 
 
 def _files(folder: Path, split: str) -> list[Path]:

@@ -71,11 +71,17 @@ def caption_v1(question: Question) -> Prompted:
     return _prompted("<Image> A short image description:", question)
 
 
+def instruction_v1(question: Question) -> Prompted:
+    """The question itself, for sets whose questions are whole instructions; choices are not listed."""
+    return _prompted(question.question, question)
+
+
 PROMPTS: dict[str, Callable[[Question], Prompted]] = {
     "scienceqa-v1": scienceqa_v1,
     "iconqa-v1": iconqa_v1,
     "vqa-v1": vqa_v1,
     "caption-v1": caption_v1,
+    "instruction-v1": instruction_v1,
 }
 
 
