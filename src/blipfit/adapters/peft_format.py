@@ -50,8 +50,9 @@ def read(folder: Path) -> tuple[AdapterPart, dict[str, Tensor]]:
             state |= {name.removeprefix(_PREFIX).removesuffix(".weight"): tensor for name, tensor in lora.items()}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no adapter folder of blipfit: it has no {TRAINED_FILE}") from None
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({error}); copy it again or train again") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{folder} is damaged ({told}); copy it again or train again") from None
     return adapter, state
 
 

@@ -5,6 +5,7 @@ not), not normalised by length; the mean is reported beside it. An answer is rig
 option's, to the letter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,11 @@ class Choice:
     @property
     def means(self) -> tuple[float, ...]:
         return tuple(s / n for s, n in zip(self.sums, self.lengths, strict=True))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all scores are numbers; a model with a broken weight gives none, and so no choice."""
+        return all(map(math.isfinite, self.sums))
 
     @property
     def best(self) -> int:

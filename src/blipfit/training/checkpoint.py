@@ -57,7 +57,7 @@ def load(folder: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
             for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete {folder} to train this experiment from the start"
         ) from None

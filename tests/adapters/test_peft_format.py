@@ -1,0 +1,237 @@
+"""Adapters on disk: peft reads them, blipfit restores them whole, and what does not fit is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import checkpoints
+import reference
+from blipfit.adapters import peft_format, placement
+from blipfit.adapters.bank import Bank
+from blipfit.errors import UserError
+from blipfit.recipe import AdapterPart
+
+LORA = AdapterPart(qformer=("self_attn", "ffn"), llm=("attn",), rank=3, alpha=6)
+FULL = AdapterPart(qformer="full", llm=("ffn",), rank=2)
+
+
+def _trained(backbone, adapter: AdapterPart, seed: int = 3) -> dict[str, torch.Tensor]:
+    """An experiment's tensors as training would leave them: every one of them moved."""
+    bank = Bank(backbone, [adapter], [seed])
+    bank.values.add_(torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.05)
+    state = bank.state(0)
+    bank.remove()
+    return state
+
+
+@torch.no_grad()
+def _losses(backbone) -> float:
+    batch = backbone.text.targets(reference.ask(backbone))
+    return backbone.losses(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).item()
+
+
+@pytest.fixture
+def saved(backbone, tmp_path: Path) -> Path:
+    peft_format.save(tmp_path / "adapter", LORA, _trained(backbone, LORA), backbone.name, seed=3)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("adapter", [LORA, FULL, AdapterPart()], ids=["LoRA", "full", "nothing but the always trained"])
+def test_what_was_saved_comes_back(backbone, tmp_path, adapter):
+    state = _trained(backbone, adapter)
+    digest = peft_format.save(tmp_path / "adapter", adapter, state, backbone.name)
+    read, tensors = peft_format.read(tmp_path / "adapter")
+    assert read == adapter
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+    bank, again = peft_format.install(backbone, tmp_path / "adapter")
+    assert again == digest == peft_format.digest(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in bank.state(0).items())
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]  # no temporary names left
+
+
+def test_installed_it_gives_what_it_gave(backbone, small, saved):
+    plain = _losses(backbone)
+    bank = Bank(backbone, [LORA], [0])
+    bank.load_state(0, _trained(checkpoints.load(small[backbone.family]), LORA))
+    in_memory = _losses(backbone)
+    bank.remove()
+    peft_format.install(backbone, saved)
+    assert _losses(backbone) == in_memory
+    assert abs(in_memory - plain) > 0.1
+
+
+def test_a_hash_is_of_the_tensors(backbone):
+    state = _trained(backbone, LORA)
+    assert peft_format.digest(dict(reversed(state.items()))) == peft_format.digest(state)
+    name = next(iter(state))
+    assert peft_format.digest(state | {name: state[name] + 1e-6}) != peft_format.digest(state)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["LoRA", "full"])
+def test_peft_loads_it(backbone, small, tmp_path, adapter):
+    """`PeftModel.from_pretrained` wraps the wanted layers and no other; with the other tensors it gives our logits."""
+    from peft import PeftModel
+
+    state = _trained(backbone, adapter)
+    peft_format.save(tmp_path / "adapter", adapter, state, backbone.name)
+    bank, _ = peft_format.install(backbone, tmp_path / "adapter")
+    encoded, pixels = reference.ask(backbone), reference.pictures(backbone, 4)
+    batch = backbone.text.targets(encoded)
+    with torch.no_grad():
+        ours = backbone.target_logits(backbone.query(backbone.see(pixels), batch), batch)[0]
+    bank.remove()
+
+    fresh = checkpoints.load(small[backbone.family])
+    hf = fresh.hf
+    PeftModel.from_pretrained(hf, str(tmp_path / "adapter"))
+    wrapped = {
+        name.removesuffix(".lora_A.default") for name, _ in hf.named_modules() if name.endswith(".lora_A.default")
+    }
+    assert wrapped == set(placement.resolve(backbone.hf, backbone.family, adapter).lora)
+    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    with torch.no_grad():
+        half = torch.cat(reference.forward(hf, fresh, pixels, rows)[1])
+        for name, tensor in load_file(tmp_path / "adapter" / "trained.safetensors").items():
+            parameter = hf.get_parameter(name)
+            parameter.copy_(tensor.view_as(parameter))
+        theirs = torch.cat(reference.forward(hf, fresh, pixels, rows)[1])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (half - theirs).abs().max() > 1e-2  # peft alone cannot carry the query tokens and their like
+
+
+def test_the_configuration_is_pefts(saved, backbone):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 3, 6, 0.0)
+    assert config["base_model_name_or_path"] == backbone.name
+    assert set(config["target_modules"]) == set(placement.resolve(backbone.hf, backbone.family, LORA).lora)
+    with safe_open(saved / "trained.safetensors", "pt") as file:
+        header = file.metadata()
+        assert set(file.keys()) >= {"query_tokens", "language_projection.bias"}
+    assert AdapterPart.model_validate_json(header["adapter"]) == LORA
+    assert (header["base"], header["seed"]) == (backbone.name, "3")
+
+
+_FRESH = """
+import sys
+import torch
+import checkpoints, reference
+from pathlib import Path
+from blipfit.adapters import peft_format
+backbone = checkpoints.load(Path(sys.argv[1]))
+bank, digest = peft_format.install(backbone, Path(sys.argv[2]))
+batch = backbone.text.candidates(reference.ask(backbone))
+with torch.no_grad():
+    scores = backbone.score(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
+print(digest)
+print(scores.sums_KM[0].tolist())
+"""
+
+
+def test_a_fresh_process_gives_what_memory_gives(small, tmp_path):
+    backbone, saved = checkpoints.load(small["t5"]), tmp_path / "adapter"
+    peft_format.save(saved, LORA, _trained(backbone, LORA), backbone.name)
+    _, digest = peft_format.install(backbone, saved)
+    batch = backbone.text.candidates(reference.ask(backbone))
+    with torch.no_grad():
+        scores = backbone.score(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, backbone.name, str(saved)],
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told, printed = done.stdout.splitlines()
+    assert told == digest
+    assert json.loads(printed) == pytest.approx(scores.sums_KM[0].tolist(), abs=1e-5)
+
+
+def _refused(backbone, folder: Path, told: str) -> None:
+    modules = {id(module) for module in backbone.hf.modules()}
+    with pytest.raises(UserError, match=told) as error:
+        peft_format.install(backbone, folder)
+    assert "\n" not in str(error.value)
+    assert {id(module) for module in backbone.hf.modules()} == modules
+    assert backbone.experiments == 1
+
+
+def test_an_adapter_of_the_other_family_is_refused(small, tmp_path):
+    vicuna = checkpoints.load(small["vicuna"])
+    peft_format.save(tmp_path / "a", LORA, _trained(vicuna, LORA), vicuna.name)
+    _refused(checkpoints.load(small["t5"]), tmp_path / "a", "was not trained on")
+
+
+def test_an_adapter_of_another_size_is_refused(backbone, tmp_path):
+    state = _trained(backbone, LORA)
+    name = "language_projection.weight"
+    peft_format.save(tmp_path / "a", LORA, state | {name: state[name][:, :16]}, "larger")
+    _refused(
+        backbone, tmp_path / "a", r"was not trained on .* language_projection.weight is \(32, 16\), expected \(32, 32\)"
+    )
+
+
+def test_an_untrained_adapter_is_refused(backbone, tmp_path):
+    bank = Bank(backbone, [LORA], [0])
+    state = bank.state(0)
+    bank.remove()
+    peft_format.save(tmp_path / "a", LORA, state, backbone.name)
+    _refused(backbone, tmp_path / "a", "changes nothing of .* saved untrained")
+
+
+@pytest.mark.parametrize("moved", ["query_tokens", "language_projection.bias", "lora_B"])
+def test_one_moved_tensor_is_a_change(backbone, moved):
+    bank = Bank(backbone, [LORA], [0])
+    before = bank.state(0)
+    after = bank.state(0)
+    assert not peft_format.changes(LORA, before, after)
+    after[next(name for name in after if name.endswith(moved))].flatten()[0] += 1e-3
+    assert peft_format.changes(LORA, before, after)
+    other_seed = {n: t + 1 if n.endswith("lora_A") else t for n, t in before.items()}
+    assert not peft_format.changes(LORA, before, other_seed)  # with B zero, A does nothing
+
+
+def test_a_missing_folder_is_refused(backbone, tmp_path):
+    _refused(backbone, tmp_path / "none", "is no adapter folder of blipfit")
+    (tmp_path / "file").write_text("x")
+    _refused(backbone, tmp_path / "file", "is no adapter folder of blipfit")
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def _header(folder: Path, adapter: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file(load_file(folder / "trained.safetensors"), folder / "trained.safetensors", {"adapter": adapter})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: _cut(f / "trained.safetensors"), "is damaged"),
+        (lambda f: _cut(f / "adapter_model.safetensors"), "is damaged"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), r"was not trained on .*missing \["),
+        (lambda f: _header(f, "{"), "is damaged"),
+        (lambda f: _header(f, '{"rank": 0}'), "is damaged"),
+        (lambda f: shutil.copy(f / "adapter_model.safetensors", f / "trained.safetensors"), "is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused(backbone, saved, spoil, told):
+    spoil(saved)
+    _refused(backbone, saved, told)
+
+
+def test_saving_again_replaces_the_whole_folder(backbone, saved):
+    peft_format.save(saved, AdapterPart(), _trained(backbone, AdapterPart()), backbone.name)
+    assert [p.name for p in saved.iterdir()] == ["trained.safetensors"]
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
