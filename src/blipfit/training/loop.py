@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from blipfit import data as datasets
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
+from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import ranking
 from blipfit.evaluation.evaluate import judge
@@ -66,6 +67,7 @@ def train(
         if run.claim(recipe) == "finished":
             listen("skipped", {"run": run, "recipe": recipe})
         else:
+            run.failure_file.unlink(missing_ok=True)
             todo.append((run, recipe, checkpoint.load(run.checkpoint)))
     for members in _banks(todo):
         _train_bank(workshop, members, data, listen)
@@ -88,11 +90,27 @@ def _banks(todo: Sequence[Member]) -> list[list[Member]]:
 
 def _check_inputs(recipes: Sequence[Recipe], data: Path) -> None:
     """Fail on broken data or an absent model before a folder is claimed or a model loaded."""
-    for name, limit in {(r.data.name, r.data.limit) for r in recipes}:
-        for split in SPLITS:
-            datasets.load(name, data, split, limit)
+    sets: dict[tuple[str, int | None], dict[str, list[Question]]] = {}
+    for recipe in recipes:
+        part = recipe.data
+        if (part.name, part.limit) not in sets:
+            read = {split: datasets.load(part.name, data, split, part.limit) for split in SPLITS}
+            sets[part.name, part.limit] = read
+        _check_questions(recipe, sets[part.name, part.limit])
     for model in {recipe.model for recipe in recipes}:
         loading.locate(model)
+
+
+def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]) -> None:
+    """UserError where the questions do not make one batch, or cannot be judged."""
+    size, count = recipe.training.batch_size * recipe.training.accumulation, len(questions["train"])
+    if count < size:
+        raise UserError(
+            f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
+        )
+    for split in ("val", "test"):
+        if openly := next((q for q in questions[split] if not q.choices), None):
+            raise UserError(f"{recipe.data.name} {split} {openly.id} has no choices, and ranking needs them; add some")
 
 
 def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, listen: Listener) -> None:
@@ -137,15 +155,22 @@ def _test(session: "BankSession", head_hash: str) -> None:
             if not peft_format.changes(one.recipe.adapter, before, one.state):
                 raise AssertionError(f"{one.recipe.title}: training changed nothing")
         size, sight = done[0].recipe.judging.batch_size, session.judging_sight
-        judged = {
-            split: judge(backbone, session.splits[split], sight, size) for split in ("val", "test")
-        }
+        judged = {split: judge(backbone, session.splits[split], sight, size) for split in ("val", "test")}
     finally:
         bank.remove()
     for k, one in enumerate(done):
         choices = {split: judged[split][k] for split in judged}
+        if not all(choice.finite for part in choices.values() for choice in part):
+            _fail(one.run, one.recipe, "scores in the test", session.listen)
+            continue
         facts = record.write(one, backbone, session.splits, choices, head_hash)
         session.listen("finished", {"run": one.run, "recipe": one.recipe, "result": facts})
+
+
+def _fail(run: Run, recipe: Recipe, what: str, listen: Listener) -> None:
+    reason = f"non-finite {what}; lower training.learning_rate or use precision fp32"
+    run.fail(reason)
+    listen("failed", {"run": run, "recipe": recipe, "reason": reason})
 
 
 class BankSession:
@@ -172,7 +197,9 @@ class BankSession:
         self._pending: list[tuple[list[str], Tensor]] = []
         for k, (run, _, resumed) in enumerate(members):
             if resumed:
-                self._restore(k, run, *resumed)
+                self._restore(k, *resumed)
+            epochs = self.progress[k].epoch
+            run.truncate_log(lambda line, last=epochs: line["epoch"] <= last)  # type: ignore[misc]
 
     @property
     def bank(self) -> Bank:
@@ -185,14 +212,8 @@ class BankSession:
         for k in [k for k, p in enumerate(self.progress) if p.done]:
             self._leave(k)
         self._drop([k for k, p in enumerate(self.progress) if p.done])
-        steps = len(plan.effective_batches(len(self.splits["train"]), self.training, 0))
-        if self.runs and not steps:
-            size = self.training.batch_size * self.training.accumulation
-            raise UserError(
-                f"{len(self.splits['train'])} training questions are fewer than one batch of {size}; "
-                "lower it with --set training.batch_size=…"
-            )
         if self.runs:
+            steps = len(plan.effective_batches(len(self.splits["train"]), self.training, 0))
             self.listen("start", self._opening(steps))
         while self.runs:
             self._epoch()
@@ -209,10 +230,10 @@ class BankSession:
             self._step(batches[step], features, epoch, step)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
                 self._settle()
-            if not self.runs:
-                break
             if time.monotonic() - self.saved_at > SAVE_SECONDS and step + 1 < len(batches):
                 self._save_all()
+            if not self.runs:
+                break
         self.backbone.hf.eval()
 
     def _features(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Tensor]:
@@ -250,17 +271,12 @@ class BankSession:
             {"epoch": p.epoch, "step": p.step, "losses": [p.loss_sum / p.label_count for p in self.progress]},
         )
         for k, ids in failed.items():
-            self._fail(k, ids)
+            named = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
+            self._fail(k, f"loss in epoch {p.epoch + 1}, in the batch of questions {named}")
         self._drop(list(failed))
 
-    def _fail(self, k: int, ids: list[str]) -> None:
-        p = self.progress[k]
-        reason = (
-            f"non-finite loss in epoch {p.epoch + 1}, in the batch of questions {', '.join(ids[:8])}"
-            f"{', …' if len(ids) > 8 else ''}; lower training.learning_rate or use precision fp32"
-        )
-        self.runs[k].fail(reason)
-        self.listen("failed", {"run": self.runs[k], "recipe": self.recipes[k], "reason": reason})
+    def _fail(self, k: int, what: str) -> None:
+        _fail(self.runs[k], self.recipes[k], what, self.listen)
 
     # ------------------------------------------------------ judge and retire
 
@@ -269,6 +285,12 @@ class BankSession:
         started = time.perf_counter()
         judged = judge(self.backbone, self.splits["val"], self.judging_sight, self.recipes[0].judging.batch_size)
         seconds = (time.perf_counter() - started) / self.bank.K
+        # A last update may have gone wrong without a loss to show it.
+        lost = [k for k, choices in enumerate(judged) if not all(choice.finite for choice in choices)]
+        for k in lost:
+            self._fail(k, f"scores in the validation of epoch {self.progress[k].epoch + 1}")
+        self._drop(lost)
+        judged = [choices for k, choices in enumerate(judged) if k not in lost]
         leaving = []
         for k, (recipe, p, choices) in enumerate(zip(self.recipes, self.progress, judged, strict=True)):
             material = self.splits["val"]
@@ -293,6 +315,8 @@ class BankSession:
             if p.bad_epochs >= recipe.training.patience or p.epoch >= recipe.training.max_epochs:
                 p.done = True
                 leaving.append(k)
+        if not self.runs:
+            return
         self.listen(
             "epoch",
             {
@@ -337,12 +361,11 @@ class BankSession:
             checkpoint.save(run.checkpoint, p, groups)
         self.saved_at = time.monotonic()
 
-    def _restore(self, k: int, run: Run, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def _restore(self, k: int, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         self.progress[k] = progress
         self.bank.load_state(k, tensors["values"])
         self.bank.load_state(k, tensors["best"], self.best)
         self.stepper.optimiser.load_state(k, tensors, progress.updates)
-        run.truncate_log(lambda line: line["epoch"] <= progress.epoch)
 
     def _opening(self, steps: int) -> dict[str, Any]:
         return {
