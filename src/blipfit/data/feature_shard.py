@@ -21,7 +21,7 @@ from blipfit.run import replacing
 
 SUFFIX = ".safetensors"
 _TENSOR = "features"
-# The header's text for a row: 64 digits of SHA-256, 8 of CRC-32, two blanks; and the JSON around it.
+# The header's text for a row: 64 digits of SHA-256, a colon, 8 of CRC-32, a blank.
 HEADER_BYTES_PER_ROW = 74
 
 
@@ -67,10 +67,9 @@ def checksum(row_PD: Tensor) -> int:
 def write(folder: Path, images: Sequence[str], rows_NPD: Tensor) -> Path:
     """Write a shard whole, through to the disk; UserError where the disk will not take it."""
     path = folder / name(images)
-    metadata = {
-        "images": " ".join(images),
-        "checksums": " ".join(f"{checksum(row):08x}" for row in rows_NPD),
-    }
+    # One entry, since safetensors writes several in an order of its own: equal shards are equal files.
+    listed = (f"{image}:{checksum(row):08x}" for image, row in zip(images, rows_NPD, strict=True))
+    metadata = {"rows": " ".join(listed)}
     try:
         with replacing(path) as temporary:
             save_file({_TENSOR: rows_NPD}, temporary, metadata)
@@ -91,8 +90,8 @@ def read(path: Path, shape_PD: tuple[int, int], dtype: torch.dtype) -> Shard:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             rows_NPD = file.get_tensor(_TENSOR)
-        images = metadata["images"].split()
-        checksums = [int(text, 16) for text in metadata["checksums"].split()]
+        listed = [entry.split(":") for entry in metadata["rows"].split()]
+        images, checksums = [image for image, _ in listed], [int(text, 16) for _, text in listed]
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -100,7 +99,7 @@ def read(path: Path, shape_PD: tuple[int, int], dtype: torch.dtype) -> Shard:
     if name(images) != path.name:
         raise DamagedShard(path, "its list of images is not the one its name stands for")
     wanted = (len(images), *shape_PD)
-    if tuple(rows_NPD.shape) != wanted or rows_NPD.dtype != dtype or len(checksums) != len(images):
+    if tuple(rows_NPD.shape) != wanted or rows_NPD.dtype != dtype:
         found = f"{tuple(rows_NPD.shape)} {rows_NPD.dtype}"
         raise DamagedShard(path, f"it holds {found} where {wanted} {dtype} belongs")
     return Shard(path, images, checksums, rows_NPD, set(range(len(images))))
