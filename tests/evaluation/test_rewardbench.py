@@ -1,0 +1,238 @@
+"""VL-RewardBench's rules: the pattern of judgements, both orders, votes of K samples, ties, duplicates, averages."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from blipfit.data.rewardbench import Pair, read
+from blipfit.errors import UserError
+from blipfit.evaluation import rewardbench
+from blipfit.evaluation.rewardbench import Judgement, judge_prompt, judgement_record, pairwise, verdict, vote
+
+ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "vl_rewardbench" / "test_text_only.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Overall Judgment: Answer 1 is better.", 1),
+        ("… **Overall Judgment:** **Answer 2** is better.", 2),
+        ("overall judgment\n\n- ANSWER 2 is slightly better", 2),
+        ("Therefore, I find that Answer 1 is the better one.", 1),
+        ("Therefore Answer 2 is the slightly better answer", 2),
+        ("Overall Judgment: Answer 1 is better in style. But Answer 2 is better.", 2),  # the last one counts
+        ("Answer 1 is better. Overall Judgment: they are equal.", None),  # only what follows the heading
+        ("Answer 1 is better.", None),
+        ("Overall Judgment: Answer 1 is far better.", None),
+        ("Overall Judgment: Response 1 is better.", None),
+        ("Overall\nJudgment: Answer 1 is better.", None),  # line breaks vanish, they do not become blanks
+        ("Overall Judgment: Answer 1\nis better.", 1),
+        ("Overall Judgment: Answer X is better.", None),
+        ("Overall Judgment: Answer 3 is better.", 3),
+        ("Overall Judgment: Answer1is better", 1),
+        ("", None),
+    ],
+)
+def test_pattern_of_a_judgement(text: str, number: int | None):
+    assert verdict(text) == number
+
+
+def said(number: int) -> str:
+    return f"Overall Judgment: Answer {number} is better." if number else "I cannot tell."
+
+
+@pytest.mark.parametrize(
+    ("best", "swapped", "number", "outcome"),
+    [
+        (0, False, 1, "right"),
+        (0, False, 2, "wrong"),
+        (0, True, 1, "wrong"),
+        (0, True, 2, "right"),
+        (1, False, 1, "wrong"),
+        (1, False, 2, "right"),
+        (1, True, 1, "right"),
+        (1, True, 2, "wrong"),
+        (1, True, 3, "right"),  # as in the official script: only the rejected answer's number is wrong
+        (0, False, 0, "unparsed"),
+    ],
+)
+def test_both_orders(best: int, swapped: bool, number: int, outcome: str):
+    assert Judgement("a", ("a",), best, swapped, said(number)).outcome == outcome
+
+
+def test_votes():
+    assert vote(["right"]) == "right"
+    assert vote(["wrong", "right", "wrong"]) == "wrong"
+    assert vote(["wrong", "right"]) == "tie"
+    assert vote(["right", "right", "unparsed"]) == "unparsed"
+
+
+def pair(name: str, best: int = 0, text: str = "x") -> Pair:
+    return Pair(name, "What?", (f"{text} one", f"{text} two"), (best, 1 - best))
+
+
+def write(file: Path, judged: list[tuple[Pair, bool, int]]) -> Path:
+    lines = [json.dumps(judgement_record(p, swapped, said(number))) for p, swapped, number in judged]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_scores_by_hand(tmp_path: Path):
+    file = write(
+        tmp_path / "judged.jsonl",
+        [
+            (pair("RLHF-V-1"), False, 1),
+            (pair("RLHF-V-1"), True, 2),
+            (pair("RLAIF-V-1", 1), False, 1),
+            (pair("hallucination_pair-1"), False, 0),
+            (pair("hallucination_pair-2"), False, 1),
+            (pair("hallucination_pair-2"), True, 1),
+            (pair("mmmu_1"), False, 1),
+            (pair("mathverse_1"), False, 1),
+            (pair("wildvision-1", 1), False, 2),
+            (pair("wildvision-1", 1, "other"), False, 2),
+            (pair("jailbreak-1"), True, 1),
+        ],
+    )
+    record = rewardbench.score_rewardbench(file)
+    hallucination = record["categories"]["hallucination"]
+    assert {k: hallucination[k] for k in ("pairs", "right", "wrong", "tie", "unparsed")} == {
+        "pairs": 4,
+        "right": 1,
+        "wrong": 1,
+        "tie": 1,
+        "unparsed": 1,
+    }
+    assert (hallucination["accuracy"], hallucination["strict"]) == (50, 25)
+    assert record["categories"]["reasoning"]["accuracy"] == 100
+    assert record["categories"]["general"]["accuracy"] == 66.6667
+    assert (record["pooled"]["accuracy"], record["pooled"]["right"], record["pooled"]["wrong"]) == (71.4286, 5, 2)
+    assert record["macro"] == 72.2222
+    assert (record["judgements"], record["samples"], record["repeated_ids"]) == (11, [1, 2], 1)
+    assert record["mean"]["hallucination"] == 60  # right 3 of the 5 that name an answer
+    assert record["chosen"] == {"answer_1": 7, "answer_2": 3, "neither": 0}
+    assert record["both_orders"] == {"pairs": 2, "steady": 1}
+    first = rewardbench.score_rewardbench(file, samples=1)
+    assert first["categories"]["hallucination"]["tie"] == 0
+    assert first["samples"] == [1, 1]
+
+
+def independent(lines: list[dict], k: int) -> dict:
+    """A second implementation, in the official script's steps: count, drop, classify, average."""
+    counts: dict[str, list] = {}
+    for line in lines:
+        key = json.dumps([line["id"], line["query"], sorted(line["response"])])
+        entry = counts.setdefault(key, [0, 0, 0, line["id"]])
+        if sum(entry[:3]) >= k:
+            continue
+        text = line["meta"]["filter_choice"].replace("\n", "").replace("*", "").lower()
+        start = min((at for word in ("overall judgment", "therefore") if (at := text.find(word)) >= 0), default=-1)
+        number = None
+        for part in text[max(start, 0) :].split("answer")[1:] if start >= 0 else []:
+            digits = part.split(" is ")[0].strip()
+            rest = part.split(" is ")[1] if " is " in part else ""
+            if digits.isdigit() and rest.startswith(("better", "the better", "slightly better", "the slightly better")):
+                number = int(digits)
+        rejected = line["ranking"].index(1 if line["meta"]["random_number"] == 0 else 0) + 1
+        entry[2 if number is None else 1 if number == rejected else 0] += 1
+    groups = {"hallucination": [0, 0], "reasoning": [0, 0], "general": [0, 0]}
+    for agree, reject, unmatched, name in counts.values():
+        if unmatched == 0 and agree != reject:
+            prefix = name[: min(at for mark in "_-" if (at := name.find(mark)) > 0)]
+            halls, reasons = ("RLHF", "RLAIF", "hallucination"), ("mmmu", "mathverse")
+            group = "hallucination" if prefix in halls else "reasoning" if prefix in reasons else "general"
+            groups[group][agree < reject] += 1
+    rates = {name: right / (right + wrong) for name, (right, wrong) in groups.items()}
+    pooled = sum(right for right, _ in groups.values()) / sum(map(sum, groups.values()))
+    return {**rates, "pooled": pooled, "macro": sum(rates.values()) / 3}
+
+
+def test_a_second_implementation_agrees_on_real_rows_judged_at_random(tmp_path: Path):
+    if not ROWS.is_file():
+        pytest.skip(f"no real rows at {ROWS}")
+    draw = random.Random(4)
+    endings = [said(1), said(2), said(2), "**Overall Judgment**:\n**Answer 1** is the better one.", "Therefore…\n"]
+    endings += ["Therefore Answer 2 is slightly better, so Answer 1 is better", "Overall Judgment: both are fine."]
+    judged = []
+    for row in read(ROWS):
+        careful = draw.random() < 0.8
+        for _ in range(draw.randint(1, 6)):
+            text = draw.choice(endings[:4] if careful else endings)
+            judged.append(judgement_record(row, draw.random() < 0.5, f"Answer 1 is clear.\n{text}"))
+    draw.shuffle(judged)
+    file = tmp_path / "judged.jsonl"
+    wrapped = [{"0": line} if n % 2 else line for n, line in enumerate(judged)] + [{"0": None}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in wrapped))
+    for k in (1, 3, 5, 9):
+        record, expected = rewardbench.score_rewardbench(file, samples=k), independent(judged, k)
+        found = {name: facts["accuracy"] for name, facts in record["categories"].items()}
+        found |= {"pooled": record["pooled"]["accuracy"], "macro": record["macro"]}
+        assert found == {name: pytest.approx(100 * value, abs=1e-4) for name, value in expected.items()}
+        assert record["pooled"]["pairs"] == 400
+        assert sum(record["pooled"][name] for name in rewardbench.OUTCOMES) == 400
+
+
+def test_pairwise_by_likelihood():
+    pairs = [pair("RLHF-V-1"), pair("mmmu_1", 1), pair("mmmu_2", 1), pair("wildvision-1"), pair("RLHF-V-1", 0, "other")]
+    record = pairwise([*pairs, pairs[0]], [(-1.0, -2.0), (-3.0, -2.5), (-2.0, -9.0), (-4.0, -4.0), (-2, -1), (-9, -1)])
+    assert (record["rows"], record["repeated_rows"], record["repeated_ids"]) == (6, 1, 1)
+    assert record["categories"]["hallucination"]["accuracy"] == 50
+    assert record["categories"]["reasoning"]["accuracy"] == 50
+    assert record["categories"]["general"] == {
+        "accuracy": None,
+        "interval": [0, 100],
+        "strict": 0,
+        "pairs": 1,
+        "right": 0,
+        "wrong": 0,
+        "tie": 1,
+        "unparsed": 0,
+    }
+    assert record["macro"] is None
+    assert (record["pooled"]["accuracy"], record["pooled"]["strict"]) == (50, 40)
+
+
+def test_a_judge_that_knows_scores_100_in_both_orders_and_one_that_does_not_50():
+    if not ROWS.is_file():
+        pytest.skip(f"no real rows at {ROWS}")
+    pairs = read(ROWS)
+    both = [(row, swapped) for row in pairs for swapped in (False, True)]
+    knows = [Judgement(r.id, r.key, r.best, s, said(1 + (r.best ^ s))) for r, s in both]
+    record = rewardbench.score(knows)
+    assert record["pooled"]["accuracy"] == record["macro"] == 100
+    assert record["both_orders"] == {"pairs": 400, "steady": 400}
+    first = rewardbench.score([Judgement(r.id, r.key, r.best, s, said(1)) for r, s in both])
+    assert first["pooled"]["tie"] == 400
+    assert first["mean"]["pooled"] == 50
+    assert first["both_orders"] == {"pairs": 400, "steady": 0}
+
+
+def test_prompt_shows_the_answers_in_the_order_told():
+    shown = pair("RLHF-V-1")
+    assert "Answer 1: x one\n\nAnswer 2: x two" in judge_prompt(shown, swapped=False)
+    assert "Answer 1: x two\n\nAnswer 2: x one" in judge_prompt(shown, swapped=True)
+    assert verdict(judge_prompt(shown, swapped=False)) is None
+
+
+def test_odd_lines_are_told(tmp_path: Path):
+    file = tmp_path / "judged.jsonl"
+    good = judgement_record(pair("RLHF-V-1"), False, said(1))
+    for change, told in (
+        ({"meta": {"filter_choice": "x"}}, "judged.jsonl:2: meta.random_number must be 0 .* or 1 .* but is None"),
+        ({"meta": {"filter_choice": None, "random_number": 1}}, "judged.jsonl:2: 'meta': 'filter_choice' must be text"),
+        ({"meta": None}, "judged.jsonl:2: 'meta': expected an object"),
+        ({"ranking": [1, 2]}, "judged.jsonl:2: the ranking must be"),
+        ({"response": "x"}, "judged.jsonl:2: 'response' must be a list of two texts"),
+    ):
+        file.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+        with pytest.raises(UserError, match=told):
+            rewardbench.score_rewardbench(file)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="holds no judgements"):
+        rewardbench.score_rewardbench(file)
+    with pytest.raises(UserError, match="is missing"):
+        rewardbench.score_rewardbench(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="samples is 0"):
+        rewardbench.score([], samples=0)
