@@ -32,14 +32,12 @@ class BankLoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         K = self.scale.shape[0]
-        x_KRI = x.reshape(K, -1, x.shape[-1])[self.span]
-        low = torch.bmm(x_KRI, self.lora_A[self.span].transpose(1, 2))
-        scaled_B = self.lora_B[self.span] * self.scale[self.span, None, None]
-        delta = torch.bmm(low, scaled_B.transpose(1, 2))
-        y_KRO = y.view(K, -1, y.shape[-1])
-        if delta.shape[0] == K:
-            return (y_KRO + delta).view_as(y)
-        inside = y_KRO[self.span] + delta
+        x_KRI, y_KRO = x.reshape(K, -1, x.shape[-1]), y.view(K, -1, y.shape[-1])
+        scaled_B = self.lora_B * self.scale[:, None, None]
+        if self.span == slice(0, K):  # a slice of everything would cost a copy in backward
+            return torch.baddbmm(y_KRO, torch.bmm(x_KRI, self.lora_A.mT), scaled_B.mT).view_as(y)
+        low = torch.bmm(x_KRI[self.span], self.lora_A[self.span].mT)
+        inside = torch.baddbmm(y_KRO[self.span], low, scaled_B[self.span].mT)
         return torch.cat([y_KRO[: self.span.start], inside, y_KRO[self.span.stop :]]).view_as(y)
 
 
@@ -54,9 +52,9 @@ class BankLinear(nn.Module):
         K = self.weight.shape[0]
         x_KRI = x.reshape(K, -1, x.shape[-1])
         if self.bias is None:
-            y = torch.bmm(x_KRI, self.weight.transpose(1, 2))
+            y = torch.bmm(x_KRI, self.weight.mT)
         else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), x_KRI, self.weight.transpose(1, 2))
+            y = torch.baddbmm(self.bias.unsqueeze(1), x_KRI, self.weight.mT)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
