@@ -82,8 +82,8 @@ def _draw(model: InstructBlipForConditionalGeneration, family: str) -> None:
     """Weights that matter, every one: the library's own start has zero biases and next to no signal."""
     if family == "t5":
         tiny.untie(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("language_model.lm_head"):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)

@@ -122,6 +122,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
         ("adapter.llm=[ffn, attn]", ("attn", "ffn")),
         ("adapter.qformer=full", "full"),
         ("model.name=../folder", "../folder"),
+        ("data.images=off", "off"),
     ],
 )
 def test_overrides_reach_every_kind_of_field(assignment, value):

@@ -43,6 +43,12 @@ class DataPart(Part):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of every split (for trials)."""
 
+    @field_validator("images", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
+
 
 class AdapterPart(Part):
     method: Literal["lora"] = "lora"

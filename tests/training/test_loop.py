@@ -1,0 +1,422 @@
+"""The training loop through its one door: recipes in, finished run folders out."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import reference
+from blipfit import data as datasets
+from blipfit import grid
+from blipfit.adapters import peft_format
+from blipfit.data import iconqa as iconqa_data
+from blipfit.data import images
+from blipfit.data.prompts import prompt
+from blipfit.errors import UserError
+from blipfit.evaluation.ranking import summarise
+from blipfit.model.backbone import fingerprint, head
+from blipfit.recipe import Recipe
+from blipfit.run import Run
+from blipfit.training import loop
+from blipfit.training.workshop import Workshop
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+FILES = {"recipe.yaml", "log.jsonl", "checkpoint", "adapter", "predictions.jsonl", "result.json"}
+
+
+@pytest.fixture
+def recipe(small: dict[str, Path]) -> Callable[..., Recipe]:
+    """An experiment of the grid on a small model: two epochs of six steps unless said otherwise."""
+
+    def make(experiment: int | str, *changes: str, family: str = "t5") -> Recipe:
+        own = ["training.batch_size=2", "training.accumulation=1", "training.max_epochs=2", *changes]
+        return grid.recipe("iconqa", experiment, str(small[family])).override(own)
+
+    return make
+
+
+@pytest.fixture
+def train(iconqa: Path, tmp_path: Path) -> Callable[..., list[Run]]:
+    """Train in a folder below `tmp_path`, with a store of image features of its own."""
+
+    def run(recipes: list[Recipe], folder: str = "results", data: Path = iconqa, **options: Any) -> list[Run]:
+        shop = options.pop("workshop", None) or Workshop("cpu", store=tmp_path / "features")
+        return loop.train(recipes, data, tmp_path / folder, workshop=shop, **options)
+
+    return run
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{file} holds {constant}, which is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Results without the clock."""
+
+    def timeless(result: dict[str, Any]) -> dict[str, Any]:
+        history = [{k: v for k, v in line.items() if k != "seconds"} for line in result["history"]]
+        return {k: v for k, v in result.items() if k != "seconds"} | {"history": history}
+
+    return timeless(one) == timeless(other)
+
+
+def _tensors(run: Run) -> dict[str, torch.Tensor]:
+    return peft_format.read(run.adapter)[1]
+
+
+def _close(one: Run, other: Run, tolerance: float) -> None:
+    """The same training up to rounding: losses, accuracies, weights."""
+    for mine, theirs in zip(one.result()["history"], other.result()["history"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
+        assert mine["val_accuracy"] == theirs["val_accuracy"]
+        assert mine["learning_rate"] == theirs["learning_rate"]
+    tensors = _tensors(other)
+    for name, tensor in _tensors(one).items():
+        torch.testing.assert_close(tensor, tensors[name], atol=tolerance, rtol=0, msg=name)
+
+
+# ---------------------------------------------------------------- the record
+
+
+def test_a_run_folder_is_complete(recipe, train, family, iconqa):
+    experiment = recipe(15 if family == "t5" else 47, family=family)
+    (run,) = train([experiment])
+    assert {path.name for path in run.folder.iterdir()} == FILES
+    assert [p for p in run.folder.parents[1].rglob("*") if p.name.startswith(".")] == []
+    assert run.state() == "finished"
+    assert run.recipe() == experiment
+    result = run.result()
+    assert len(_records(run.log_file)) == result["epochs"] == 2
+    assert _records(run.log_file) == result["history"]
+    assert set(result["metrics"]) == {"val", "test"}
+    assert result["counts"] == {"train": 12, "val": 6, "test": 5}
+    assert (result["prompt"], result["recipe"]) == ("iconqa-v1", experiment.model_dump(mode="json"))
+    assert result["prompt_example"].startswith("<Image> Question: Which")
+    assert {"blipfit", "python", "torch", "transformers", "peft", "safetensors"} <= result["versions"].keys()
+    assert all(result["versions"].values())
+    assert result["differs_from_published"]["training.max_epochs"] == [15, 2]
+    assert "adapter.rank" not in result["differs_from_published"]
+    assert (result["precision"], result["seconds"] > 0) == ("float32", True)
+
+
+def test_the_recorded_numbers_are_those_of_the_files(recipe, train, family, small, iconqa):
+    """Adapter, counts, hashes and scores, taken again from what lies in the folder, in a model loaded anew."""
+    (run,) = train([recipe(31 if family == "t5" else 63, family=family)])
+    result, backbone = run.result(), checkpoints.load(small[family])
+    assert result["head_sha256"] == fingerprint(head(backbone.hf))
+    plain = sum(p.numel() for p in backbone.hf.parameters())
+    adapter, state = peft_format.read(run.adapter)
+    assert result["adapter_sha256"] == peft_format.digest(state)
+    assert result["trained_parameters"] == sum(t.numel() for t in state.values())
+    assert sum(result["trained_by_component"].values()) == result["trained_parameters"]
+    lora = sum(t.numel() for n, t in state.items() if "lora_" in n)
+    assert result["total_parameters"] == plain + lora
+    assert result["trained_share"] == pytest.approx(result["trained_parameters"] / (plain + lora))
+
+    records = _records(run.predictions_file)
+    assert [r["split"] for r in records] == ["val"] * 6 + ["test"] * 5
+    questions = {split: iconqa_data.load(iconqa, split) for split in ("val", "test")}
+    assert [r["id"] for r in records] == [q.id for split in questions.values() for q in split]
+    tuned = reference.merged(backbone.hf, adapter, state)
+    for record, question in zip(records[6:], questions["test"], strict=True):
+        written = prompt("iconqa-v1")(question)
+        assert record["answer"] == written.target
+        assert tuple(c["text"] for c in record["candidates"]) == written.candidates
+        pixels = images.pixels([images.open_image(question.image)], backbone.image_size)
+        (e,) = backbone.text.encode([written])
+        for found, ids in zip(record["candidates"], e.candidates, strict=True):
+            with torch.no_grad():
+                _, (logits,) = reference.forward(tuned, backbone, pixels, [(e.qformer, e.prompt, ids)])
+            expected = reference.log_likelihood(logits, ids)
+            assert found["sum"] == pytest.approx(expected, abs=1e-3)
+            assert found["tokens"] == len(ids)
+            assert found["mean"] == pytest.approx(found["sum"] / len(ids))
+        best = max(record["candidates"], key=lambda c: c["sum"])
+        assert record["prediction"] == best["text"]
+        assert record["correct"] == (best["text"] == written.target)
+    for split in questions:
+        mine = [r for r in records if r["split"] == split]
+        assert json.loads(json.dumps(summarise(questions[split], mine))) == result["metrics"][split]
+
+
+def test_the_best_epoch_is_what_is_tested(recipe, train):
+    (run,) = train([recipe(31, "training.max_epochs=4", "training.learning_rate=0.03", "training.patience=4")])
+    result = run.result()
+    accuracies = [line["val_accuracy"] for line in result["history"]]
+    assert len(set(accuracies)) > 1
+    assert result["best_epoch"] == accuracies.index(max(accuracies)) + 1
+    assert result["metrics"]["val"]["accuracy"] == pytest.approx(max(accuracies), abs=1e-4)
+
+
+def test_the_learning_rate_falls_by_the_epoch(recipe, train):
+    (run,) = train([recipe(16, "training.max_epochs=4", "training.learning_rate=1e-3", "training.patience=4")])
+    rates = [line["learning_rate"] for line in run.result()["history"]]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_training_learns(recipe, train, family):
+    """On questions it has seen: the loss of the last epoch is well below that of the first."""
+    change = ["training.max_epochs=5", "training.learning_rate=0.03", "training.patience=5"]
+    (run,) = train([recipe(32, *change, family=family)])
+    losses = [line["loss"] for line in run.result()["history"]]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_nothing_of_the_model_changes(recipe, train, small, family, tmp_path):
+    shop = Workshop("cpu", store=tmp_path / "features")
+    both = [recipe(9, family=family), recipe(30, family=family)]
+    train(both, workshop=shop)
+    used, fresh = shop.backbone(both[0]).hf, checkpoints.load(small[family]).hf
+    assert used.state_dict().keys() == fresh.state_dict().keys()
+    assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in used.state_dict().items())
+    assert not any(module.training for module in used.modules())
+
+
+# -------------------------------------------------------- sameness of results
+
+
+def test_the_same_recipe_gives_the_same_numbers(recipe, train):
+    (one,), (other,) = train([recipe(30)], "one"), train([recipe(30)], "other")
+    assert _same(one.result(), other.result())
+    assert one.predictions_file.read_text() == other.predictions_file.read_text()
+    (seeded,) = train([recipe(30, "training.seed=1")], "seeded")
+    assert seeded.result()["adapter_sha256"] != one.result()["adapter_sha256"]
+
+
+def test_a_bank_gives_what_separate_runs_give(recipe, train, family):
+    """With dropout and augmentation on: an experiment sees the noise that it sees alone."""
+    several = [
+        recipe(13, "training.learning_rate=1e-3", family=family),
+        recipe(22, family=family),
+        recipe(32, "training.weight_decay=0.5", family=family),
+        recipe(27, "training.max_epochs=1", family=family),
+    ]
+    alone = [train([r], f"alone{k}")[0] for k, r in enumerate(several)]
+    for mine, theirs in zip(train(several, "bank"), alone, strict=True):
+        _close(mine, theirs, 1e-4)
+    losses = {run.result()["history"][0]["loss"] for run in alone}
+    assert len(losses) == 4
+
+
+def test_a_bank_of_full_q_formers_gives_what_separate_runs_give(recipe, train):
+    several = [recipe(2), recipe(12)]
+    alone = [train([r], f"alone{k}")[0] for k, r in enumerate(several)]
+    for mine, theirs in zip(train(several, "bank"), alone, strict=True):
+        _close(mine, theirs, 1e-4)
+
+
+def test_dropout_and_augmentation_are_on(recipe, train):
+    losses = []
+    for change in ("data.images=shared", "training.dropout=false", "data.images=stored"):
+        (run,) = train([recipe(30, "training.max_epochs=1", "data.images=shared", change)], change)
+        losses.append(run.result()["history"][0]["loss"])
+    assert len(set(losses)) == 3
+
+
+def test_accumulation_is_only_a_matter_of_memory(recipe, train):
+    """The loss is divided by the label tokens of the whole effective batch, not averaged over micro-batches."""
+    whole = recipe(30, "training.batch_size=4", "training.dropout=false")
+    (one,) = train([whole], "one")
+    (four,) = train([whole.override(["training.batch_size=1", "training.accumulation=4"])], "four")
+    _close(one, four, 1e-5)
+
+
+# ------------------------------------------------------------ stop and go on
+
+
+class Interrupted(Exception):
+    """The machine goes down."""
+
+
+def _at(event: str, nth: int) -> loop.Listener:
+    seen = []
+
+    def listen(name: str, facts: dict[str, Any]) -> None:
+        if name == event:
+            seen.append(facts)
+            if len(seen) == nth:
+                raise Interrupted
+
+    return listen
+
+
+# The event and which of them, how often checkpoints are written in an epoch, and the epoch it then goes on in.
+INTERRUPTIONS = {
+    "before the first checkpoint": ("epoch", 1, None, [0]),
+    "after an epoch": ("epoch", 2, None, [1]),
+    "in the first epoch": ("step", 5, 0.0, [0]),
+    "in the last epoch": ("step", 15, 0.0, [2]),
+    "between two records": ("finished", 1, None, []),
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTIONS)
+def test_interrupted_and_resumed_is_straight(recipe, train, monkeypatch, where):
+    event, nth, seconds, goes_on_in = INTERRUPTIONS[where]
+    both = [recipe(19, "training.max_epochs=3"), recipe(30, "training.max_epochs=3")]
+    straight = train(both, "straight")
+    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
+    if seconds is not None:
+        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
+    with pytest.raises(Interrupted):
+        train(both, "broken", listen=_at(event, nth))
+    starts = []
+    resumed = train(both, "broken", listen=lambda name, facts: starts.append(facts) if name == "start" else None)
+    for one, other in zip(straight, resumed, strict=True):
+        assert _same(one.result(), other.result())
+        assert len(_records(other.log_file)) == 3
+        assert {path.name for path in other.folder.iterdir()} == FILES
+    assert [facts["epoch"] for facts in starts] == goes_on_in
+
+
+def test_a_bank_whose_members_left_at_different_times_resumes(recipe, train):
+    both = [recipe(19, "training.max_epochs=1"), recipe(30, "training.max_epochs=3")]
+    straight = train(both, "straight")
+    with pytest.raises(Interrupted):
+        train(both, "broken", listen=_at("epoch", 3))
+    # The second half ran in a bank of its own ranks, so the sums were rounded in another order.
+    for one, other in zip(straight, train(both, "broken"), strict=True):
+        _close(one, other, 1e-5)
+
+
+def test_a_finished_run_is_skipped(recipe, train):
+    (run,) = train([recipe(30)])
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    events = []
+    train([recipe(30)], listen=lambda name, facts: events.append(name))
+    assert events == ["skipped"]
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe, train, tmp_path):
+    (run,) = train([recipe(30)])
+    before = run.result()
+    with pytest.raises(UserError, match=r"another recipe \(training.seed is 42 there and 1 here\).*--results"):
+        train([recipe(13), recipe(30, "training.seed=1")])
+    assert run.result() == before
+    assert not (tmp_path / "results" / "iconqa" / "13").exists()
+
+
+def test_two_recipes_of_one_name_are_refused(recipe, train, tmp_path):
+    with pytest.raises(UserError, match="two of the recipes have the same"):
+        train([recipe(30), recipe(30, "training.seed=1")])
+    assert not (tmp_path / "results").exists()
+
+
+# ------------------------------------------------------------ leaving a bank
+
+
+def test_early_stop_leaves_the_bank_alone(recipe, train):
+    """One stops for want of progress, one goes on to its end as if it had been alone."""
+    still = recipe(13, "training.learning_rate=1e-9", "training.max_epochs=5", "training.patience=2")
+    going = recipe(32, "training.max_epochs=5", "training.patience=5")
+    left = []
+    runs = train([still, going], listen=lambda name, facts: left.append(facts["leaving"]) if name == "epoch" else None)
+    stopped, went = (run.result() for run in runs)
+    assert (stopped["epochs"], stopped["best_epoch"]) == (3, 1)
+    assert went["epochs"] == 5
+    assert left == [[], [], ["13"], [], ["32"]]
+    (alone,) = train([going], "alone")
+    _close(runs[1], alone, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [(2, "loss in epoch 1, in the batch of questions 1"), (12, "scores in the validation of epoch 1")],
+)
+def test_a_broken_experiment_leaves_with_a_reason_and_the_others_go_on(recipe, train, batch, what):
+    size = f"training.batch_size={batch}"
+    good, bad = recipe(13, size), recipe(30, size, "training.learning_rate=1e30")
+    failures = []
+    runs = train([good, bad], listen=lambda name, facts: failures.append(facts) if name == "failed" else None)
+    assert [facts["recipe"].experiment for facts in failures] == ["30"]
+    reason = json.loads(runs[1].failure_file.read_text())["reason"]
+    assert reason == failures[0]["reason"] == runs[1].failure()
+    assert reason.startswith(f"non-finite {what}")
+    assert "lower training.learning_rate" in reason
+    assert (runs[0].state(), runs[1].state()) == ("finished", "started")
+    assert not runs[0].failure_file.exists()
+    (alone,) = train([good], "alone")
+    _close(runs[0], alone, 1e-4)
+
+
+def test_all_experiments_may_break(recipe, train, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    runs = train([recipe(n, "training.learning_rate=1e30") for n in (13, 30)])
+    assert [run.state() for run in runs] == ["started", "started"]
+    assert all(run.failure_file.exists() for run in runs)
+
+
+def test_a_failure_of_before_is_forgotten(recipe, train):
+    (run,) = train([recipe(13)], listen=lambda *_: None)
+    run.result_file.unlink()
+    run.fail("the machine went down")
+    train([recipe(13)])
+    assert run.state() == "finished"
+    assert not run.failure_file.exists()
+
+
+# ---------------------------------------------------------- users' mistakes
+
+
+def test_too_few_questions_for_a_batch(recipe, train, tmp_path):
+    with pytest.raises(UserError, match=r"12 training questions are fewer than one batch of 16; .*training.batch_size"):
+        train([recipe(13, "training.batch_size=8", "training.accumulation=2")])
+    assert not (tmp_path / "results").exists()
+
+
+def test_open_questions_cannot_be_ranked(recipe, train, tmp_path):
+    data = tmp_path / "own"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "a.png")
+    line = {"image": "a.png", "question": "What?", "answer": "this"}
+    for split in ("train", "val", "test"):
+        lines = [{"id": f"{split}{n}", **line} for n in range(2)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    mine = recipe(13, "data.name=own", "data.prompt=vqa-v1", "experiment=mine")
+    with pytest.raises(UserError, match="own val val0 has no choices, and ranking needs them"):
+        train([mine], data=data)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_damaged_picture_leaves_no_half_written_file(recipe, train, iconqa, tmp_path):
+    import shutil
+
+    data = Path(shutil.copytree(iconqa, tmp_path / "data"))
+    picture = sorted((data / "train").rglob("*.png"))[3]
+    picture.write_bytes(picture.read_bytes()[:-50])
+    with pytest.raises(UserError, match=rf"{picture.parent.name}/image.png is damaged"):
+        train([recipe(13)], data=data)
+    left = {path.name for path in (tmp_path / "results" / "iconqa" / "13").iterdir()}
+    assert left <= {"recipe.yaml"}
+
+
+@pytest.mark.parametrize("change", ["data.prompt=scienceqa", "model.name=nowhere", "training.precision=fp16"])
+def test_a_wrong_recipe_is_told(recipe, train, change):
+    with pytest.raises(UserError):
+        train([recipe(13, change)])
+
+
+# ------------------------------------------------------------------ real text
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
+def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, family, train, tmp_path):
+    datasets.dataset("scienceqa").prepare(SHARED / "scienceqa", tmp_path / "sqa")
+    recipe = grid.recipe("scienceqa", 15 if family == "t5" else 47, str(hub_like[family]))
+    recipe = recipe.override(["training.batch_size=2", "training.max_epochs=1", "data.limit=4"])
+    (run,) = train([recipe], data=tmp_path / "sqa")
+    result = run.result()
+    assert math.isfinite(result["history"][0]["loss"])
+    assert result["metrics"]["test"]["questions"] == 4
+    assert result["prompt_example"].startswith("Context: {")
+    assert result["metrics"]["test"]["by"]["leaderboard"]["IMG"]["questions"] == 4
