@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.evaluation import clip_score
-from blipfit.model import tiny
+from blipfit.model import clip, tiny
 
 BPE = Path(__file__).parents[2].parent / "shared" / "tokenizers" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos"
@@ -106,10 +106,10 @@ def test_tokenizer_made_here_is_clips(checkpoint: Path):
 
 def test_equals_transformers_called_directly(checkpoint: Path, pairs):
     images, texts = pairs
-    judge = clip_score.load(str(checkpoint))
+    judge = clip.load(str(checkpoint))
     expected = direct(checkpoint, images, texts)
     for batch_size in (1, 7, 64):
-        scores = judge.score(images, texts, batch_size)
+        scores = clip_score.score(judge, images, texts, batch_size)
         np.testing.assert_allclose(scores.values, expected, rtol=0, atol=1e-4)
         assert scores.cut == sum(len(judge.tokenizer(t, verbose=False).input_ids) > 77 for t in texts) > 3
     # Both sides of the max are there, and the scores differ: the test could not pass by chance.
@@ -134,12 +134,12 @@ class BareFeatures(torch.nn.Module):
 
 def test_equals_torchmetrics(checkpoint: Path, pairs):
     metrics = pytest.importorskip("torchmetrics.functional.multimodal", reason="torchmetrics is not installed")
-    judge = clip_score.load(str(checkpoint))
+    judge = clip.load(str(checkpoint))
     model = BareFeatures(judge.model)
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(checkpoint), judge.tokenizer)
     compared = 0
     for image, text in zip(*pairs, strict=True):
-        scores = judge.score([image], [text])
+        scores = clip_score.score(judge, [image], [text])
         if scores.cut:
             continue  # torchmetrics cuts the end token off too and reads the text somewhere else
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -151,26 +151,26 @@ def test_equals_torchmetrics(checkpoint: Path, pairs):
 
 
 def test_a_text_of_77_tokens_is_whole_and_one_of_78_is_cut(checkpoint: Path, pairs):
-    judge = clip_score.load(str(checkpoint))
+    judge = clip.load(str(checkpoint))
     image = pairs[0][0]
     fits, longer, much_longer = (" ".join(["cat"] * n) for n in (75, 76, 200))
-    scores = judge.score([image] * 3, [fits, longer, much_longer])
+    scores = clip_score.score(judge, [image] * 3, [fits, longer, much_longer])
     assert scores.cut == 2
     assert scores.values[1] == pytest.approx(scores.values[0], abs=1e-4)
     assert scores.values[2] == pytest.approx(scores.values[0], abs=1e-4)
 
 
 def test_nothing_to_score(checkpoint: Path):
-    assert clip_score.load(str(checkpoint)).score([], []) == clip_score.ClipScores((), 0)
+    assert clip_score.score(clip.load(str(checkpoint)), [], []) == clip_score.ClipScores((), 0)
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        clip_score.load(str(checkpoint)).score([], ["a text"])
+        clip_score.score(clip.load(str(checkpoint)), [], ["a text"])
 
 
 def test_the_miniature_is_scored_as_transformers_would(tmp_path: Path):
-    judge = clip_score.load("tiny-clip")
+    judge = clip.load("tiny-clip")
     icons.write_preferences(tmp_path, n=8)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    scores = judge.score([tmp_path / row["image"] for row in rows], [row["response"][0] for row in rows])
+    scores = clip_score.score(judge, [tmp_path / row["image"] for row in rows], [row["response"][0] for row in rows])
     processor = CLIPProcessor.from_pretrained(tiny.clip_folder())
     model = CLIPModel.from_pretrained(tiny.clip_folder()).eval()
     for row, score in zip(rows, scores.values, strict=True):
@@ -180,17 +180,19 @@ def test_the_miniature_is_scored_as_transformers_would(tmp_path: Path):
         cosine = (out.image_embeds * out.text_embeds).sum().item()
         assert score == pytest.approx(100 * max(cosine, 0), abs=1e-4)
     assert (judge.text_length, scores.cut) == (64, 0)
-    assert judge.score([tmp_path / rows[0]["image"]], ["red star " * 40]).cut == 1
+    assert clip_score.score(judge, [tmp_path / rows[0]["image"]], ["red star " * 40]).cut == 1
 
 
 def test_photographs_are_opened_from_their_files():
     if not PHOTOS.is_dir():
         pytest.skip(f"no photographs at {PHOTOS}")
     files = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png"))
-    judge = clip_score.load("tiny-clip")
+    judge = clip.load("tiny-clip")
     opened = [Image.open(file).convert("RGB") for file in files]
     texts = ["a red star"] * len(files)
-    assert judge.score(files, texts).values == pytest.approx(judge.score(opened, texts).values, abs=1e-3)
+    assert clip_score.score(judge, files, texts).values == pytest.approx(
+        clip_score.score(judge, opened, texts).values, abs=1e-3
+    )
 
 
 def copy(checkpoint: Path, to: Path, **config) -> Path:
@@ -203,31 +205,31 @@ def copy(checkpoint: Path, to: Path, **config) -> Path:
 
 def test_wrong_models_are_refused(checkpoint: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"a model of type 'instructblip'; the CLIP score needs one of type 'clip'"):
-        clip_score.load(str(tiny.folder("t5")))
+        clip.load(str(tiny.folder("t5")))
     with pytest.raises(UserError, match="unknown CLIP 'clip': give a hub name"):
-        clip_score.load("clip")
+        clip.load("clip")
     with pytest.raises(UserError, match="is not a model folder"):
-        clip_score.load(str(tmp_path))
+        clip.load(str(tmp_path))
     text = json.loads((checkpoint / "config.json").read_text())["text_config"]
     other_end = copy(checkpoint, tmp_path / "end", text_config=text | {"eos_token_id": 49000})
     with pytest.raises(UserError, match="ends a text with id 49407, the model reads it at id 49000"):
-        clip_score.load(str(other_end))
+        clip.load(str(other_end))
     deeper = copy(checkpoint, tmp_path / "deep", text_config=text | {"num_hidden_layers": 3})
     with pytest.raises(UserError, match=r"16 weights are missing, e.g. text_model.encoder.layers.2"):
-        clip_score.load(str(deeper))
+        clip.load(str(deeper))
     broken = copy(checkpoint, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
-        clip_score.load(str(broken))
+        clip.load(str(broken))
 
 
 def test_loading_says_nothing_and_offline_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    clip_score.load("tiny-clip")
+    clip.load("tiny-clip")
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"offline: `nobody/clip` is not in the local cache; give a folder with a CLIP"):
-        clip_score.load("nobody/clip")
+        clip.load("nobody/clip")
     assert time.monotonic() - start < 1
