@@ -203,10 +203,10 @@ def demo(
 def _device(name: str | None) -> Any:
     import torch
 
-    from blipfit.training.workshop import default_device
+    from blipfit.model import processes
 
     if name is None:
-        return default_device()
+        return processes.device()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -217,7 +217,12 @@ def _device(name: str | None) -> Any:
 
 
 def _show(record: Any, as_json: bool, drawn: Any) -> None:
-    """Print the JSON object, or what a person reads."""
+    """Print the JSON object, or what a person reads; of several processes only the main one speaks."""
+    if "accelerate" in sys.modules:
+        from blipfit.model import processes
+
+        if not processes.is_main():
+            return
     if as_json:
         value = record if isinstance(record, dict | list) else _plain(record)
         print(json.dumps(value, ensure_ascii=False, default=str))

@@ -68,6 +68,11 @@ class Run:
         """The recorded reason of a failed attempt, or what is known without one."""
         return read_json(self.failure_file)["reason"] if self.failure_file.exists() else "not finished"
 
+    def made(self) -> "Run":
+        """The same run, its folder there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
     def state(self) -> State:
         if self.result_file.exists():
             return "finished"

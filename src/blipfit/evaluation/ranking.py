@@ -16,6 +16,7 @@ from torch import Tensor
 from blipfit.data.batches import Encoded
 from blipfit.data.prompts import Prompted
 from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 
 
@@ -57,9 +58,9 @@ def rank(
     `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
-    judged: list[list[Choice | None]] = [[None] * len(encoded) for _ in range(backbone.experiments)]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found: list[tuple[int, int, Choice]] = []
+    for chosen in processes.share(batches):
         batch = backbone.text.candidates([encoded[i] for i in chosen]).to(backbone.device)
         scores = backbone.score(backbone.query(features(chosen), batch), batch)
         sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
@@ -67,10 +68,11 @@ def rank(
         for i in chosen:
             until = at + len(encoded[i].candidates)
             for k, row in enumerate(sums):
-                judged[k][i] = Choice(tuple(row[at:until]), tuple(lengths[at:until]))
+                found.append((k, i, Choice(tuple(row[at:until]), tuple(lengths[at:until]))))
             at = until
         advance(len(chosen))
-    return judged  # type: ignore[return-value]
+    judged = {(k, i): choice for k, i, choice in processes.gather(found)}
+    return [[judged[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
 
 
 def predictions(questions: Sequence[Any], prompted: Sequence[Prompted], choices: Sequence[Choice]) -> list[dict]:

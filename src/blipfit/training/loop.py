@@ -3,6 +3,7 @@
 `K` experiments of the bank, `B` questions of a forward pass.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation import ranking
 from blipfit.evaluation.evaluate import judge
 from blipfit.evaluation.material import Material
-from blipfit.model import loading
+from blipfit.model import loading, processes
 from blipfit.model.backbone import Backbone, fingerprint, head
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
@@ -58,20 +59,33 @@ def train(
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("two of the recipes have the same data set and experiment name; give each its own name")
     workshop = workshop or Workshop(device)
+    if not processes.is_main():
+        listen = _silent
     for run, recipe in zip(runs, recipes, strict=True):
         run.refuse_other(recipe)
     unfinished = [recipe for run, recipe in zip(runs, recipes, strict=True) if run.state() != "finished"]
     _check_inputs(unfinished, data)
     todo: list[Member] = []
     for run, recipe in zip(runs, recipes, strict=True):
-        if run.claim(recipe) == "finished":
+        with processes.main_first():
+            state = run.claim(recipe)
+        if state == "finished":
             listen("skipped", {"run": run, "recipe": recipe})
         else:
             run.failure_file.unlink(missing_ok=True)
             todo.append((run, recipe, checkpoint.load(run.checkpoint)))
-    for members in _banks(todo):
-        _train_bank(workshop, members, data, listen)
+    processes.wait()
+    with tempfile.TemporaryDirectory() as aside:
+        if not processes.is_main():  # does the same work and writes it where nobody looks
+            todo = [(Run.of(Path(aside), recipe).made(), recipe, resumed) for _, recipe, resumed in todo]
+        for members in _banks(todo):
+            _train_bank(workshop, members, data, listen)
+        processes.wait()
     return runs
+
+
+def _silent(event: str, facts: dict[str, Any]) -> None:
+    """What processes beside the main one say."""
 
 
 Member = tuple[Run, Recipe, tuple[Progress, dict[str, dict[str, Tensor]]] | None]
@@ -119,7 +133,8 @@ def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, liste
     head_before = fingerprint(head(backbone.hf))
     splits, sights = workshop.splits(recipes[0], data), workshop.sights(recipes[0])
     for split, sight in zip(SPLITS, (sights[0], sights[1], sights[1]), strict=True):
-        sight.prepare(splits[split].questions)
+        with processes.main_first():
+            sight.prepare(splits[split].questions)
     session = BankSession(backbone, members, splits, sights, listen)
     try:
         session.run()
@@ -230,8 +245,8 @@ class BankSession:
             self._step(batches[step], features, epoch, step)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
                 self._settle()
-            if time.monotonic() - self.saved_at > SAVE_SECONDS and step + 1 < len(batches):
-                self._save_all()
+                if time.monotonic() - self.saved_at > SAVE_SECONDS and step + 1 < len(batches):
+                    self._save_all()
             if not self.runs:
                 break
         self.backbone.hf.eval()
@@ -241,7 +256,8 @@ class BankSession:
         questions = self.splits["train"].questions
         micros = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
         view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
-        return self.training_sight.prefetch([[questions[i] for i in micro] for micro in micros], view)
+        mine = [[questions[i] for i in processes.share(micro)] for micro in micros]
+        return self.training_sight.prefetch(mine, view)
 
     def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
         started = time.perf_counter()
@@ -256,7 +272,7 @@ class BankSession:
         """Read the losses of the last steps from the device at once; an experiment with a non-finite one leaves."""
         if not self._pending:
             return
-        losses = torch.stack([total for _, total in self._pending]).tolist()
+        losses = processes.add_up(torch.stack([total for _, total in self._pending])).tolist()
         failed: dict[int, list[str]] = {}
         for (ids, _), row in zip(self._pending, losses, strict=True):
             for k, loss in enumerate(row):

@@ -8,6 +8,7 @@ from torch import Tensor
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.dropout import shared_dropout
 from blipfit.data.batches import Encoded
+from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.training import plan
@@ -32,12 +33,13 @@ class Stepper:
     def step(self, batch: Sequence[int], features: Sequence[Tensor], epoch: int, step: int) -> tuple[Tensor, int]:
         """One update from an effective batch (question indices) and its image features, one a micro-batch.
 
-        Returns the summed losses (K) over all label tokens, still on the device, and the number of label tokens. The
+        Returns the summed losses (K) over this process's label tokens, still on the device, and the number of all
+        label tokens. The
         gradient is of the sum over that number, so it does not depend on how the batch was cut.
         """
-        micros = plan.micro_batches(batch, self.training)
+        micros = [processes.share(micro) for micro in plan.micro_batches(batch, self.training)]
         targets = [self.backbone.text.targets([self.encoded[i] for i in micro]) for micro in micros]
-        labels = sum(len(target.labels_N) for target in targets)
+        labels = sum(len(self.encoded[i].target) for i in batch)
         self.bank.grads.zero_()
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
         for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
@@ -47,6 +49,7 @@ class Stepper:
                 losses_K = self.backbone.losses(self.backbone.query(seen, target), target)
             self.bank.backward(losses_K.sum() / labels)
             total += losses_K.detach()
+        processes.add_up(self.bank.grads)
         self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
         return total, labels
 

@@ -9,7 +9,7 @@ import torch
 from blipfit.evaluation import material
 from blipfit.evaluation.evaluate import judging_sight
 from blipfit.evaluation.material import Material
-from blipfit.model import loading
+from blipfit.model import loading, processes
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
@@ -26,7 +26,7 @@ class Workshop:
         store: Path | None = None,
         announce: Callable[[str], None] = lambda text: None,
     ):
-        self.device = torch.device(device) if device else default_device()
+        self.device = torch.device(device) if device else processes.device()
         self.store, self.announce = store, announce
         self._backbone: tuple[Any, Backbone] | None = None
         self._splits: dict[Any, dict[str, Material]] = {}
@@ -61,7 +61,3 @@ class Workshop:
             training = Sight.from_backbone(backbone, mode) if mode == "shared" else judging
             self._sights[mode] = (training, judging)
         return self._sights[mode]
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

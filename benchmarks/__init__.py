@@ -1,0 +1,1 @@
+"""Benchmarks: each prints both sides, measured alternately in one run, and keeps its raw numbers in results/."""

@@ -1,0 +1,104 @@
+"""Training and judging a row of the grid on the miniature: blipfit's bank against both peers."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.peers import OriginalPeer, TrainerPeer
+from blipfit import grid
+from blipfit.data import icons
+from blipfit.evaluation import material, ranking
+from blipfit.model import loading
+from blipfit.model.sight import Sight
+from blipfit.recipe import Recipe
+from blipfit.training import plan
+from blipfit.training.step import Stepper
+
+STEPS, JUDGED = 6, 64
+
+
+def run(rounds: int = 3, experiments: int = 16) -> dict[str, Any]:
+    """Both families; seconds an experiment and their ratios."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "icons"
+        icons.prepare(data, train=256, val=JUDGED, test=16)
+        for family, first in (("t5", 13), ("vicuna", 45)):
+            recipes = [grid.recipe("icons", first + i, "tiny") for i in range(experiments)]
+            found[family] = _family(recipes, data, Path(folder) / "store", rounds)
+            _tell(family, found[family])
+    measure.keep("grid-step-cpu" if not torch.cuda.is_available() else "grid-step-gpu", found)
+    return found
+
+
+def _family(recipes: list[Recipe], data: Path, store: Path, rounds: int) -> dict[str, Any]:
+    backbone = loading.load(recipes[0].model, device="cuda" if torch.cuda.is_available() else "cpu")
+    train = material.read(backbone, recipes[0].data, data, "train")
+    val = material.read(backbone, recipes[0].data, data, "val")
+    middle = recipes[len(recipes) // 2]
+    trainer, original = TrainerPeer(backbone, middle, train), OriginalPeer(backbone, middle, train)
+    judge_original = OriginalPeer(backbone, middle, val)
+    sight = Sight.from_backbone(backbone, "stored", store)
+    sight.prepare([*train.questions, *val.questions])
+    training = recipes[0].training
+    batches = plan.effective_batches(len(train), training, 0)[:STEPS]
+
+    def steps() -> None:
+        stepper = Stepper(backbone, recipes, train.encoded)
+        stepper.train_mode()
+        try:
+            for number, batch in enumerate(batches):
+                micros = plan.micro_batches(batch, training)
+                seen = [sight.features([train.questions[i] for i in micro]) for micro in micros]
+                losses, _ = stepper.step(batch, seen, 0, number)
+            losses.tolist()
+        finally:
+            stepper.bank.remove()
+            backbone.hf.eval()
+
+    def judge() -> None:
+        stepper = Stepper(backbone, recipes, val.encoded)
+        try:
+            ranking.rank(backbone, val.encoded, lambda rows: sight.features([val.questions[i] for i in rows]), 16)
+        finally:
+            stepper.bank.remove()
+
+    taken = measure.alternately(
+        {
+            "trainer_peft": lambda: trainer.train(STEPS),
+            "original_training": lambda: original.train(STEPS),
+            "original_ranking": lambda: judge_original.rank(range(JUDGED)),
+            "bank_training": steps,
+            "bank_ranking": judge,
+        },
+        rounds,
+    )
+    K = len(recipes)
+    each = {name: [t / (K if name.startswith("bank") else 1) for t in times] for name, times in taken.items()}
+    whole = [a + b for a, b in zip(each["original_training"], each["original_ranking"], strict=True)]
+    ours = [a + b for a, b in zip(each["bank_training"], each["bank_ranking"], strict=True)]
+    return {
+        "experiments": K,
+        "steps": STEPS,
+        "judged": JUDGED,
+        "seconds_each": each,
+        "against_trainer": measure.ratio(each["trainer_peft"], each["bank_training"]),
+        "against_original": measure.ratio(whole, ours),
+        "ranking": measure.ratio(each["original_ranking"], each["bank_ranking"]),
+    }
+
+
+def _tell(family: str, found: dict[str, Any]) -> None:
+    each = found["seconds_each"]
+    print(f"\n{family} miniature, {found['experiments']} experiments in a bank, an experiment's share:")
+    for name, times in each.items():
+        unit = STEPS if name.endswith(("peft", "training")) else JUDGED
+        print(
+            f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {'step' if unit == STEPS else 'question'}"
+        )
+    print(f"  training against Trainer + peft:            {measure.told(found['against_trainer'])}")
+    print(f"  training and judging against the original:  {measure.told(found['against_original'])}")
+    print(f"  ranking against the original:               {measure.told(found['ranking'])}", flush=True)

@@ -1,0 +1,62 @@
+"""Several processes over one batch (`accelerate launch -m blipfit.cli train …`); one process is the ordinary case.
+
+Each process holds the whole bank and takes a share of every batch's rows; gradients are summed, judgements gathered.
+Only the main process writes and prints.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=1)
+def state() -> Any:
+    """accelerate's view of this process: which of how many, on which device."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_main() -> bool:
+    return state().is_main_process
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return state().device
+
+
+def share(rows: Sequence[T]) -> Sequence[T]:
+    """This process's rows of a batch."""
+    return rows[state().process_index :: state().num_processes]
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if state().num_processes > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather(items: list[T]) -> list[T]:
+    """All processes' items."""
+    if state().num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def main_first() -> AbstractContextManager[None]:
+    """Within it the main process goes first, the others after it has left."""
+    return state().main_process_first()
+
+
+def wait() -> None:
+    state().wait_for_everyone()
