@@ -1,0 +1,94 @@
+"""The run folder: whole files or none, claimed by one recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blipfit import grid, run
+from blipfit.errors import UserError
+from blipfit.run import Run
+
+RECIPE = grid.recipe("scienceqa", 15, "tiny")
+
+
+def test_its_place_and_states(tmp_path: Path):
+    mine = Run.of(tmp_path, RECIPE)
+    assert mine.folder == tmp_path / "scienceqa" / "15"
+    assert mine.state() == "new"
+    assert mine.claim(RECIPE) == "new"
+    assert mine.recipe() == RECIPE
+    assert mine.claim(RECIPE) == mine.state() == "started"
+    assert mine.failure() == "not finished"
+    assert run.find(tmp_path) == []
+    run.write_json(mine.result_file, {"accuracy": 1})
+    assert mine.claim(RECIPE) == mine.state() == "finished"
+    assert mine.result() == {"accuracy": 1}
+    assert run.find(tmp_path) == [mine]
+
+
+def test_another_recipe_is_refused_with_what_differs(tmp_path: Path):
+    mine = Run.of(tmp_path, RECIPE)
+    mine.claim(RECIPE)
+    before = mine.recipe_file.read_bytes()
+    with pytest.raises(UserError, match=r"training.seed is 42 there and 7 here.*another --results folder"):
+        mine.claim(RECIPE.override(["training.seed=7"]))
+    assert mine.recipe_file.read_bytes() == before
+
+
+def test_a_folder_without_recipe_is_no_run(tmp_path: Path):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe.yaml"):
+        Run(tmp_path).recipe()
+    with pytest.raises(UserError, match="does not exist"):
+        Run(tmp_path).result()
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        Run(tmp_path).result()
+
+
+def test_a_failure_is_recorded(tmp_path: Path):
+    mine = Run.of(tmp_path, RECIPE)
+    mine.claim(RECIPE)
+    mine.fail("non-finite loss")
+    assert mine.failure() == "non-finite loss"
+    assert json.loads(mine.failure_file.read_text()) == {"reason": "non-finite loss"}
+
+
+def test_the_log_grows_by_lines_and_is_cut_back(tmp_path: Path):
+    mine = Run(tmp_path)
+    mine.truncate_log(lambda line: False)
+    assert not mine.log_file.exists()
+    for epoch in (1, 2, 3):
+        mine.log({"epoch": epoch, "note": "naïve"})
+    mine.truncate_log(lambda line: line["epoch"] < 3)
+    assert run.read_lines(mine.log_file) == [{"epoch": 1, "note": "naïve"}, {"epoch": 2, "note": "naïve"}]
+
+
+def _half_written(path: Path, folder: bool = False) -> None:
+    with run.replacing(path) as temporary:
+        temporary.mkdir() if folder else temporary.write_text("half")
+        raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_failed_write_changes_nothing(tmp_path: Path, before):
+    file = tmp_path / "deep" / "x.json"
+    if before:
+        run.write_text(file, before)
+    with pytest.raises(TypeError):
+        run.write_json(file, {"x": object()})
+    with pytest.raises(RuntimeError, match="killed"):
+        _half_written(file)
+    assert (file.read_text() if file.exists() else None) == before
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_a_folder_replaces_a_full_one(tmp_path: Path):
+    for content in ("one", "two"):
+        with run.replacing(tmp_path / "adapter") as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["two"]
+    with pytest.raises(RuntimeError, match="killed"):
+        _half_written(tmp_path / "adapter", folder=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "two"]

@@ -1,0 +1,96 @@
+"""AdamW over a bank is torch's AdamW on every experiment, with its own rate, decay and betas."""
+
+import pytest
+import torch
+
+import checkpoints
+from blipfit.adapters.bank import Bank
+from blipfit.recipe import AdapterPart, TrainingPart
+from blipfit.training.optimiser import BankAdamW, rate_at
+
+ADAPTERS = [AdapterPart(qformer=("ffn",), rank=2), AdapterPart(llm=("attn",), rank=4)]
+TRAININGS = [
+    TrainingPart(learning_rate=1e-2, weight_decay=0.1),
+    TrainingPart(learning_rate=3e-3, weight_decay=0.5, betas=(0.8, 0.95)),
+]
+
+
+def _gradients(bank: Bank, step: int) -> None:
+    """Random gradients, of very different sizes, at every experiment's own tensors."""
+    generator = torch.Generator().manual_seed(step)
+    bank.grads.zero_()
+    for k in range(bank.K):
+        state = {
+            n: torch.randn(t.shape, generator=generator) * 10.0 ** (step % 7 - 4) for n, t in bank.state(k).items()
+        }
+        bank.load_state(k, state, bank.grads)
+
+
+def _torchs(bank: Bank) -> list[tuple[dict[str, torch.Tensor], torch.optim.AdamW]]:
+    pairs = []
+    for k, training in enumerate(TRAININGS):
+        own = {name: torch.nn.Parameter(tensor) for name, tensor in bank.state(k).items()}
+        groups = [
+            {"params": [p for p in own.values() if p.ndim > 1], "weight_decay": training.weight_decay},
+            {"params": [p for p in own.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        pairs.append((own, torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, eps=1e-8)))
+    return pairs
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
+    bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1], dtype=dtype)
+    optimiser = BankAdamW(bank, TRAININGS)
+    pairs = _torchs(bank)
+    for step in range(12):
+        _gradients(bank, step)
+        rates = [rate_at(training, step % 4) for training in TRAININGS]
+        optimiser.step(rates)
+        for k, (own, theirs) in enumerate(pairs):
+            for name, parameter in own.items():
+                parameter.grad = bank.tensor(k, name, bank.grads).clone()
+            for group in theirs.param_groups:
+                group["lr"] = rates[k]
+            theirs.step()
+    for k, (own, _) in enumerate(pairs):
+        for name, parameter in own.items():
+            torch.testing.assert_close(bank.tensor(k, name), parameter.data, atol=tolerance, rtol=tolerance, msg=name)
+
+
+def test_what_has_one_dimension_does_not_decay(small):
+    bank = Bank(checkpoints.load(small["t5"]), [AdapterPart(qformer="full")], [0])
+    before = bank.state(0)
+    BankAdamW(bank, [TrainingPart(weight_decay=0.5)]).step([0.1])  # no gradient: the decay alone
+    for name, tensor in bank.state(0).items():
+        expected = before[name] * (1 - 0.1 * 0.5) if tensor.ndim > 1 else before[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert {before[n].ndim for n in ("query_tokens", "language_projection.bias")} == {2, 1}
+
+
+def test_a_restored_state_goes_on_in_another_bank(small):
+    backbone = checkpoints.load(small["t5"])
+    bank = Bank(backbone, ADAPTERS, [0, 1])
+    optimiser = BankAdamW(bank, TRAININGS)
+    for step in range(3):
+        _gradients(bank, step)
+        optimiser.step([1e-2, 1e-2])
+    values, moments = bank.state(1), optimiser.state(1)
+    gradient = torch.ones_like(bank.values)
+    bank.grads.copy_(gradient)
+    optimiser.step([1e-2, 1e-2])
+    expected = bank.state(1)
+    bank.remove()
+    alone = Bank(backbone, ADAPTERS[1:], [5])
+    alone.load_state(0, values)
+    restored = BankAdamW(alone, TRAININGS[1:])
+    restored.load_state(0, moments, steps=3)
+    alone.grads.fill_(1)
+    restored.step([1e-2])
+    for name, tensor in alone.state(0).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def test_the_rate_falls_by_the_epoch():
+    training = TrainingPart(learning_rate=2e-5, max_epochs=15)
+    assert [rate_at(training, e) for e in (0, 1, 14)] == pytest.approx([2e-5, 2e-5 * 14 / 15, 2e-5 / 15])

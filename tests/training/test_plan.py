@@ -1,0 +1,97 @@
+"""The order of the data is a function of seed and epoch alone, and banks are what sees the same batches."""
+
+import pytest
+
+from blipfit import grid
+from blipfit.recipe import TrainingPart
+from blipfit.training import plan
+
+
+def test_every_question_once_an_epoch_and_no_short_batch():
+    training = TrainingPart(batch_size=3, accumulation=2)
+    batches = plan.effective_batches(20, training, 0)
+    assert [len(batch) for batch in batches] == [6, 6, 6]
+    used = [i for batch in batches for i in batch]
+    assert len(set(used)) == 18
+    assert set(used) <= set(range(20))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    one = TrainingPart(batch_size=4, learning_rate=1e-3)
+    assert plan.effective_batches(40, one, 3) == plan.effective_batches(
+        40, TrainingPart(batch_size=2, accumulation=2), 3
+    )
+    assert plan.effective_batches(40, one, 3) != plan.effective_batches(40, one, 4)
+    assert plan.effective_batches(40, one, 3) != plan.effective_batches(40, TrainingPart(batch_size=4, seed=1), 3)
+    assert plan.effective_batches(40, one, 0) != [list(range(i, i + 4)) for i in range(0, 40, 4)]
+    assert plan.effective_batches(6, TrainingPart(batch_size=3), 0) == [[4, 5, 1], [0, 3, 2]]  # on every machine
+
+
+def test_fewer_questions_than_a_batch_make_none():
+    assert plan.effective_batches(5, TrainingPart(batch_size=6), 0) == []
+    assert len(plan.effective_batches(6, TrainingPart(batch_size=6), 0)) == 1
+
+
+def test_micro_batches_are_the_batch_in_order():
+    training = TrainingPart(batch_size=2, accumulation=3)
+    assert list(plan.micro_batches([5, 4, 3, 2, 1, 0], training)) == [[5, 4], [3, 2], [1, 0]]
+
+
+def test_the_grid_falls_into_banks_of_equal_questions():
+    """Two banks a language model: the Q-Former fully trained or not. Ten-epoch experiments are no reason to part."""
+    keys: dict[tuple, list[int]] = {}
+    for number, recipe in enumerate(grid.recipes("iconqa"), start=1):
+        keys.setdefault(plan.bank_key(recipe), []).append(number)
+    assert sorted(keys.values()) == [[*range(1, 13)], [*range(13, 33)], [*range(33, 45)], [*range(45, 65)]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.seed=1",
+        "training.batch_size=8",
+        "training.accumulation=2",
+        "training.dropout=false",
+        "training.precision=bf16",
+        "training.max_text_tokens=64",
+        "training.max_target_tokens=64",
+        "data.limit=5",
+        "data.prompt=vqa-v1",
+        "data.images=stored",
+        "model.revision=abc",
+        "model.name=tiny-t5",
+        "judging.batch_size=4",
+        "adapter.qformer=full",
+    ],
+)
+def test_what_must_be_equal_in_a_bank(change):
+    recipe = grid.recipe("iconqa", 15)
+    assert plan.bank_key(recipe) != plan.bank_key(recipe.override([change]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.learning_rate=1",
+        "training.weight_decay=0",
+        "training.betas=[0.5, 0.5]",
+        "training.max_epochs=1",
+        "training.patience=1",
+        "adapter.rank=2",
+        "adapter.alpha=1",
+        "adapter.llm=attn",
+        "adapter.qformer=[self_attn]",
+        "experiment=other",
+    ],
+)
+def test_what_may_differ_in_a_bank(change):
+    recipe = grid.recipe("iconqa", 15)
+    assert plan.bank_key(recipe) == plan.bank_key(recipe.override([change]))
+
+
+def test_dropout_seeds_differ_by_place_and_are_the_same_everywhere():
+    places = [(42, e, s, m) for e in range(3) for s in range(3) for m in range(2)] + [(43, 0, 0, 0)]
+    seeds = [plan.step_seed(*place) for place in places]
+    assert len(set(seeds)) == len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert plan.step_seed(42, 0, 0, 0) == 4062196238990054430  # on every machine

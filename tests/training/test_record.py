@@ -1,0 +1,32 @@
+"""What a result says about itself."""
+
+from blipfit import grid
+from blipfit.training import record
+
+
+def test_differences_from_the_published_recipe():
+    published = grid.recipe("scienceqa", 15)
+    assert record.differences(published) == {}
+    changed = published.override(["training.max_epochs=2", "model.name=tiny-t5", "adapter.llm=attn"])
+    assert record.differences(changed) == {
+        "model.name": ["Salesforce/instructblip-flan-t5-xl", "tiny-t5"],
+        "adapter.llm": [(), ("attn",)],
+        "training.max_epochs": [15, 2],
+    }
+
+
+def test_a_recipe_of_ones_own_differs_from_none():
+    assert record.differences(grid.recipe("scienceqa", 15).override(["experiment=mine"])) is None
+    assert record.differences(grid.recipe("scienceqa", 15).override(["data.name=own"])) is None
+
+
+def test_versions_are_those_that_run():
+    import torch
+    import transformers
+
+    import blipfit
+
+    found = record.versions()
+    assert found["blipfit"] == blipfit.__version__
+    assert torch.__version__.startswith(found["torch"])
+    assert found["transformers"] == transformers.__version__
