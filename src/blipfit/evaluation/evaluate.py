@@ -27,7 +27,9 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
         raise UserError(f"{folder} is not finished; run the same `blipfit train` again to continue it")
     recorded = run.result()
     training = recipe.training
-    backbone = loading.load(recipe.model, training.precision, device, training.max_text_tokens)
+    backbone = loading.load(
+        recipe.model, training.precision, device, training.max_text_tokens, training.max_target_tokens
+    )
     chosen = material.read(backbone, recipe.data, data, split)
     sight = judging_sight(backbone, recipe)
     facts: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}

@@ -1,0 +1,40 @@
+"""A finished run judged again gives what was recorded, and only with its own adapter."""
+
+import pytest
+
+from blipfit import grid
+from blipfit.adapters import peft_format
+from blipfit.errors import UserError
+from blipfit.evaluation.evaluate import evaluate
+from blipfit.training import loop
+
+
+@pytest.fixture
+def run(small, family, iconqa, tmp_path):
+    changes = ["training.batch_size=2", "training.accumulation=1", "training.max_epochs=1", "data.images=off"]
+    changes += ["training.learning_rate=0.03", "training.max_target_tokens=4"]
+    recipe = grid.recipe("iconqa", 31, str(small[family])).override(changes)
+    (finished,) = loop.train([recipe], iconqa, tmp_path / "results", device="cpu")
+    return finished
+
+
+def test_the_recorded_numbers_come_again(run, iconqa):
+    for split in ("val", "test"):
+        facts = evaluate(run.folder, iconqa, split, "cpu", base=True)
+        assert facts["tuned"] == run.result()["metrics"][split]
+        assert facts["recorded"] == facts["tuned"]["accuracy"]
+        assert facts["adapter_sha256"] == run.result()["adapter_sha256"]
+        assert facts["base"]["questions"] == facts["tuned"]["questions"]
+
+
+def test_another_adapter_is_refused(run, iconqa):
+    adapter, state = peft_format.read(run.adapter)
+    peft_format.save(run.adapter, adapter, state | {"query_tokens": state["query_tokens"] + 1e-3}, "x")
+    with pytest.raises(UserError, match=r"is not the adapter that .*result.json was made with"):
+        evaluate(run.folder, iconqa, "test", "cpu")
+
+
+def test_an_unfinished_run_is_refused(run, iconqa):
+    run.result_file.unlink()
+    with pytest.raises(UserError, match="is not finished; run the same `blipfit train` again"):
+        evaluate(run.folder, iconqa, "test", "cpu")
