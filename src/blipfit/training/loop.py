@@ -6,7 +6,6 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from blipfit.run import Run
 from blipfit.training import checkpoint, plan, record
 from blipfit.training.checkpoint import Progress
 from blipfit.training.optimiser import rate_at
+from blipfit.training.record import Finished
 from blipfit.training.step import Stepper
 from blipfit.training.workshop import SPLITS, Workshop
 
@@ -144,17 +144,6 @@ def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, liste
     if fingerprint(head(backbone.hf)) != head_before:
         raise AssertionError("the language model's head changed during training")
     _test(session, head_before)
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An experiment that has left its bank, with its best epoch's tensors."""
-
-    run: Run
-    recipe: Recipe
-    progress: Progress
-    state: dict[str, Tensor]
-    counts: dict[str, int]
 
 
 def _test(session: "BankSession", head_hash: str) -> None:

@@ -2,8 +2,9 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,13 +16,23 @@ from blipfit.evaluation import ranking
 from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
+from blipfit.run import Run
+from blipfit.training.checkpoint import Progress
 
-if TYPE_CHECKING:
-    from blipfit.training.loop import Finished
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An experiment that has left its bank, with its best epoch's tensors."""
+
+    run: Run
+    recipe: Recipe
+    progress: Progress
+    state: dict[str, Tensor]
+    counts: dict[str, int]
 
 
 def write(
-    finished: "Finished",
+    finished: Finished,
     backbone: Backbone,
     splits: Mapping[str, Material],
     choices: Mapping[str, Sequence[ranking.Choice]],
