@@ -70,6 +70,25 @@ def _half_written(path: Path, folder: bool = False) -> None:
         raise RuntimeError("killed")
 
 
+def test_what_a_kill_left_behind_goes(tmp_path: Path):
+    """A kill in the middle of a write leaves a temporary folder, one in the middle of a line half a line."""
+    mine = Run.of(tmp_path, RECIPE)
+    mine.claim(RECIPE)
+    mine.log({"epoch": 1})
+    with mine.log_file.open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    for name in (".adapter.k1ll3d", "checkpoint/.state.safetensors.k1ll3d"):
+        half = mine.folder / name / "half"
+        half.parent.mkdir(parents=True)
+        half.write_text("half")
+    run.write_text(mine.checkpoint / "state.safetensors", "whole")
+    assert mine.claim(RECIPE) == "started"
+    mine.truncate_log(lambda line: True)
+    assert run.read_lines(mine.log_file) == [{"epoch": 1}]
+    left = sorted(path.name for path in mine.folder.rglob("*"))
+    assert left == ["checkpoint", "log.jsonl", "recipe.yaml", "state.safetensors"]
+
+
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_failed_write_changes_nothing(tmp_path: Path, before):
     file = tmp_path / "deep" / "x.json"

@@ -93,6 +93,8 @@ class Run:
         if state == "new":
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe.to_yaml())
+        else:
+            self.tidy()
         return state
 
     def refuse_other(self, recipe: Recipe) -> None:
@@ -110,9 +112,19 @@ class Run:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def truncate_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop lines that a resumed run will write again."""
-        if self.log_file.exists():
-            write_lines(self.log_file, [line for line in read_lines(self.log_file) if keep(line)])
+        """Drop lines that a resumed run will write again, and a last line that a kill cut off."""
+        if not self.log_file.exists():
+            return
+        text = self.log_file.read_text(encoding="utf-8", errors="replace")
+        whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        write_lines(self.log_file, [line for line in whole if keep(line)])
+
+    def tidy(self) -> None:
+        """Remove the temporary folders of writes that a kill cut off."""
+        for folder in (self.folder, self.checkpoint):
+            for holder in folder.glob(".*"):
+                if holder.is_dir():
+                    shutil.rmtree(holder, ignore_errors=True)
 
 
 def find(results: Path) -> list[Run]:
