@@ -16,7 +16,7 @@ PUBLISHED = {f"Salesforce/{file.stem}": file for file in sorted(_FOLDER.glob("*.
 @lru_cache(maxsize=2)
 def on_meta(name: str) -> Any:
     """The model of a published name or of a local folder on the meta device: modules and shapes, no memory."""
-    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+    from transformers import InstructBlipConfig
 
     from blipfit.model import loading
 
@@ -27,6 +27,15 @@ def on_meta(name: str) -> Any:
 
         folder, revision = loading.locate(ModelPart(name=name))
         config = InstructBlipConfig.from_pretrained(folder, revision=revision)
+    return of_config(config)
+
+
+def of_config(config: Any) -> Any:
+    """The model of a configuration on the meta device."""
+    from transformers import InstructBlipForConditionalGeneration
+
+    from blipfit.model import loading
+
     with torch.device("meta"), loading.quiet():
         model = InstructBlipForConditionalGeneration(config)
         if loading.family_of(config) == "t5":
