@@ -33,7 +33,7 @@ MIDDLE_QFORMER = {
 }
 MIDDLE_TEXT = {
     "t5": T5Config(
-        vocab_size=320, d_model=64, d_kv=24, d_ff=144, num_layers=2, num_decoder_layers=4, num_heads=3,
+        vocab_size=320, d_model=64, d_kv=24, d_ff=144, num_layers=4, num_decoder_layers=2, num_heads=3,
         feed_forward_proj="gated-gelu", decoder_start_token_id=0,
     ),
     "vicuna": LlamaConfig(
