@@ -261,14 +261,16 @@ class Store:
     def _rounded(self, features_BPD: Tensor, block: Sequence[str], files: Mapping[str, Path]) -> Tensor:
         """Features in the stored type; the number of images and their shape are as promised, all values finite."""
         assert features_BPD.shape == (len(block), *self.facts.shape), features_BPD.shape
-        rounded = features_BPD.to(self.facts.dtype).cpu()
-        finite = rounded.isfinite().flatten(1).all(1).tolist()
+        rounded = features_BPD.to(self.facts.dtype)
+        rows = rounded.flatten(1)
+        # Ten times as fast as looking at every value; a NaN comes through both.
+        finite = (rows.amax(1).isfinite() & rows.amin(1).isfinite()).tolist()
         if not all(finite):
             raise UserError(
                 f"{files[block[finite.index(False)]]}: its features do not fit into {self.facts.dtype}; "
-                "use --set training.precision=bf16, or see the images without a store"
+                "use --set training.precision=bf16, or --set data.images=off"
             )
-        return rounded
+        return rounded.cpu()
 
     def _adopt(self, path: Path) -> None:
         """Take in a shard that was just written."""
@@ -323,7 +325,7 @@ def _require_space(home: Path, count: int, shape: tuple[int, int]) -> None:
     if needed > free:
         raise UserError(
             f"the features of {count} images take {told(needed)} and {home} has {told(free)} left: free some space, "
-            "set BLIPFIT_CACHE to a folder on another disk, or see the images without a store"
+            "set BLIPFIT_CACHE to a folder on another disk, or use --set data.images=off"
         )
 
 
