@@ -162,6 +162,16 @@ class TextEncoder:
         question = [row for row, e in enumerate(encoded) for _ in e.candidates]
         return CandidateBatch(*front, ids, mask, torch.tensor(question))
 
+    def texts(self, ids_BA: Tensor) -> list[str]:
+        """Generated ids → texts, without special tokens and outer blanks.
+
+        Ids that no tokenizer knows are passed over: −100 and −1, which fill up labels and short beams, and the rows
+        by which a language model's output is wider than its vocabulary.
+        """
+        known = (ids_BA >= 0) & (ids_BA < len(self.llm))
+        rows = torch.where(known, ids_BA, self._pad_id).tolist()
+        return [text.strip() for text in self.llm.batch_decode(rows, skip_special_tokens=True)]
+
     @property
     def _pad_id(self) -> int:
         return self.llm.pad_token_id

@@ -125,12 +125,19 @@ class Backbone:
 
     @torch.no_grad()
     def generate(self, visual: Tensor, batch: PromptBatch, **options: Any) -> Tensor:
-        """Visual tokens + prompt → new token ids `K·B × A` of `transformers`' generation with `options`."""
+        """Visual tokens + prompt → new token ids `K·B × A` of `transformers`' generation with `options`.
+
+        The prompt is not among them; T5's rows begin with its start token. Rows end with padding.
+        """
+        # Published copies disagree about these ids in their configurations, so the tokenizer's are given.
+        ids = {"eos_token_id": self.text.llm.eos_token_id, "pad_token_id": self.text.llm.pad_token_id}
         with self.autocast():
             front, mask = self._front(visual, batch)
             if self.family == "vicuna":
                 front, mask = _left_padded(front, mask)
-            return self.language.generate(inputs_embeds=front, attention_mask=mask, **options)
+            else:
+                ids["decoder_start_token_id"] = self.text.decoder_start
+            return self.language.generate(inputs_embeds=front, attention_mask=mask, **{**ids, **options})
 
     def _front(self, visual: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Language-model input `K·B × (Q + T) × D` and its mask: visual tokens, then text."""

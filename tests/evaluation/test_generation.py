@@ -1,0 +1,152 @@
+"""Generation gives a question the same text alone as in any batch, in both families, however tokens are chosen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+import reference
+from blipfit.adapters.bank import Bank
+from blipfit.data.prompts import Prompted
+from blipfit.errors import UserError
+from blipfit.evaluation import generation
+from blipfit.evaluation.generation import PRESETS, Decoding, preset
+from blipfit.recipe import AdapterPart
+
+
+def _mixed(backbone, count):
+    """Prompts of seven very different lengths, so that every batch is padded."""
+    return backbone.text.encode(
+        [Prompted(f"Question: {'which of all the things ' * (n % 7)}is number {n}?", "x", ()) for n in range(count)]
+    )
+
+
+def _said(backbone, encoded, pixels, decoding, batch_size):
+    seen = backbone.see(pixels)
+    return generation.generate(backbone, encoded, lambda rows: seen[list(rows)], decoding, batch_size)
+
+
+@pytest.mark.parametrize("name", ["greedy", "published"])
+def test_alone_is_batched_for_64_mixed_prompts(backbone, name):
+    """In double precision: the beams of a random model are close enough for the last bit of a float to choose."""
+    backbone.hf.double()
+    decoding = replace(PRESETS[name], max_tokens=4, min_tokens=2)
+    encoded, pixels = _mixed(backbone, 64), reference.pictures(backbone, 64)
+    (together,) = _said(backbone, encoded, pixels, decoding, 64)
+    (alone,) = _said(backbone, encoded, pixels, decoding, 1)
+    assert together == alone
+    assert len(set(together)) > 40  # equal answers to all would pass anything
+
+
+@pytest.mark.parametrize("name", ["short-answer", "caption", "sampling"])
+def test_every_preset_answers_alone_as_batched(backbone, name):
+    backbone.hf.double()
+    decoding = replace(PRESETS[name], max_tokens=6)
+    encoded, pixels = _mixed(backbone, 7), reference.pictures(backbone, 7)
+    (together,) = _said(backbone, encoded, pixels, decoding, 12)
+    assert (
+        together == _said(backbone, encoded, pixels, decoding, 5)[0] == _said(backbone, encoded, pixels, decoding, 1)[0]
+    )
+
+
+def test_the_penalty_counts_every_new_token(backbone):
+    """In a left-padded row transformers' own setting passes over the first new tokens; ours does not."""
+    decoding = Decoding(beams=1, max_tokens=12, min_tokens=12, repetition_penalty=1e6)
+    encoded, pixels = _mixed(backbone, 7), reference.pictures(backbone, 7)
+    batch = backbone.text.prompts(encoded)
+    ids = generation.write(backbone, backbone.query(backbone.see(pixels), batch), batch, decoding)
+    for row in ids.tolist():
+        assert len(set(row)) == len(row)
+    free = generation.write(
+        backbone, backbone.query(backbone.see(pixels), batch), batch, replace(decoding, repetition_penalty=1.0)
+    )
+    assert any(len(set(row)) < len(row) for row in free.tolist())
+
+
+def test_greedy_is_hugging_faces_own(backbone):
+    """The prompt is cut off, and what is left is what transformers' own generation says to this one question."""
+    (encoded,), pixels = _mixed(backbone, 1), reference.pictures(backbone, 1)
+    ((ours,),) = _said(backbone, [encoded], pixels, Decoding(beams=3, max_tokens=6, repetition_penalty=1.5), 1)
+    hf = backbone.hf
+    theirs = hf.generate(
+        pixel_values=pixels,
+        qformer_input_ids=torch.tensor([encoded.qformer]),
+        qformer_attention_mask=torch.ones(1, len(encoded.qformer), dtype=torch.long),
+        input_ids=torch.tensor([[hf.config.image_token_id] * hf.config.num_query_tokens + encoded.prompt]),
+        num_beams=3,
+        max_new_tokens=6,
+        min_new_tokens=1,
+        do_sample=False,
+        logits_processor=[RepetitionPenaltyLogitsProcessor(1.5)],
+    )
+    assert ours == backbone.text.llm.decode(theirs[0][-6:], skip_special_tokens=True).strip()
+    assert ours
+
+
+def test_every_experiment_of_a_bank_speaks_for_itself(backbone):
+    encoded, pixels = _mixed(backbone, 5), reference.pictures(backbone, 5)
+    decoding = Decoding(beams=2, max_tokens=5, min_tokens=5)
+    (base,) = _said(backbone, encoded, pixels, decoding, 2)
+    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * 2, [0, 1])
+    bank.tensor(1, "language_projection.bias").add_(
+        torch.linspace(-3, 3, bank.tensor(1, "language_projection.bias").numel())
+    )
+    first, second = _said(backbone, encoded, pixels, decoding, 2)
+    assert first == base
+    assert second != base
+
+
+def test_a_seed_decides_the_lot(backbone):
+    encoded, pixels = _mixed(backbone, 6), reference.pictures(backbone, 6)
+    drawn = [
+        _said(backbone, encoded, pixels, replace(PRESETS["sampling"], max_tokens=6, seed=seed), 6)[0]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != _said(backbone, encoded, pixels, replace(PRESETS["greedy"], max_tokens=6), 6)[0]
+
+
+def test_drawing_follows_the_softmax():
+    scores = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
+    by_lot = generation.ByLot([7])
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[by_lot(None, scores).argmax()] += 1  # type: ignore[arg-type]
+    torch.testing.assert_close(counts / 4000, torch.tensor([0.5, 0.3, 0.2, 0.0]), atol=0.03, rtol=0)
+
+
+def test_ids_of_no_text_are_passed_over(backbone):
+    ids = torch.tensor([backbone.text.llm("a red star", add_special_tokens=False).input_ids])
+    odd = torch.tensor([[-100, -1, len(backbone.text.llm), 10**6, backbone.text.llm.eos_token_id]])
+    assert backbone.text.texts(torch.cat([odd[:, :3], ids, odd[:, 3:]], dim=1)) == ["a red star"]
+    assert backbone.text.texts(odd) == [""]
+
+
+def test_the_published_settings():
+    published = PRESETS["published"]
+    assert (published.beams, published.max_tokens, published.min_tokens) == (5, 256, 1)
+    assert (published.top_p, published.repetition_penalty, published.length_penalty) == (0.9, 1.5, 1.0)
+    assert (published.temperature, published.sample) == (1.0, False)
+    short = PRESETS["short-answer"]
+    assert (short.beams, short.max_tokens, short.length_penalty) == (5, 10, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"beams": 0}, "at least 1 beam"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens ≤ max_tokens"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"sample": True}, "one beam only"),
+    ],
+)
+def test_settings_that_cannot_be(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Decoding(**values)
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'short-answer'"):
+        preset("short-answers")
