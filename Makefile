@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/blipfit demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -1,16 +1,27 @@
 """What tests of several rooms share: small checkpoints of both families and a small data set, written once."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import checkpoints
 from blipfit.model.backbone import Backbone
 
+# Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
 COUNTS = {"train": 12, "val": 6, "test": 5}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing that a test stores lands in the user's cache; processes started by tests inherit it."""
+    os.environ["BLIPFIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=checkpoints.FAMILIES)

@@ -36,7 +36,8 @@ def act(
     if action == "delete":
         if key is None:
             raise UserError("say which store: `blipfit features delete KEY`; `blipfit features list` shows the keys")
-        return {"deleted": str(feature_stores.delete(feature_stores.find(home, key)) or key)}
+        found = feature_stores.find(home, key)
+        return {"deleted": found.name, "freed": features.told(feature_stores.delete(found))}
     if action not in ACTIONS:
         raise UserError(f"unknown action {action!r}; known: {', '.join(ACTIONS)}")
     if action == "check" and dataset is None:
