@@ -57,7 +57,7 @@ def test_attention_drops_weights_the_same_for_all():
     with shared_dropout(3):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     assert all(torch.equal(part, y[:2]) for part in y.chunk(3))
-    assert not torch.equal(y, F.scaled_dot_product_attention(q, k, v))
+    assert (y - F.scaled_dot_product_attention(q, k, v)).abs().mean() > 0.05
 
 
 def test_causal_attention_with_dropout_is_refused():
