@@ -29,7 +29,7 @@ Model = Annotated[
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: training.max_epochs=2.")
 ]
-Dataset = Annotated[str, typer.Argument(help="scienceqa, iconqa or icons.")]
+Dataset = Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own.")]
 
 
 @app.command()

@@ -27,7 +27,7 @@ MODELS: dict[Family, str] = {
     "t5": "Salesforce/instructblip-flan-t5-xl",
     "vicuna": "Salesforce/instructblip-vicuna-7b",
 }
-PROMPTS = {"scienceqa": "scienceqa-v1", "iconqa": "iconqa-v1", "icons": "iconqa-v1"}
+PROMPTS = {"scienceqa": "scienceqa-v1", "iconqa": "iconqa-v1", "icons": "iconqa-v1", "own": "vqa-v1"}
 # A flip would turn "left" into "right" here while the answer stays.
 MIRRORED_MATTERS = ("icons",)
 BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
@@ -74,7 +74,7 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
     """The published recipe of an experiment of the grid, or of a baseline.
 
     `experiment` is 1–64, `baseline` (Flan-T5-XL) or `baseline-vicuna`. `model` replaces the published checkpoint;
-    `tiny` is the miniature of the experiment's family. `icons` follows the rules without the exceptions.
+    `tiny` is the miniature of the experiment's family. `icons` and `own` follow the rules without the exceptions.
     """
     if dataset not in PROMPTS:
         raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(PROMPTS)}")
