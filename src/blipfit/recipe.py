@@ -105,8 +105,12 @@ class TrainingPart(Part):
 
 
 class JudgingPart(Part):
-    method: Literal["ranking"] = "ranking"
-    """How an answer is chosen: the candidate with the highest summed log-likelihood."""
+    method: Literal["ranking", "generation"] = "ranking"
+    """`ranking`: the candidate with the highest summed log-likelihood is the answer, and the best epoch has the highest
+    validation accuracy. `generation`, for open questions: the model answers in its own words, judged by ROUGE and
+    exact match, and the best epoch has the lowest validation loss."""
+    decoding: str = "greedy"
+    """How words are chosen in `generation`: `greedy`, `published`, `short-answer`, `caption` or `sampling`."""
     batch_size: int = Field(default=16, ge=1)
     """Questions a forward pass (their candidates come on top)."""
 

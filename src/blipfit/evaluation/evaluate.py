@@ -7,7 +7,7 @@ import torch
 
 from blipfit.adapters import peft_format
 from blipfit.errors import UserError
-from blipfit.evaluation import material, ranking
+from blipfit.evaluation import judging, material
 from blipfit.evaluation.material import Material
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
@@ -17,7 +17,7 @@ from blipfit.run import Run
 
 
 def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, base: bool = False) -> dict[str, Any]:
-    """Rank a split with a run's saved adapter, and with the bare model beside it if `base`.
+    """Judge a split with a run's saved adapter, and with the bare model beside it if `base`.
 
     The adapter's hash must be the one that was recorded with the result.
     """
@@ -48,25 +48,15 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
 
 
 def summary(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> dict[str, Any]:
-    """Rank a split with what is installed in the backbone (a bank of one, or nothing)."""
-    return ranking.summarise(chosen.questions, answers(backbone, recipe, chosen, sight))
+    """Judge a split with what is installed in the backbone (a bank of one, or nothing)."""
+    (judged,) = judging.judge(backbone, chosen, sight.features, recipe.judging)
+    return judged.metrics
 
 
 def answers(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> list[dict[str, Any]]:
     """Prediction records of a split, in its order."""
-    (judged,) = judge(backbone, chosen, sight, recipe.judging.batch_size)
-    return ranking.predictions(chosen.questions, chosen.prompted, judged)
-
-
-def judge(backbone: Backbone, chosen: Material, sight: Sight, batch_size: int) -> list[list[ranking.Choice]]:
-    """Rank a split's candidates for all K experiments in the backbone's bank."""
-    backbone.hf.eval()
-    return ranking.rank(
-        backbone,
-        chosen.encoded,
-        lambda indices: sight.features([chosen.questions[i] for i in indices]),
-        batch_size,
-    )
+    (judged,) = judging.judge(backbone, chosen, sight.features, recipe.judging)
+    return judged.records
 
 
 def judging_sight(backbone: Backbone, recipe: Recipe, store: Path | None = None) -> Sight:

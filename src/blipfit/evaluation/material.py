@@ -23,6 +23,10 @@ class Material:
     def __len__(self) -> int:
         return len(self.questions)
 
+    def first(self, count: int) -> "Material":
+        """The first `count` questions, or all."""
+        return Material(self.questions[:count], self.prompted[:count], self.encoded[:count])
+
 
 def read(backbone: Backbone, part: DataPart, folder: Path, split: str) -> Material:
     """Load a split of a data set, write its prompts, tokenise them."""

@@ -131,8 +131,9 @@ def judgement(record: Mapping[str, Any]) -> list[Any]:
         f"{record['experiment']} on {record['split']} ({tuned['questions']} questions), judged by {tuned['method']}"
     ]
     if "base" in record:
-        lines.append(f"base model:  {terminal.percent(record['base'])}")
-    lines.append(f"with adapter: {terminal.percent(tuned)}   chance {tuned['chance']:.1f}")
-    if recorded is not None:
+        lines.append(f"base model:  {terminal.score(record['base'])}")
+    chance = f"   chance {tuned['chance']:.1f}" if "chance" in tuned else ""
+    lines.append(f"with adapter: {terminal.score(tuned)}{chance}")
+    if recorded is not None and chance:
         lines.append(f"recorded when trained: {recorded:.1f}")
-    return [*lines, terminal.breakdown(tuned, "by group")]
+    return [*lines, terminal.breakdown(tuned, "accuracy by group")]

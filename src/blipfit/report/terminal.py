@@ -38,6 +38,22 @@ def percent(metrics: Mapping[str, Any] | None) -> str:
     return f"{metrics['accuracy']:.1f} [{low:.1f}–{high:.1f}]"
 
 
+def score(metrics: Mapping[str, Any] | None) -> str:
+    """What a split's judgement comes to: accuracy, or ROUGE-L of open answers."""
+    if not metrics or metrics.get("method") != "generation":
+        return percent(metrics)
+    found = metrics["texts"]["rougeL"]
+    return f"ROUGE-L {interval(found['mean'], found['interval'], 100)}"
+
+
+def interval(value: float | None, ends: Sequence[float | None] | None, times: float = 1) -> str:
+    """`45.1 [43.0–47.2]`, or a dash."""
+    if value is None or ends is None:
+        return "–"
+    low, high = ("–" if end is None else f"{times * end:.1f}" for end in ends)
+    return f"{times * value:.1f} [{low}–{high}]"
+
+
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -50,7 +66,7 @@ def results(records: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     table = Table(title=title or None, title_justify="left")
     for name in ("data set", "id", "placement", "rank"):
         table.add_column(name, justify="right" if name == "rank" else "left")
-    for name in ("val accuracy", "test accuracy", "chance", "trained", "share", "best epoch", "time"):
+    for name in ("val score", "test score", "chance", "trained", "share", "best epoch", "time"):
         table.add_column(name, justify="right")
     for record in records:
         adapter, metrics = record["recipe"]["adapter"], record["metrics"]
@@ -60,9 +76,9 @@ def results(records: Sequence[Mapping[str, Any]], title: str = "") -> Table:
             record["experiment"],
             placement(adapter),
             str(adapter["rank"]) if has_lora else "–",
-            percent(metrics.get("val")),
-            percent(metrics.get("test")),
-            f"{metrics['test']['chance']:.1f}" if "test" in metrics else "–",
+            score(metrics.get("val")),
+            score(metrics.get("test")),
+            f"{metrics['test']['chance']:.1f}" if "chance" in metrics.get("test", {}) else "–",
             f"{record['trained_parameters']:,}",
             f"{100 * record['trained_share']:.2f} %",
             f"{record['best_epoch']} of {record['epochs']}",
@@ -95,6 +111,13 @@ def components(trained: Mapping[str, int], total: Mapping[str, int] | None = Non
     ends = ["sum", f"{sum(trained.values()):,}"]
     table.add_row(*ends, *([f"{sum(total.values()):,}"] if total is not None else []), style="bold")
     return table
+
+
+def _validated(line: Mapping[str, Any]) -> str:
+    """What decided on the epoch: `val accuracy 86.42` or `val loss 0.1234`."""
+    if "val_loss" in line:
+        return f"val loss {line['val_loss']:.4f}"
+    return f"val accuracy {line['val_accuracy']:.2f}"
 
 
 class TrainingDisplay:
@@ -171,14 +194,11 @@ class TrainingDisplay:
     def _epoch(self, facts: dict[str, Any]) -> None:
         for experiment, line in zip(facts["experiments"], facts["lines"], strict=True):
             end = "  (done)" if experiment in facts["leaving"] else ""
-            self._say(
-                f"epoch {line['epoch']:>2}  {experiment:>8}  loss {line['loss']:.4f}  "
-                f"val accuracy {line['val_accuracy']:.2f}{end}"
-            )
+            self._say(f"epoch {line['epoch']:>2}  {experiment:>8}  loss {line['loss']:.4f}  {_validated(line)}{end}")
 
     def _finished(self, facts: dict[str, Any]) -> None:
         self.progress.stop()
-        self._say(f"{facts['recipe'].title}: test accuracy {percent(facts['result']['metrics']['test'])}")
+        self._say(f"{facts['recipe'].title}: test {score(facts['result']['metrics']['test'])}")
 
     def _failed(self, facts: dict[str, Any]) -> None:
         self._say(f"{facts['recipe'].title}: {facts['reason']}")

@@ -1,6 +1,7 @@
 """Resume state of one experiment: one file, so it is whole or absent; independent of the bank it was in."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class Progress:
     """Optimiser steps done in all."""
     loss_sum: float = 0.0
     label_count: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf
+    """Of the validation split, the better the higher."""
     best_epoch: int = -1
     bad_epochs: int = 0
     done: bool = False

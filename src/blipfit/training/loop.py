@@ -18,8 +18,7 @@ from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import ranking
-from blipfit.evaluation.evaluate import judge
+from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
 from blipfit.model import loading, processes
 from blipfit.model.backbone import Backbone, fingerprint, head
@@ -122,9 +121,7 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
         raise UserError(
             f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
         )
-    for split in ("val", "test"):
-        if openly := next((q for q in questions[split] if not q.choices), None):
-            raise UserError(f"{recipe.data.name} {split} {openly.id} has no choices, and ranking needs them; add some")
+    judging.refuse(recipe.judging, recipe.data.name, questions)
 
 
 def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, listen: Listener) -> None:
@@ -158,16 +155,16 @@ def _test(session: "BankSession", head_hash: str) -> None:
             bank.load_state(k, one.state)
             if not peft_format.changes(one.recipe.adapter, before, one.state):
                 raise AssertionError(f"{one.recipe.title}: training changed nothing")
-        size, sight = done[0].recipe.judging.batch_size, session.judging_sight
-        judged = {split: judge(backbone, session.splits[split], sight, size) for split in ("val", "test")}
+        part, see = done[0].recipe.judging, session.judging_sight.features
+        judged = {split: judging.judge(backbone, session.splits[split], see, part) for split in ("val", "test")}
     finally:
         bank.remove()
     for k, one in enumerate(done):
-        choices = {split: judged[split][k] for split in judged}
-        if not all(choice.finite for part in choices.values() for choice in part):
+        mine = {split: judged[split][k] for split in judged}
+        if not all(part.finite for part in mine.values()):
             _fail(one.run, one.recipe, "scores in the test", session.listen)
             continue
-        facts = record.write(one, backbone, session.splits, choices, head_hash)
+        facts = record.write(one, backbone, session.splits, mine, head_hash)
         session.listen("finished", {"run": one.run, "recipe": one.recipe, "result": facts})
 
 
@@ -288,21 +285,18 @@ class BankSession:
     def _validate(self) -> None:
         """Judge the validation split, keep what is best, retire what is done, save the rest."""
         started = time.perf_counter()
-        judged = judge(self.backbone, self.splits["val"], self.judging_sight, self.recipes[0].judging.batch_size)
+        looks = judging.look(self.backbone, self.splits["val"], self.judging_sight.features, self.recipes[0].judging)
         seconds = (time.perf_counter() - started) / self.bank.K
         # A last update may have gone wrong without a loss to show it.
-        lost = [k for k, choices in enumerate(judged) if not all(choice.finite for choice in choices)]
+        lost = [k for k, look in enumerate(looks) if not look.finite]
         for k in lost:
             self._fail(k, f"scores in the validation of epoch {self.progress[k].epoch + 1}")
         self._drop(lost)
-        judged = [choices for k, choices in enumerate(judged) if k not in lost]
+        looks = [look for look in looks if look.finite]
         leaving = []
-        for k, (recipe, p, choices) in enumerate(zip(self.recipes, self.progress, judged, strict=True)):
-            material = self.splits["val"]
-            right = [r["correct"] for r in ranking.predictions(material.questions, material.prompted, choices)]
-            score = 100 * sum(right) / len(right)
-            if score > p.best_accuracy:
-                p.best_accuracy, p.best_epoch, p.bad_epochs = score, p.epoch, 0
+        for k, (recipe, p, look) in enumerate(zip(self.recipes, self.progress, looks, strict=True)):
+            if look.score > p.best_score:
+                p.best_score, p.best_epoch, p.bad_epochs = look.score, p.epoch, 0
                 self.best[k] = self.bank.values[k]
             else:
                 p.bad_epochs += 1
@@ -310,7 +304,7 @@ class BankSession:
             line = {
                 "epoch": p.epoch + 1,
                 "loss": p.loss_sum / p.label_count,
-                "val_accuracy": score,
+                look.measure: look.value,
                 "learning_rate": rate_at(recipe.training, p.epoch),
                 "seconds": round(p.seconds, 3),
             }

@@ -1,7 +1,7 @@
 """The record of a finished run: adapter, predictions, result."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +12,7 @@ import blipfit
 from blipfit import grid, run
 from blipfit.adapters import peft_format
 from blipfit.errors import UserError
-from blipfit.evaluation import ranking
+from blipfit.evaluation.judging import Judged
 from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
@@ -35,26 +35,21 @@ def write(
     finished: Finished,
     backbone: Backbone,
     splits: Mapping[str, Material],
-    choices: Mapping[str, Sequence[ranking.Choice]],
+    judged: Mapping[str, Judged],
     head_hash: str,
 ) -> dict[str, Any]:
     """Write `adapter/`, `predictions.jsonl`, then `result.json`, which makes the run finished."""
     folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
     counts = finished.counts
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
-    lines, metrics = [], {}
-    for split, judged in choices.items():
-        material = splits[split]
-        records = ranking.predictions(material.questions, material.prompted, judged)
-        lines += [{"split": split, **record} for record in records]
-        metrics[split] = ranking.summarise(material.questions, records)
+    lines = [{"split": split, **record} for split, part in judged.items() for record in part.records]
     run.write_lines(folder.predictions_file, lines)
     total = sum(p.numel() for p in backbone.hf.parameters()) + lora_parameters(state)
     trained = sum(counts.values())
     result = {
         "experiment": recipe.experiment,
         "dataset": recipe.data.name,
-        "metrics": metrics,
+        "metrics": {split: part.metrics for split, part in judged.items()},
         "best_epoch": progress.best_epoch + 1,
         "epochs": len(progress.history),
         "trained_parameters": trained,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blipfit.evaluation import ranking
+from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
@@ -31,7 +31,7 @@ class Trial:
     memory: int
     """Bytes at the peak: on a GPU the allocator's, elsewhere weights, bank and what backward keeps."""
     judge_seconds: float
-    """Of ranking one question for the whole bank."""
+    """Of judging one question after an epoch for the whole bank."""
 
     @property
     def seconds_each(self) -> float:
@@ -73,19 +73,19 @@ def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
         stepper.step(batch, features, 0, number)
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
-    judging = _judge_seconds(stepper, material, sight)
-    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], _memory(stepper, kept.bytes), judging)
+    each = _judge_seconds(stepper, material, sight)
+    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], _memory(stepper, kept.bytes), each)
 
 
 def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
-    """Seconds of ranking one question, from one batch."""
-    size = min(stepper.recipes[0].judging.batch_size, len(material))
-    features = sight.features(material.questions[:size])
-    stepper.backbone.hf.eval()
+    """Seconds of judging one question, from one batch."""
+    part = stepper.recipes[0].judging
+    some = material.first(part.batch_size)
+    features = sight.features(some.questions)
     started = time.perf_counter()
-    ranking.rank(stepper.backbone, material.encoded[:size], lambda indices: features[list(indices)], size)
+    judging.look(stepper.backbone, some, lambda questions: features[: len(questions)], part)
     _wait(stepper.backbone)
-    return (time.perf_counter() - started) / size
+    return (time.perf_counter() - started) / len(some)
 
 
 def _memory(stepper: Stepper, activations: int) -> int:

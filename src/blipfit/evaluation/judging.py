@@ -1,0 +1,147 @@
+"""How a recipe's experiments are judged: by ranking where questions have choices, by their own words where not.
+
+Both give two things: a short look after every epoch, which decides the best one, and the full judgement of a split.
+K experiments of the backbone's bank are judged together.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blipfit.data.question import Question
+from blipfit.errors import UserError
+from blipfit.evaluation import generation, ranking, text
+from blipfit.evaluation.material import Material
+from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.model import processes
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import JudgingPart
+
+See = Callable[[Sequence[Question]], torch.Tensor]
+"""Questions → their images' features `B × P × D`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One experiment after an epoch: `measure` as the log names it, `score` with the better the higher."""
+
+    measure: str
+    value: float
+    score: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether it is a number; a model with a broken weight gives none."""
+        return math.isfinite(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One experiment on a split: a record a question, in order, and what they come to."""
+
+    records: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    finite: bool = True
+
+
+def look(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[Look]:
+    """What decides the best epoch: accuracy in percent by ranking, or the loss a label token of open answers."""
+    backbone.hf.eval()
+    if part.method == "generation":
+        return [Look("val_loss", loss, -loss) for loss in losses(backbone, chosen, see, part.batch_size)]
+    found = []
+    for choices in _ranked(backbone, chosen, see, part):
+        right = [r["correct"] for r in ranking.predictions(chosen.questions, chosen.prompted, choices)]
+        score = 100 * sum(right) / len(right) if all(c.finite for c in choices) else math.nan
+        found.append(Look("val_accuracy", score, score))
+    return found
+
+
+def judge(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[Judged]:
+    """The full judgement of a split, one an experiment."""
+    backbone.hf.eval()
+    if part.method == "generation":
+        spoken = zip(losses(backbone, chosen, see, part.batch_size), said(backbone, chosen, see, part), strict=True)
+        return [_worded(chosen, texts, loss, part) for loss, texts in spoken]
+    judged = []
+    for choices in _ranked(backbone, chosen, see, part):
+        records = ranking.predictions(chosen.questions, chosen.prompted, choices)
+        metrics = ranking.summarise(chosen.questions, records)
+        judged.append(Judged(records, metrics, all(choice.finite for choice in choices)))
+    return judged
+
+
+def refuse(part: JudgingPart, name: str, splits: Mapping[str, Sequence[Question]]) -> None:
+    """UserError where questions cannot be judged so."""
+    if part.method == "ranking":
+        for split in ("val", "test"):
+            if openly := next((q for q in splits[split] if not q.choices), None):
+                raise UserError(
+                    f"{name} {split} {openly.id} has no choices, and ranking needs them; add some, or judge open "
+                    "answers with --set judging.method=generation"
+                )
+    generation.preset(part.decoding)
+
+
+@torch.no_grad()
+def losses(backbone: Backbone, chosen: Material, see: See, batch_size: int) -> list[float]:
+    """Mean negative log-likelihood of a label token, one value an experiment; texts are cut as in training."""
+    order = sorted(range(len(chosen)), key=lambda i: len(chosen.encoded[i].prompt) + len(chosen.encoded[i].target))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    total = torch.zeros(backbone.experiments, device=backbone.device)
+    for rows in processes.share(batches):
+        batch = backbone.text.targets([chosen.encoded[i] for i in rows]).to(backbone.device)
+        features = see([chosen.questions[i] for i in rows])
+        total += backbone.losses(backbone.query(features, batch), batch).to(total)
+    labels = sum(len(e.target) for e in chosen.encoded)
+    return [value / labels for value in processes.add_up(total).tolist()]
+
+
+def said(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[list[str]]:
+    """Texts of the split's questions, one list an experiment."""
+    return generation.generate(
+        backbone,
+        chosen.encoded,
+        lambda rows: see([chosen.questions[i] for i in rows]),
+        generation.preset(part.decoding),
+        part.batch_size,
+    )
+
+
+def _ranked(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[list[ranking.Choice]]:
+    return ranking.rank(
+        backbone,
+        chosen.encoded,
+        lambda rows: see([chosen.questions[i] for i in rows]),
+        part.batch_size,
+    )
+
+
+def _worded(chosen: Material, texts: Sequence[str], loss: float, part: JudgingPart) -> Judged:
+    """Texts against the wanted answers: right is equal after normalising; ROUGE and both matches of every one."""
+    wanted = [prompted.target for prompted in chosen.prompted]
+    judged = text.judge(texts, wanted)
+    correct = [bool(value) for value in judged["samples"]["exact"]]
+    records = [
+        {
+            "id": question.id,
+            "prediction": words,
+            "answer": answer,
+            "correct": right,
+            **{name: round(values[i], 6) for name, values in judged["samples"].items() if name in text.ROUGE},
+        }
+        for i, (question, words, answer, right) in enumerate(zip(chosen.questions, texts, wanted, correct, strict=True))
+    ]
+    metrics = {
+        "method": part.method,
+        "decoding": part.decoding,
+        "loss": loss,
+        **accuracy(correct),
+        "stemmer": judged["stemmer"],
+        "texts": judged["metrics"],
+        "by": breakdown(chosen.questions, correct),
+    }
+    return Judged(records, metrics, math.isfinite(loss))

@@ -1,0 +1,116 @@
+"""Open answers go through the same loop as choices: the loss decides the epoch, texts are judged at the end."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import reference
+from blipfit.adapters.bank import Bank
+from blipfit.data.prompts import Prompted
+from blipfit.data.question import Question
+from blipfit.errors import UserError
+from blipfit.evaluation import judging, text
+from blipfit.evaluation.evaluate import evaluate
+from blipfit.evaluation.material import Material
+from blipfit.recipe import AdapterPart, DataPart, JudgingPart, ModelPart, Recipe, TrainingPart
+from blipfit.run import read_lines
+from blipfit.training import loop
+
+OPEN = JudgingPart(method="generation", decoding="short-answer", batch_size=3)
+
+
+@pytest.fixture
+def material(backbone, tmp_path):
+    prompted = [Prompted(f"What {'thing ' * (n % 3)}is number {n}?", "word " * (n % 4) + "red", ()) for n in range(7)]
+    questions = [Question(str(n), tmp_path / str(n), p.prompt, p.target) for n, p in enumerate(prompted)]
+    return Material(questions, prompted, backbone.text.encode(prompted))
+
+
+def _see(backbone, material):
+    seen = dict(zip((q.id for q in material.questions), backbone.see(reference.pictures(backbone, 7)), strict=True))
+    return lambda questions: torch.stack([seen[q.id] for q in questions])
+
+
+def test_the_loss_is_that_of_every_answer_alone(backbone, material):
+    see = _see(backbone, material)
+    (loss,) = judging.losses(backbone, material, see, 3)
+    alone = 0.0
+    with torch.no_grad():
+        for question, encoded in zip(material.questions, material.encoded, strict=True):
+            batch = backbone.text.targets([encoded])
+            alone += backbone.losses(backbone.query(see([question]), batch), batch).item()
+    assert loss == pytest.approx(alone / sum(len(e.target) for e in material.encoded), rel=1e-5)
+
+
+def test_a_look_is_better_the_higher(backbone, material):
+    see = _see(backbone, material)
+    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * 3, [0, 0, 0])
+    bank.tensor(1, "language_projection.bias").add_(3.0)
+    bank.tensor(2, "language_projection.bias").add_(math.nan)
+    looks = judging.look(backbone, material, see, OPEN)
+    assert [look.measure for look in looks] == ["val_loss"] * 3
+    assert looks[0].value != looks[1].value
+    assert (looks[0].score > looks[1].score) == (looks[0].value < looks[1].value)
+    assert [look.finite for look in looks] == [True, True, False]
+
+
+def test_texts_are_judged_against_the_wanted_answers(backbone, material):
+    see = _see(backbone, material)
+    (judged,) = judging.judge(backbone, material, see, OPEN)
+    (texts,) = judging.said(backbone, material, see, OPEN)
+    assert [record["prediction"] for record in judged.records] == texts
+    rouge = text.rouge(texts, [p.target for p in material.prompted])
+    assert [record["rougeL"] for record in judged.records] == pytest.approx(rouge["rougeL"].tolist(), abs=1e-6)
+    metrics = judged.metrics
+    assert (metrics["method"], metrics["decoding"], metrics["stemmer"]) == ("generation", "short-answer", False)
+    assert metrics["texts"]["rougeL"]["mean"] == pytest.approx(rouge["rougeL"].mean())
+    assert metrics["questions"] == 7
+
+
+@pytest.fixture
+def open_data(iconqa, tmp_path):
+    """Own data without choices, over the pictures of the small IconQA."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        images = sorted((iconqa / split).rglob("image.png"))
+        lines = [{"image": str(image), "question": "What is it?", "answer": "a red star"} for image in images]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _recipe(model, **judged):
+    return Recipe(
+        experiment="open",
+        model=ModelPart(name=str(model)),
+        data=DataPart(name="own", prompt="vqa-v1", images="off"),
+        adapter=AdapterPart(qformer=("self_attn", "ffn"), rank=4),
+        training=TrainingPart(batch_size=4, max_epochs=4, learning_rate=0.01, patience=4),
+        judging=JudgingPart(**judged),
+    )
+
+
+def test_open_answers_are_trained_by_the_same_loop(small, family, open_data, tmp_path):
+    recipe = _recipe(small[family], method="generation", decoding="short-answer")
+    (run,) = loop.train([recipe], open_data, tmp_path / "results", device="cpu")
+    result = run.result()
+    losses = [line["val_loss"] for line in result["history"]]
+    assert result["best_epoch"] == 1 + losses.index(min(losses))
+    assert losses[-1] < losses[0]
+    assert result["metrics"]["val"]["loss"] == pytest.approx(min(losses), rel=1e-4)
+    records = read_lines(run.predictions_file)
+    assert {"split", "id", "prediction", "answer", "rougeL"} <= records[0].keys()
+    assert [record["answer"] for record in records] == ["a red star"] * 11
+    again = evaluate(run.folder, open_data, "test", "cpu", base=True)
+    assert again["tuned"] == result["metrics"]["test"]
+    assert again["base"]["loss"] > again["tuned"]["loss"]
+
+
+def test_ranking_needs_choices_and_says_the_mend(small, open_data, tmp_path):
+    with pytest.raises(UserError, match=r"has no choices, .* judging.method=generation"):
+        loop.train([_recipe(small["t5"])], open_data, tmp_path / "results", device="cpu")
+    with pytest.raises(UserError, match="unknown decoding 'greed'; did you mean 'greedy'"):
+        loop.train([_recipe(small["t5"], method="generation", decoding="greed")], open_data, tmp_path, device="cpu")
+    assert not (tmp_path / "results").exists()
