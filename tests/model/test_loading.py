@@ -262,14 +262,13 @@ for name in ("Salesforce/instructblip-flan-t5-xl", "someone/small"):
 """
 
 
-@pytest.mark.parametrize("offline", ["unreachable", "asked for"])
-def test_offline_is_said_at_once_and_the_cache_still_serves(small, tmp_path, offline):
+def test_offline_is_said_at_once_and_the_cache_still_serves(small, tmp_path):
     hub = tmp_path / "hub" / "models--someone--small"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0123")
     shutil.copytree(small["t5"], hub / "snapshots" / "0123")
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
-    how = {"HF_ENDPOINT": "http://127.0.0.1:9"} if offline == "unreachable" else {"HF_HUB_OFFLINE": "1"}
+    how = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _OFFLINE],
@@ -287,3 +286,16 @@ def test_offline_is_said_at_once_and_the_cache_still_serves(small, tmp_path, off
     )
     assert float(seconds) < 10
     assert loaded == "loaded someone/small"
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_who_asks_to_stay_offline_is_heard(monkeypatch, tmp_path, variable):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    if variable == "HF_HUB_OFFLINE":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read from the environment when it is imported
+    else:
+        monkeypatch.setenv(variable, "1")
+    with pytest.raises(UserError, match="offline: `someone/small` is not in the local cache"):
+        loading.load(ModelPart(name="someone/small"))
