@@ -3,7 +3,7 @@
 import pytest
 
 from blipfit import grid
-from blipfit.adapters import count
+from blipfit.adapters import count, placement
 from blipfit.errors import UserError
 from blipfit.model import shapes
 
@@ -95,12 +95,12 @@ def test_published_examples(number, published):
 
 @pytest.mark.parametrize("wrong", [0, 65, -1, "x", "1.5", "baselin"])
 def test_other_experiments_are_refused(wrong):
-    with pytest.raises(UserError, match=f"no experiment '?{wrong}'?; the grid has 1 to 64 and baseline"):
+    with pytest.raises(UserError, match=rf"no experiment '?{wrong}'?; the grid has 1 to 64 and baseline"):
         grid.recipe("scienceqa", wrong)
 
 
 def test_other_data_sets_are_refused():
-    with pytest.raises(UserError, match="no data set 'vqa'; known: scienceqa, iconqa, icons"):
+    with pytest.raises(UserError, match=r"no data set 'vqa'; known: scienceqa, iconqa, icons"):
         grid.recipe("vqa", 1)
 
 
@@ -109,3 +109,42 @@ def test_another_model():
     assert grid.recipe("iconqa", 15, "tiny").model.name == "tiny-t5"
     assert grid.recipe("iconqa", 15, "./mine").model.name == "./mine"
     assert grid.recipe("iconqa", "15") == grid.recipe("iconqa", 15)
+
+
+@pytest.mark.parametrize("name", list(grid.EXPLORATIONS))
+def test_explorations(name):
+    """LoRA in the whole Q-Former, and in a third of the language model's blocks, or none, or all."""
+    r = grid.recipe("rewardbench", name)
+    family, place = grid.EXPLORATIONS[name]
+    assert r == grid.explore(name)
+    assert (r.experiment, r.model.name, r.data.prompt) == (name, grid.MODELS[family], "instruction-v1")
+    assert (r.judging.method, r.data.images) == ("generation", "stored")
+    counted = count.trained(shapes.on_meta(r.model.name), family, r.adapter)
+    language = sum(counted.get(f"llm {part}", 0) for part in LANGUAGE[family])
+    whole = 8 * sum(LANGUAGE[family].values())
+    share = language / whole
+    assert (place == "qformer") == (language == 0)
+    assert (place == "all") == (language == whole)
+    if place not in ("qformer", "all"):
+        assert share == pytest.approx(1 / 3, abs=0.02)
+    assert sum(counted.get(f"qformer {part}", 0) for part in QFORMER) == 8 * sum(QFORMER.values())
+
+
+def test_the_three_thirds_are_three_places():
+    first, middle, last = (set(grid.explore(f"explore-{p}").adapter.llm_layers) for p in ("first", "middle", "last"))
+    assert first | middle | last == set(range(48))
+    assert len(first) == len(middle) == len(last) == 16
+
+
+@pytest.mark.parametrize("name", list(grid.BLOCKS))
+def test_the_depths_are_the_models(name):
+    family = shapes.family(name)
+    names = [n for n, _ in shapes.on_meta(name).named_modules()]
+    assert len(placement.blocks((f"{n}." for n in names), family)) == sum(grid.BLOCKS[name])
+
+
+def test_an_unknown_exploration():
+    with pytest.raises(UserError, match=r"no experiment 'explore-end'.* explore-last"):
+        grid.recipe("rewardbench", "explore-end")
+    with pytest.raises(UserError, match="no exploration 'last'; known: explore-qformer"):
+        grid.explore("last")

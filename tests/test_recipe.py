@@ -156,3 +156,12 @@ def test_later_overrides_win_and_differences_tell_both_sides():
     changed = MINE.override(["training.seed=1", "training.seed=2", "experiment=other"])
     assert MINE.differences(changed) == {"experiment": ("mine", "other"), "training.seed": (42, 2)}
     assert MINE.differences(MINE) == {}
+
+
+def test_layers_need_sublayers():
+    assert AdapterPart(llm=("attn",), llm_layers=(5, 0, 5)).llm_layers == (0, 5)
+    for values in ({"llm_layers": (0,)}, {"llm": ("attn",), "llm_layers": ()}):
+        with pytest.raises(ValueError, match="give both, or neither"):
+            AdapterPart(**values)
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        AdapterPart(llm=("attn",), llm_layers=(-1,))

@@ -1,10 +1,10 @@
-"""The published grid: 64 experiments a data set, and the baseline beside it, as recipes.
+"""The published grid: 64 experiments a data set, and the baseline beside it, as recipes; and ten explorations.
 
 Source: Kim et al., "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks" (ENLSP workshop at
 NeurIPS 2023; Findings of EMNLP 2024) and its 128 configuration files, which this module replaces by arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from blipfit.recipe import (
     AdapterPart,
     DataPart,
     Family,
+    JudgingPart,
     LanguagePart,
     ModelPart,
     QFormerPart,
@@ -27,10 +28,34 @@ MODELS: dict[Family, str] = {
     "t5": "Salesforce/instructblip-flan-t5-xl",
     "vicuna": "Salesforce/instructblip-vicuna-7b",
 }
-PROMPTS = {"scienceqa": "scienceqa-v1", "iconqa": "iconqa-v1", "icons": "iconqa-v1", "own": "vqa-v1"}
-# A flip would turn "left" into "right" here while the answer stays.
-MIRRORED_MATTERS = ("icons",)
+_ENDS: dict[Family, str] = {"t5": "", "vicuna": "-vicuna"}
+PROMPTS = {
+    "scienceqa": "scienceqa-v1",
+    "iconqa": "iconqa-v1",
+    "icons": "iconqa-v1",
+    "own": "vqa-v1",
+    "rewardbench": "instruction-v1",
+}
+# A flip would turn "left" into "right" here while the answer stays, and a crop would take away what it tells.
+MIRRORED_MATTERS = ("icons", "rewardbench")
+OPEN = ("rewardbench",)
 BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
+
+PLACES = ("qformer", "first", "middle", "last", "all")
+"""Explorations: LoRA in the whole Q-Former and in no, the first, middle, last third, or all blocks of the language
+model."""
+EXPLORATIONS: dict[str, tuple[Family, str]] = {
+    f"explore-{place}{end}": (family, place) for family, end in _ENDS.items() for place in PLACES
+}
+BLOCKS: dict[str, tuple[int, ...]] = {
+    "Salesforce/instructblip-flan-t5-xl": (24, 24),
+    "Salesforce/instructblip-flan-t5-xxl": (24, 24),
+    "Salesforce/instructblip-vicuna-7b": (32,),
+    "Salesforce/instructblip-vicuna-13b": (40,),
+    "tiny-t5": (3, 2),
+    "tiny-vicuna": (4,),
+}
+"""Blocks of the language models' stacks (T5: encoder, decoder)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +96,14 @@ def locate(experiment: int) -> tuple[Family, Row, int]:
 
 
 def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Recipe:
-    """The published recipe of an experiment of the grid, or of a baseline.
+    """The published recipe of an experiment of the grid, or of a baseline; or an exploration.
 
-    `experiment` is 1–64, `baseline` (Flan-T5-XL) or `baseline-vicuna`. `model` replaces the published checkpoint;
-    `tiny` is the miniature of the experiment's family. `icons` and `own` follow the rules without the exceptions.
+    `experiment` is 1–64, `baseline` (Flan-T5-XL), `baseline-vicuna` or a name in `EXPLORATIONS`. `model` replaces the
+    published checkpoint; `tiny` is the miniature of the experiment's family. Data sets that were not published follow
+    the rules without the exceptions.
     """
+    if experiment in EXPLORATIONS:
+        return explore(str(experiment), dataset, model)
     if dataset not in PROMPTS:
         raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(PROMPTS)}")
     if experiment in BASELINES:
@@ -97,7 +125,42 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
             learning_rate=_LEARNING_RATES.get(dataset, {}).get(number, rate),
             max_epochs=_MAX_EPOCHS.get(dataset, {}).get(number, 15),
         ),
+        judging=JudgingPart(method="generation" if dataset in OPEN else "ranking"),
     )
+
+
+def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -> Recipe:
+    """An exploration: LoRA of rank 8 in the whole Q-Former and in the named part of the language model.
+
+    The numbers of blocks are those of the published checkpoint or miniature; a `model` that is none of them is taken
+    to be as deep as its family's published one.
+    """
+    if name not in EXPLORATIONS:
+        raise UserError(f"there is no exploration {name!r}; known: {', '.join(EXPLORATIONS)}")
+    family, place = EXPLORATIONS[name]
+    like = recipe(dataset, 28 if family == "t5" else 60, model)
+    depths = BLOCKS.get(like.model.name, BLOCKS[MODELS[family]])
+    adapter = AdapterPart(
+        qformer=QFORMER_PARTS,
+        llm=() if place == "qformer" else LANGUAGE_PARTS,
+        llm_layers=None if place in ("qformer", "all") else _third(depths, place),
+        rank=8,
+        alpha=8,
+    )
+    training = TrainingPart(batch_size=8, accumulation=2, learning_rate=5e-4 if place == "qformer" else 1e-4)
+    return like.model_copy(update={"experiment": name, "adapter": adapter, "training": training})
+
+
+def _third(depths: Sequence[int], place: str) -> tuple[int, ...]:
+    """The first, middle or last third of the blocks of every stack, at least one, counted through all stacks."""
+    chosen: list[int] = []
+    start = 0
+    for depth in depths:
+        count = max(1, round(depth / 3))
+        offset = {"first": 0, "middle": (depth - count) // 2, "last": depth - count}[place]
+        chosen += range(start + offset, start + offset + count)
+        start += depth
+    return tuple(chosen)
 
 
 def model_name(family: Family, model: str | None) -> str:
@@ -118,6 +181,7 @@ def _number(experiment: int | str) -> int:
         locate(number)
     except ValueError:
         raise UserError(
-            f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}"
+            f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}, "
+            f"and there are {', '.join(EXPLORATIONS)}"
         ) from None
     return number

@@ -1,6 +1,7 @@
 """Recipe: the whole experiment as one frozen value, to and from YAML."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ LanguagePart = Literal["attn", "ffn"]
 QFORMER_PARTS: tuple[QFormerPart, ...] = ("self_attn", "cross_attn", "ffn")
 LANGUAGE_PARTS: tuple[LanguagePart, ...] = ("attn", "ffn")
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Smoothing = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Part(BaseModel):
@@ -50,17 +52,41 @@ class DataPart(Part):
         return "off" if value is False else value
 
 
+class AdaLoRAPart(Part):
+    """AdaLoRA's budget and schedule; read where `method` is `adalora`. Steps are optimiser steps."""
+
+    init_rank: int | None = Field(default=None, ge=2)
+    """Rank of every layer at the start; half as much again as `target_rank`, rounded up, where absent."""
+    target_rank: float | None = Field(default=None, gt=0)
+    """Mean rank of a layer at the end; the adapter's `rank` where absent."""
+    tinit: int | None = Field(default=None, ge=0)
+    """Steps before the budget begins to fall; a tenth of all where absent."""
+    tfinal: int | None = Field(default=None, ge=0)
+    """Steps at the end with ranks that stay; half of all where absent."""
+    delta_t: int = Field(default=10, ge=1)
+    """Steps from one allocation to the next."""
+    beta1: Smoothing = 0.85
+    """Of the exponential mean of the sensitivity."""
+    beta2: Smoothing = 0.85
+    """Of the exponential mean of its uncertainty."""
+    orthogonal_weight: float = Field(default=0.5, ge=0)
+    """Weight of the orthogonality penalty in the training loss; evaluation never includes it."""
+
+
 class AdapterPart(Part):
-    method: Literal["lora"] = "lora"
-    """How the chosen layers are adapted."""
+    method: Literal["lora", "adalora"] = "lora"
+    """How the chosen layers are adapted; `adalora` spreads a budget of ranks over them by importance."""
     qformer: Literal["full"] | tuple[QFormerPart, ...] = ()
     """Sublayers of the Q-Former with LoRA, or `full` to train all of it."""
     llm: tuple[LanguagePart, ...] = ()
     """Sublayers of the language model with LoRA; empty: frozen."""
+    llm_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Only these blocks of the language model, counted from 0; T5: the encoder's first, then the decoder's."""
     rank: int = Field(default=8, ge=1)
     """LoRA rank r."""
     alpha: float = Field(default=8, gt=0)
-    """LoRA alpha; the scaling is alpha / rank."""
+    """LoRA alpha; the scaling is alpha / rank (AdaLoRA: alpha / init_rank)."""
+    adalora: AdaLoRAPart = AdaLoRAPart()
 
     @field_validator("qformer", "llm", mode="before")
     @classmethod
@@ -75,6 +101,43 @@ class AdapterPart(Part):
             return value
         known: tuple[str, ...] = QFORMER_PARTS if info.field_name == "qformer" else LANGUAGE_PARTS
         return tuple(part for part in known if part in value)
+
+    @field_validator("llm_layers")
+    @classmethod
+    def _sorted_layers(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _layers_of_something(self) -> "AdapterPart":
+        if self.llm_layers is not None and not (self.llm and self.llm_layers):
+            raise ValueError("llm_layers chooses blocks for the sublayers in llm; give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _has_ranks_to_spread(self) -> "AdapterPart":
+        if self.method == "lora":
+            if self.adalora != AdaLoRAPart():
+                raise ValueError("adapter.adalora is set and would not be read; set adapter.method to adalora too")
+        elif self.qformer in ("full", ()) and not self.llm:
+            raise ValueError("adalora has no layer to spread ranks over; choose sublayers in adapter.qformer or llm")
+        elif self.start_rank <= self.mean_rank:
+            raise ValueError(
+                f"adalora starts at rank {self.start_rank} and must end lower, not at {self.mean_rank:g}; "
+                "raise adapter.adalora.init_rank or lower target_rank"
+            )
+        return self
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean rank of a layer when training ends."""
+        return self.rank if self.method == "lora" or self.adalora.target_rank is None else self.adalora.target_rank
+
+    @property
+    def start_rank(self) -> int:
+        """Rank of a layer's tensors when training starts."""
+        if self.method == "lora":
+            return self.rank
+        return self.adalora.init_rank or math.ceil(1.5 * self.mean_rank)
 
 
 class TrainingPart(Part):

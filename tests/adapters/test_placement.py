@@ -7,6 +7,7 @@ import torch
 
 from blipfit import grid
 from blipfit.adapters import placement
+from blipfit.errors import UserError
 from blipfit.model import shapes
 from blipfit.recipe import AdapterPart
 
@@ -84,6 +85,31 @@ def test_language_model_sublayers(family, part, kinds, count):
     placed = placement.resolve(_real(family), family, AdapterPart(llm=(part,)))
     assert _ends(placed.lora) == {f"language_model.{kind}" for kind in kinds}
     assert len(placed.lora) == len(set(placed.lora)) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "stacks"),
+    [
+        ("t5", (0, 23, 24, 47), {"encoder.block.0", "encoder.block.23", "decoder.block.0", "decoder.block.23"}),
+        ("vicuna", (31, 2), {"model.layers.2", "model.layers.31"}),
+    ],
+)
+def test_chosen_blocks(family, layers, stacks):
+    model = _real(family)
+    every = placement.resolve(model, family, AdapterPart(qformer=("ffn",), llm=("attn", "ffn")))
+    chosen = placement.resolve(model, family, AdapterPart(qformer=("ffn",), llm=("attn", "ffn"), llm_layers=layers))
+    ours = {f"language_model.{stack}." for stack in stacks}
+    wanted = [n for n in every.lora if n.startswith((*ours, "qformer."))]
+    assert sorted(chosen.lora) == sorted(wanted)
+    assert {n for n in ours if any(name.startswith(n) for name in chosen.lora)} == ours
+    assert len(chosen.lora) < len(every.lora)
+
+
+@pytest.mark.parametrize(("family", "last"), [("t5", 47), ("vicuna", 31)])
+def test_a_block_that_is_not_there_is_an_error(family, last):
+    adapter = AdapterPart(llm=("attn",), llm_layers=(0, last + 1))
+    with pytest.raises(UserError, match=rf"llm_layers has {last + 1}, .* blocks 0 to {last} "):
+        placement.resolve(_real(family), family, adapter)
 
 
 def test_the_self_attentions_output_is_never_adapted():

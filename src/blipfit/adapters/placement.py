@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from blipfit.errors import UserError
 from blipfit.recipe import AdapterPart, Family
 
 _LAYER = r"qformer\.encoder\.layer\.\d+\."
@@ -29,6 +30,10 @@ _LANGUAGE = {
         "attn": r"language_model\..*\.self_attn\.(q_proj|v_proj)",
         "ffn": r"language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)",
     },
+}
+_BLOCKS = {
+    "t5": (r"language_model\.encoder\.block\.(\d+)\.", r"language_model\.decoder\.block\.(\d+)\."),
+    "vicuna": (r"language_model\.model\.layers\.(\d+)\.",),
 }
 QUERY_TOKENS = "query_tokens"
 VISION_NORM = "vision_model.post_layernorm"
@@ -50,14 +55,19 @@ class Placement:
 
 
 def resolve(model: nn.Module, family: Family, adapter: AdapterPart) -> Placement:
-    """Enumerate what an adapter trains in this model; ValueError where a sublayer name matches no layer."""
+    """Enumerate what an adapter trains in this model.
+
+    ValueError where a sublayer name matches no layer, UserError where a chosen block is none of this model's.
+    """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     lora: list[str] = []
     if adapter.qformer != "full":
         for part in adapter.qformer:
             lora += _matching(names, _QFORMER[part], f"qformer {part}")
+    inside = _chosen_blocks(names, family, adapter.llm_layers)
     for sublayer in adapter.llm:
-        lora += _matching(names, _LANGUAGE[family][sublayer], f"llm {sublayer}")
+        found = _matching(names, _LANGUAGE[family][sublayer], f"llm {sublayer}")
+        lora += [name for name in found if name.startswith(inside)]
     full = [VISION_NORM, PROJECTION]
     if adapter.qformer == "full":
         full += [
@@ -66,6 +76,28 @@ def resolve(model: nn.Module, family: Family, adapter: AdapterPart) -> Placement
             if name.startswith("qformer.") and isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding))
         ]
     return Placement(tuple(lora), tuple(full))
+
+
+def blocks(names: Iterable[str], family: Family) -> list[str]:
+    """Module-name prefixes of the language model's blocks, in the order in which `llm_layers` counts them."""
+    found: list[str] = []
+    listed = list(names)
+    for pattern in _BLOCKS[family]:
+        numbers = {int(match[1]): match[0] for name in listed if (match := re.match(pattern, name))}
+        found += [numbers[number] for number in sorted(numbers)]
+    return found
+
+
+def _chosen_blocks(names: Iterable[str], family: Family, layers: tuple[int, ...] | None) -> tuple[str, ...]:
+    if layers is None:
+        return ("",)
+    there = blocks(names, family)
+    if layers[-1] >= len(there):
+        told = "encoder first, then decoder" if family == "t5" else "from the input on"
+        raise UserError(
+            f"adapter.llm_layers has {layers[-1]}, but this language model has blocks 0 to {len(there) - 1} ({told})"
+        )
+    return tuple(there[layer] for layer in layers)
 
 
 def component(name: str) -> str:

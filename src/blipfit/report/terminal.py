@@ -26,8 +26,21 @@ def placement(adapter: AdapterPart | Mapping[str, Any]) -> str:
     if qformer:
         parts.append("QF full" if qformer == "full" else "QF " + "+".join(qformer))
     if llm:
-        parts.append("LLM " + "+".join(llm))
+        parts.append("LLM " + "+".join(llm) + _blocks(values.get("llm_layers")))
     return " · ".join(parts) or "always-trained parts only"
+
+
+def _blocks(layers: Sequence[int] | None) -> str:
+    """Which blocks, where not all: ` in blocks 0–7, 24–31`."""
+    if layers is None:
+        return ""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return " in blocks " + ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}–{s[-1]}" for s in spans)
 
 
 def percent(metrics: Mapping[str, Any] | None) -> str:
