@@ -19,7 +19,10 @@ from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, Ba
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterPart
 
-LORA_A, LORA_B = "lora_A", "lora_B"
+LORA_A, LORA_B, LORA_E = "lora_A", "lora_B", "lora_E"
+"""Names of a layer's low-rank tensors; E, the singular values, only in AdaLoRA."""
+RANKNUM_EPSILON = 1e-5
+"""peft's AdaLoRA divides alpha by the rank plus this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Slot:
 class Bank:
     """Installs K experiments in a backbone; `remove()` gives the backbone back as it was.
 
-    ValueError where the experiments cannot share a bank: either all train the Q-Former fully or none does.
-    `seeds` are of LoRA's A: an experiment's start does not depend on its neighbours.
+    ValueError where the experiments cannot share a bank: either all train the Q-Former fully or none does, and all
+    have the same method. `seeds` are of LoRA's A (AdaLoRA: A and B): an experiment's start does not depend on its neighbours.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Bank:
         self.placements = [places.resolve(backbone.hf, backbone.family, adapter) for adapter in adapters]
         if len({p.qformer_full for p in self.placements}) > 1:
             raise ValueError("experiments with a fully trained Q-Former and others cannot share a bank")
+        if len({adapter.method for adapter in adapters}) > 1:
+            raise ValueError("experiments with LoRA and with AdaLoRA cannot share a bank")
         self._originals: dict[str, nn.Module] = {}
         self._query_tokens = backbone.hf.query_tokens
         self.slots = self._plan()
@@ -69,6 +74,11 @@ class Bank:
     @property
     def K(self) -> int:
         return self.values.shape[0]
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the experiments are AdaLoRA's."""
+        return self.adapters[0].method == "adalora"
 
     def decay_mask(self) -> Tensor:
         """1 where AdamW decays (matrices), else 0 (biases, norms, vectors); shape P."""
@@ -94,6 +104,8 @@ class Bank:
         for name, rank in self._lora_ranks().items():
             linear = self.backbone.hf.get_submodule(name)
             add(f"{name}.{LORA_A}", (rank, linear.in_features))
+            if self.adaptive:
+                add(f"{name}.{LORA_E}", (rank, 1))
             add(f"{name}.{LORA_B}", (linear.out_features, rank))
         return slots
 
@@ -102,20 +114,27 @@ class Bank:
         ranks: dict[str, int] = {}
         for adapter, placed in zip(self.adapters, self.placements, strict=True):
             for name in placed.lora:
-                ranks[name] = max(ranks.get(name, 0), adapter.rank)
+                ranks[name] = max(ranks.get(name, 0), adapter.start_rank)
         return ranks
 
     def _initialise(self, seeds: Sequence[int]) -> None:
-        """Trained tensors start as the model's own; A Kaiming-uniform (a = √5), B zero."""
+        """Trained tensors start as the model's own; A Kaiming-uniform (a = √5), B zero.
+
+        AdaLoRA: A and B from N(0, 0.02²), E zero.
+        """
         for name, slot in self.slots.items():
             if name == places.QUERY_TOKENS:
                 self._columns(self.values, slot).copy_(self._query_tokens.detach()[0])
-            elif not name.endswith((LORA_A, LORA_B)):
+            elif not name.endswith((LORA_A, LORA_B, LORA_E)):
                 self._columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
         for k, (placed, seed) in enumerate(zip(self.placements, seeds, strict=True)):
             for name in placed.lora:
-                A = self.tensor(k, f"{name}.{LORA_A}")
-                A.copy_(_kaiming(A, seed, name))
+                A, B = self.tensor(k, f"{name}.{LORA_A}"), self.tensor(k, f"{name}.{LORA_B}")
+                if self.adaptive:
+                    A.copy_(_normal(A, seed, f"{name}.{LORA_A}"))
+                    B.copy_(_normal(B, seed, f"{name}.{LORA_B}"))
+                else:
+                    A.copy_(_kaiming(A, seed, name))
 
     # -------------------------------------------------------------- install
 
@@ -144,12 +163,14 @@ class Bank:
     def _adapted(self, name: str) -> BankLoRA:
         base = self.backbone.hf.get_submodule(name)
         A, B = self._parameters[f"{name}.{LORA_A}"], self._parameters[f"{name}.{LORA_B}"]
-        return BankLoRA(base, A, B, *self._scales(name))
+        return BankLoRA(base, A, B, *self._scales(name), self._parameters.get(f"{name}.{LORA_E}"))
 
     def _scales(self, name: str) -> tuple[Tensor, slice]:
         """alpha / rank of every experiment at a layer (0 without LoRA), and the span of those with it."""
         has = [name in placed.lora for placed in self.placements]
-        scales = [a.alpha / a.rank if there else 0.0 for a, there in zip(self.adapters, has, strict=True)]
+        more = RANKNUM_EPSILON if self.adaptive else 0.0
+        ranks = [adapter.start_rank + more for adapter in self.adapters]
+        scales = [a.alpha / r if there else 0.0 for a, r, there in zip(self.adapters, ranks, has, strict=True)]
         span = slice(has.index(True), len(has) - has[::-1].index(True)) if any(has) else slice(0, 0)
         return torch.tensor(scales, dtype=self.values.dtype, device=self.values.device), span
 
@@ -189,16 +210,16 @@ class Bank:
         """Experiment k's own tensor (a view, padding cut off), from `values` or a matrix of its shape."""
         slot = self.slots[name]
         view = (self.values if source is None else source)[k, slot.start : slot.stop].view(slot.shape)
-        if name.endswith(LORA_A):
-            return view[: self.adapters[k].rank]
-        return view[:, : self.adapters[k].rank] if name.endswith(LORA_B) else view
+        if name.endswith((LORA_A, LORA_E)):
+            return view[: self.adapters[k].start_rank]
+        return view[:, : self.adapters[k].start_rank] if name.endswith(LORA_B) else view
 
     def names(self, k: int) -> Iterator[str]:
         """Names of the tensors that experiment k really trains."""
         layers = set(self.placements[k].lora)
         for name in self.slots:
             layer, _, last = name.rpartition(".")
-            if last not in (LORA_A, LORA_B) or layer in layers:
+            if last not in (LORA_A, LORA_B, LORA_E) or layer in layers:
                 yield name
 
     def state(self, k: int, source: Tensor | None = None) -> dict[str, Tensor]:
@@ -231,8 +252,15 @@ class Bank:
 
 def _kaiming(like: Tensor, seed: int, name: str) -> Tensor:
     """Kaiming-uniform (a = √5) from a generator of (seed, layer): the same start in any bank, on any device."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     start = torch.empty(like.shape, dtype=torch.float32)
-    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=_generator(seed, name))
     return start.to(like)
+
+
+def _normal(like: Tensor, seed: int, name: str) -> Tensor:
+    return torch.empty(like.shape).normal_(std=0.02, generator=_generator(seed, name)).to(like)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

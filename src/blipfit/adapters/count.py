@@ -22,7 +22,8 @@ def trained(model: nn.Module, family: Family, adapter: AdapterPart) -> dict[str,
         add(name, sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)))
     for name in placed.lora:
         linear: Any = model.get_submodule(name)
-        add(name, adapter.rank * (linear.in_features + linear.out_features))
+        values = int(adapter.method == "adalora")  # a singular value beside each pair of vectors
+        add(name, adapter.start_rank * (linear.in_features + linear.out_features + values))
     return counts
 
 

@@ -13,13 +13,21 @@ class BankLoRA(nn.Module):
 
     Ranks may differ: A and B are padded with zeros, which stay zero (each one's gradient is a product with the
     other). Experiments without LoRA here have rank 0; `first:last` is the span of those that have it, so that the
-    others cost nothing.
+    others cost nothing. With `E_Kr1` it is AdaLoRA's form `B_k diag(E_k) A_k`.
     """
 
-    def __init__(self, base: nn.Linear, A_KrI: nn.Parameter, B_KOr: nn.Parameter, scale_K: Tensor, span: slice):
+    def __init__(
+        self,
+        base: nn.Linear,
+        A_KrI: nn.Parameter,
+        B_KOr: nn.Parameter,
+        scale_K: Tensor,
+        span: slice,
+        E_Kr1: nn.Parameter | None = None,
+    ):
         super().__init__()
         self.base = base
-        self.lora_A, self.lora_B = A_KrI, B_KOr
+        self.lora_A, self.lora_B, self.lora_E = A_KrI, B_KOr, E_Kr1
         self.register_buffer("scale", scale_K, persistent=False)
         self.scale: Tensor
         self.span = span
@@ -33,10 +41,11 @@ class BankLoRA(nn.Module):
         y = self.base(x)
         K = self.scale.shape[0]
         x_KRI, y_KRO = x.reshape(K, -1, x.shape[-1]), y.view(K, -1, y.shape[-1])
+        A = self.lora_A if self.lora_E is None else self.lora_A * self.lora_E
         scaled_B = self.lora_B * self.scale[:, None, None]
         if self.span == slice(0, K):  # a slice of everything would cost a copy in backward
-            return torch.baddbmm(y_KRO, torch.bmm(x_KRI, self.lora_A.mT), scaled_B.mT).view_as(y)
-        low = torch.bmm(x_KRI[self.span], self.lora_A[self.span].mT)
+            return torch.baddbmm(y_KRO, torch.bmm(x_KRI, A.mT), scaled_B.mT).view_as(y)
+        low = torch.bmm(x_KRI[self.span], A[self.span].mT)
         inside = torch.baddbmm(y_KRO[self.span], low, scaled_B[self.span].mT)
         return torch.cat([y_KRO[: self.span.start], inside, y_KRO[self.span.stop :]]).view_as(y)
 

@@ -21,6 +21,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
         repr(sorted(shared.items())),
         recipe.judging.model_dump_json(),
         recipe.adapter.qformer == "full",
+        recipe.adapter.method,
     )
 
 
