@@ -175,6 +175,84 @@ def evaluate(
 
 
 @app.command()
+def cost(
+    what: Annotated[str, typer.Argument(metavar="MODEL|RUN|DATASET", help="A model, run folder, recipe or data set.")],
+    experiment: Annotated[str | None, typer.Argument(metavar="ID", help="Of the data set's grid.")] = None,
+    model: Model = None,
+    text: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for both towers.")] = 40,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer and of every candidate.")] = 8,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates to rank.")] = 4,
+    measure: Annotated[bool, typer.Option("--measure", help="Load the weights and time one answer here.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters and FLOPs of a model, recipe or run; with --measure also time and memory of an answer."""
+    from blipfit.model.cost import Lengths
+    from blipfit.report import costs
+
+    lengths = Lengths(text, text, answer, candidates)
+    record = costs.describe(what, experiment, model, lengths, _device(device) if measure else None)
+    _show(record, as_json, lambda: costs.shown(record))
+
+
+@app.command()
+def shrink(
+    model: Annotated[str, typer.Option(help="Hub name, local folder, tiny-t5 or tiny-vicuna.")],
+    hidden_size: Annotated[int | None, typer.Option(help="Width of the Q-Former.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads a layer.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Units of each feed-forward branch.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Query tokens.")] = None,
+    cross_every: Annotated[int | None, typer.Option(help="Cross-attention in every so many layers.")] = None,
+    importance: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
+    dataset: Annotated[str | None, typer.Option("--on", help="Data set to measure and repair on.")] = None,
+    data: DataFolder = None,
+    questions: Annotated[int, typer.Option(min=1, help="Training questions to measure and repair on.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the draw of questions.")] = 0,
+    to: Annotated[Path | None, typer.Option("--to", help="New folder for the checkpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes and FLOPs; needs no weights.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make a smaller Q-Former that inherits the bigger one's weights; what is not given stays as it is."""
+    from blipfit.report import shrinking
+
+    sizes = {"hidden": hidden_size, "heads": heads, "intermediate": intermediate_size}
+    sizes |= {"layers": layers, "queries": queries, "cross_every": cross_every}
+    if dry_run:
+        record = shrinking.plan(model, sizes)
+    elif to is None:
+        raise UserError("say where the smaller checkpoint goes: --to DIR, or only plan with --dry-run")
+    else:
+        record = shrinking.run(model, sizes, importance, dataset, data, questions, seed, to, _device(device))
+    _show(record, as_json, lambda: shrinking.shown(record))
+
+
+@app.command()
+def retain(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a model or a run folder.")],
+    candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATES…", help="Models or run folders.")],
+    on: Annotated[str, typer.Option(help="Judges: icons, mme, rewardbench, …; NAME=DIR gives the folder.")] = "icons",
+    data: DataFolder = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many samples of every judge.")] = None,
+    at_least: Annotated[float | None, typer.Option(help="Exit with 1 where less is surely kept: 0.7.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write retention against size as .png, .svg or .pdf.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Judge an original and candidates on the same samples: what they keep of its performance, and what they save."""
+    from blipfit.report import retaining
+
+    record = retaining.run(base, candidates, on, data, split, limit, at_least, _device(device))
+    if figure is not None:
+        retaining.figure(record, figure)
+    _show(record, as_json, lambda: retaining.shown(record))
+    if any(one["misses"] for one in record["candidates"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(model: Model = None, data: DataFolder = None, as_json: Json = False) -> None:
     """Check this machine, and with --model or --data a checkpoint or a data folder; says the mend of what is wrong."""
     from blipfit.report import health
