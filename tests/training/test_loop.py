@@ -27,7 +27,7 @@ from blipfit.training import loop
 from blipfit.training.workshop import Workshop
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-FILES = {"recipe.yaml", "log.jsonl", "checkpoint", "adapter", "predictions.jsonl", "result.json"}
+FILES = {"recipe.yaml", "log.jsonl", "adapter", "predictions.jsonl", "result.json"}
 
 
 @pytest.fixture

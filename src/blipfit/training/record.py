@@ -1,6 +1,7 @@
 """The record of a finished run: adapter, predictions, result."""
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +30,8 @@ class Finished:
     progress: Progress
     state: dict[str, Tensor]
     counts: dict[str, int]
+    ranks: dict[str, Any] | None = None
+    """AdaLoRA: the history of ranks, `Allocator.history`."""
 
 
 def write(
@@ -38,10 +41,12 @@ def write(
     judged: Mapping[str, Judged],
     head_hash: str,
 ) -> dict[str, Any]:
-    """Write `adapter/`, `predictions.jsonl`, then `result.json`, which makes the run finished."""
+    """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json`, then `result.json`, which makes the run finished."""
     folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
-    counts = finished.counts
+    counts, ranks = finished.counts, finished.ranks
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
+    if ranks:
+        run.write_json(folder.ranks_file, ranks)
     lines = [{"split": split, **record} for split, part in judged.items() for record in part.records]
     run.write_lines(folder.predictions_file, lines)
     total = sum(p.numel() for p in backbone.hf.parameters()) + lora_parameters(state)
@@ -59,6 +64,7 @@ def write(
         "prompt": recipe.data.prompt,
         "prompt_example": splits["test"].prompted[0].prompt,
         "counts": {split: len(material) for split, material in splits.items()},
+        **({"ranks": dict(zip(ranks["layers"], ranks["ranks"][-1], strict=True))} if ranks else {}),
         "adapter_sha256": adapter_hash,
         "head_sha256": head_hash,
         "seconds": round(progress.seconds, 3),
@@ -70,6 +76,7 @@ def write(
         "recipe": recipe.model_dump(mode="json"),
     }
     run.write_json(folder.result_file, result)
+    shutil.rmtree(folder.checkpoint, ignore_errors=True)  # several times the adapter's size, and of no more use
     return result
 
 
