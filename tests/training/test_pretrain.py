@@ -11,40 +11,58 @@ from safetensors.torch import load_file
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.model import tiny
-from blipfit.training import pretrain, pretrain_answers, pretrain_texts, pretrain_tower
+from blipfit.training import (
+    pretrain,
+    pretrain_answers,
+    pretrain_queries,
+    pretrain_tasks,
+    pretrain_texts,
+    pretrain_tower,
+)
 from blipfit.training.pretrain_loop import Schedule
+from blipfit.training.pretrain_tasks import Mixture
 
 TOY = replace(
     pretrain.RECIPE,
     token_scenes=60,
     tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
-    answers=Schedule(steps=6, batch=4, lr=1e-3, warmup=2),
+    queries=Schedule(steps=8, batch=4, lr=1e-3, warmup=2),
+    rounds=(pretrain.Round(Schedule(steps=5, batch=4, lr=1e-3, warmup=2), Mixture()),) * 2,
 )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with toy tokenizers and a toy tower."""
+    """A folder with toy tokenizers, a toy tower and a toy Q-Former; the two state files."""
     target = tmp_path_factory.mktemp("miniatures")
     pretrain.train_tokenizers(TOY, target)
-    records = []
-    pretrain.train_tower(TOY, target, target / "state/tower.safetensors", records.append)
-    return target, records
+    tower, queries = target / "state/tower.safetensors", target / "state/queries.safetensors"
+    pretrain.train_tower(TOY, target, tower, silent)
+    pretrain.train_queries(TOY, target, tower, queries, silent)
+    return target, (tower, queries)
 
 
-def first_losses(records, name):
-    return [record[name] for record in records if name in record]
+def silent(record):
+    pass
+
+
+def loss_of(target, states, recipe, family="t5"):
+    """The loss of some fresh pictures with the Q-Former of these states and an untrained language model."""
+    backbone = pretrain.untrained(family, target, *states, seed=recipe.seed)
+    trained = pretrain_answers.Trained(backbone)
+    with torch.no_grad():
+        return sum(pretrain_answers.losses(backbone, trained, 1, 0, 8, Mixture()).values())
 
 
 def test_the_tower_learns_and_the_clip_is_written(made):
-    target, _ = made
+    target, (tower, _) = made
     clip = tiny.build_clip(pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer)
     tokenizer = pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer
     scenes = [icons.scene(5, index) for index in range(6)]
     batch = pretrain_tower.batch(scenes, tokenizer, 1, 0)
     fresh = pretrain_tower.Tower(clip)
     trained = pretrain_tower.Tower(clip)
-    weights = load_file(target / "state/tower.safetensors")
+    weights = load_file(tower)
     trained.load_state_dict(
         {name.removeprefix("weight."): value for name, value in weights.items() if name.startswith("weight.")}
     )
@@ -56,39 +74,53 @@ def test_the_tower_learns_and_the_clip_is_written(made):
     assert config["blipfit"]["recipe"] == TOY.hash()
 
 
+def test_the_qformer_learns_to_look(made):
+    target, (tower, queries) = made
+    scenes = [icons.scene(6, index) for index in range(12)]
+    found = []
+    for states in ((tower,), (tower, queries)):
+        backbone = pretrain.untrained("t5", target, *states, seed=TOY.seed)
+        heads = pretrain_queries.Queries(backbone.hf)
+        if len(states) == 2:
+            weights = load_file(queries)
+            heads.load_state_dict({name.removeprefix("weight."): weights[name] for name in weights if name[0] == "w"})
+        text = backbone.text.qformer(["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt")
+        with torch.no_grad():
+            features = backbone.see(pretrain_tower.pixels(scenes))
+            seen = heads(features, text["input_ids"], text["attention_mask"])
+            found.append(pretrain_queries.cells_loss(heads, seen, pretrain_queries.cells(scenes)))
+    assert found[1] < found[0]
+
+
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
 def test_answers_are_learned(made, family):
-    target, _ = made
+    target, states = made
+    recipe = replace(TOY, rounds=(pretrain.Round(Schedule(steps=14, batch=6, lr=2e-3, warmup=2), Mixture()),))
     records = []
-    state = target / f"learn/{family}.safetensors"
-    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2))
-    backbone = pretrain.untrained(family, target, target / "state/tower.safetensors", recipe.seed)
-    with torch.no_grad():
-        before = sum(pretrain_answers.losses(backbone, 1, 0, 8, recipe.mixture).values())
-    run = {"family": family, "target": target, "tower": target / "state/tower.safetensors"}
-    pretrain.train_answers(recipe, state=state, log=records.append, checked=0, **run)
-    after = first_losses(records, "answers")[-1] + first_losses(records, "captions")[-1]
-    assert after < 0.9 * float(before)
+    pretrain.train_answers(
+        recipe, family, target, states, target / f"learn/{family}.safetensors", records.append, checked=0
+    )
+    last = sum(records[-1][name] for name in ("answers", "captions", "heads"))
+    assert last < 0.9 * float(loss_of(target, states, recipe, family))
 
 
 def test_interrupted_equals_straight(made):
-    target, _ = made
-    tower = target / "state/tower.safetensors"
+    target, states = made
     straight, stopped = target / "straight.safetensors", target / "stopped.safetensors"
-    run = {"family": "t5", "target": target, "tower": tower, "log": lambda record: None, "checked": 0}
-    pretrain.train_answers(TOY, state=straight, **run)
-    pretrain.train_answers(TOY, state=stopped, until=3, **run)
-    assert stopped.exists()
-    pretrain.train_answers(TOY, state=stopped, **run)
-    one, other = load_file(straight), load_file(stopped)
+    pretrain.train_answers(TOY, "t5", target, states, straight, silent, checked=0)
+    pretrain.train_answers(TOY, "t5", target, states, stopped, silent, until=3, checked=0)
+    assert stopped.with_name("stopped-0.safetensors").exists()
+    assert not stopped.with_name("stopped-1.safetensors").exists()
+    pretrain.train_answers(TOY, "t5", target, states, stopped, silent, checked=0)
+    one, other = (load_file(path.with_name(f"{path.stem}-1.safetensors")) for path in (straight, stopped))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_tower_stays_frozen(made):
-    target, _ = made
-    weights = load_file(target / "state/tower.safetensors")
-    backbone = pretrain.untrained("t5", target, target / "state/tower.safetensors", 0)
+    target, (tower, queries) = made
+    weights = load_file(tower)
+    backbone = pretrain.untrained("t5", target, tower, queries, seed=0)
     trained = dict(pretrain_answers.Trained(backbone).named_parameters())
     ours = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
     assert not any(value is ours for value in trained.values())
@@ -105,20 +137,20 @@ def test_state_of_another_recipe_is_refused(tmp_path):
 
 def test_hash_follows_the_recipe():
     assert pretrain.PretrainRecipe().hash() == pretrain.RECIPE.hash()
-    assert replace(TOY, mixture=replace(TOY.mixture, asks=2)).hash() != TOY.hash()
+    assert replace(TOY, queries_asks=2).hash() != TOY.hash()
 
 
 def test_no_held_out_skill_is_ever_asked():
     held_out = {ask.question for index in range(400) for ask in icons.questions(icons.scene(7, index), icons.HELD_OUT)}
     rng = random.Random(0)
     for index in range(400):
-        for made in pretrain_answers.tasks(icons.scene(7, index), TOY.mixture, rng):
+        for made in pretrain_tasks.tasks(icons.scene(7, index), Mixture(), rng):
             assert not any(question in made.prompt for question in held_out)
 
 
 def test_free_channels_hold_no_embedding(made):
-    target, _ = made
-    weights = load_file(target / "state/tower.safetensors")
+    _, (tower, _) = made
+    weights = load_file(tower)
     positions = weights["weight.vision.embeddings.position_embedding"][0]
     assert positions[:, : pretrain_tower.FREE].abs().max() == 0
     assert positions[:, pretrain_tower.FREE :].mean(1).abs().max() < 1e-6

@@ -71,6 +71,8 @@ def config(
             max_position_embeddings=192,
             cross_attention_frequency=2,
             encoder_hidden_size=WIDTH,
+            # BERT's 0.02 suits a width of 768; so narrow a model would attend evenly to everything for long.
+            initializer_range=WIDTH**-0.5,
         ),
         text_config=text,
         num_query_tokens=QUERY_TOKENS,
@@ -124,6 +126,7 @@ def _llama_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,
+        initializer_range=WIDTH**-0.5 / 2,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -180,7 +183,7 @@ def build(family: Family, parts: InstructBlipProcessor, seed: int = 0) -> Instru
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = InstructBlipForConditionalGeneration(config(family, parts.tokenizer, parts.qformer_tokenizer))
-        torch.nn.init.normal_(model.query_tokens, std=0.02)
+        torch.nn.init.normal_(model.query_tokens, std=0.2)
         if family == "t5":
             untie(model)
     return model

@@ -2,7 +2,8 @@
 
 1. Tokenizers, from the texts of the icon world.
 2. The vision tower with the miniature CLIP (`pretrain_tower`).
-3. Q-Former, projection and language model on top of the frozen tower, each family by itself (`pretrain_answers`).
+3. The Q-Former on top of the frozen tower, without a language model, for both families (`pretrain_queries`).
+4. Q-Former, projection and language model on top of the frozen tower, each family by itself (`pretrain_answers`).
 
 One thread is best where several processes share a machine; the two families may then train side by side.
 """
@@ -15,18 +16,36 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPProcessor, InstructBlipProcessor
+from transformers import CLIPProcessor, InstructBlipProcessor, PreTrainedTokenizerBase
 
 from blipfit.data import icons
 from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
 from blipfit.model import tiny, tiny_tokenizers
 from blipfit.model.backbone import Backbone
-from blipfit.training import pretrain_answers, pretrain_check, pretrain_texts, pretrain_tower
-from blipfit.training.pretrain_answers import Mixture
+from blipfit.training import pretrain_answers, pretrain_check, pretrain_queries, pretrain_texts, pretrain_tower
 from blipfit.training.pretrain_loop import Schedule, fit, json_lines
+from blipfit.training.pretrain_tasks import Mixture
 
 Log = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the language model's stage."""
+
+    schedule: Schedule
+    mixture: Mixture
+
+
+# What the first round leaves weakest: naming one thing among others, and comparing two of them.
+LATER = Mixture(
+    options=0.6,
+    yes_no=1.5,
+    caption=0.4,
+    hard=4.0,
+    hard_skills=("relation", "size", "where", "count_kind", "beside", "exists"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +63,15 @@ class PretrainRecipe:
     wrong_captions: int = 1
     """Captions with a planted error, for every picture of the tower's stage."""
 
-    answers: Schedule = field(default_factory=lambda: Schedule(steps=2400, batch=32, lr=1e-3))
-    """`batch` counts pictures; each is asked `mixture.asks` things."""
-    mixture: Mixture = field(default_factory=Mixture)
+    queries: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch=16, lr=1.5e-3))
+    queries_asks: int = 5
+    queries_options: float = 0.3
+    """What is asked of a picture in the Q-Former's own stage, and how much of it with options."""
+    rounds: tuple[Round, ...] = (
+        Round(Schedule(steps=1600, batch=20, lr=1e-3), Mixture()),
+        Round(Schedule(steps=1300, batch=20, lr=1e-3), LATER),
+    )
+    """The language model's stage, in rounds; each warms up and cools down again. `batch` counts pictures."""
 
     def hash(self) -> str:
         """The first 16 hexadecimal digits of SHA-256 over the recipe as sorted JSON."""
@@ -62,12 +87,12 @@ def train_tokenizers(recipe: PretrainRecipe, target: Path) -> None:
     scenes = (icons.scene(recipe.seed - 1, index) for index in range(recipe.token_scenes))
     texts = [text for scene in scenes for text in pretrain_texts.spelled(scene)]
     texts += [" ".join(tiny_tokenizers.COMMON_WORDS)] * 10
-    families = {
+    tokenizers: dict[tiny.Family, PreTrainedTokenizerBase] = {
         "t5": tiny_tokenizers.train_t5(texts, recipe.t5_pieces),
         "vicuna": tiny_tokenizers.train_llama(texts, recipe.llama_pieces),
     }
     qformer = tiny_tokenizers.train_bert(texts, recipe.bert_pieces)
-    for family, tokenizer in families.items():
+    for family, tokenizer in tokenizers.items():
         tiny.save_processor(tiny.processor(tokenizer, qformer), target / tiny.NAMES[family])
     clip = tiny_tokenizers.train_clip(texts, recipe.clip_pieces, tiny.CLIP_TEXT_LENGTH)
     tiny.save_processor(tiny.clip_processor(clip), target / tiny.CLIP_NAME)
@@ -99,50 +124,83 @@ def train_tower(recipe: PretrainRecipe, target: Path, state: Path, log: Log, unt
     tiny.save(pretrain_tower.to_clip(tower, clip), target / tiny.CLIP_NAME, metadata)
 
 
+def train_queries(
+    recipe: PretrainRecipe, target: Path, tower: Path, state: Path, log: Log, until: int | None = None
+) -> None:
+    """Train the Q-Former on the tower in the state file `tower`; the result lies in `state`."""
+    torch.manual_seed(recipe.seed)
+    backbone = untrained("t5", target, tower, seed=recipe.seed)
+    queries = pretrain_queries.Queries(backbone.hf)
+    mixture = Mixture(asks=recipe.queries_asks, options=recipe.queries_options)
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        return pretrain_queries.losses(
+            backbone.hf, queries, backbone.text.qformer, recipe.seed, step, recipe.queries.batch, mixture
+        )
+
+    fit(queries, losses_at, recipe.queries, state, log, until=until)
+
+
 def train_answers(
     recipe: PretrainRecipe,
     family: tiny.Family,
     target: Path,
-    tower: Path,
+    before: tuple[Path, Path],
     state: Path,
     log: Log,
     until: int | None = None,
     checked: int = 280,
 ) -> None:
-    """Train a family's Q-Former and language model on the tower in the state file `tower`, and write the miniature."""
+    """Train a family's Q-Former and language model and write the miniature; `before`: states of tower and Q-Former."""
     torch.manual_seed(recipe.seed)
-    backbone = untrained(family, target, tower, recipe.seed)
-    backbone.hf.train()
+    backbone = untrained(family, target, *before, seed=recipe.seed)
+    trained = pretrain_answers.Trained(backbone)
+    trained.queries.answer.load_state_dict(_part(before[1], "answer."))
+    trained.queries.cell.load_state_dict(_part(before[1], "cell."))
 
-    def losses_at(step: int) -> dict[str, torch.Tensor]:
-        backbone.hf.train()
-        return pretrain_answers.losses(backbone, recipe.seed, step, recipe.answers.batch, recipe.mixture)
+    first = 0
+    for number, one in enumerate(recipe.rounds):
 
-    fit(
-        pretrain_answers.Trained(backbone),
-        losses_at,
-        recipe.answers,
-        state,
-        log,
-        check=lambda: quick_check(backbone, recipe.seed + 1, checked) if checked else {},
-        until=until,
-    )
-    metadata = {"recipe": recipe.hash(), "stage": "answers"}
-    tiny.save(backbone.hf, target / tiny.NAMES[family], metadata)
+        def losses_at(step: int, first: int = first, one: Round = one) -> dict[str, torch.Tensor]:
+            backbone.hf.train()
+            return pretrain_answers.losses(
+                backbone, trained, recipe.seed, first + step, one.schedule.batch, one.mixture
+            )
+
+        fit(
+            trained,
+            losses_at,
+            one.schedule,
+            state.with_name(f"{state.stem}-{number}{state.suffix}"),
+            log,
+            check=lambda: quick_check(backbone, recipe.seed + 1, checked) if checked else {},
+            until=None if until is None else until - first,
+        )
+        first += one.schedule.steps
+        metadata = {"recipe": recipe.hash(), "stage": f"answers, round {number + 1} of {len(recipe.rounds)}"}
+        tiny.save(backbone.hf, target / tiny.NAMES[family], metadata)
+        if until is not None and first >= until:
+            break
 
 
-def untrained(family: tiny.Family, target: Path, tower: Path, seed: int) -> Backbone:
-    """A miniature with a trained tower and, beyond that, random weights."""
+def untrained(family: tiny.Family, target: Path, tower: Path, queries: Path | None = None, *, seed: int) -> Backbone:
+    """A miniature with the trained tower, the trained Q-Former where given, and beyond that random weights."""
     parts = InstructBlipProcessor.from_pretrained(target / tiny.NAMES[family])
     hf = tiny.build(family, parts, seed)
-    weights = load_file(tower)
-    prefix = "weight.vision."
-    hf.vision_model.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    )
+    hf.vision_model.load_state_dict(_part(tower, "vision."))
+    if queries is not None:
+        hf.qformer.load_state_dict(_part(queries, "qformer."))
+        hf.vision_model.post_layernorm.load_state_dict(_part(queries, "post_layernorm."))
+        hf.query_tokens.data.copy_(_part(queries, "query_tokens")[""])
     start = 0 if family == "t5" else parts.tokenizer.bos_token_id
     text = TextEncoder(parts.qformer_tokenizer, parts.tokenizer, family, start)
     return Backbone(hf, text, family, tiny.NAMES[family])
+
+
+def _part(state: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The weights of a state file whose names begin so, without that beginning."""
+    prefix = f"weight.{prefix}"
+    return {name.removeprefix(prefix): value for name, value in load_file(state).items() if name.startswith(prefix)}
 
 
 def quick_check(backbone: Backbone, seed: int, questions: int) -> dict:
@@ -169,16 +227,12 @@ def pretrain_tiny(
     if not (target / tiny.CLIP_NAME / "tokenizer.json").exists():
         train_tokenizers(recipe, target)
     log = target / "log.jsonl"
-    train_tower(recipe, target, state / "tower.safetensors", json_lines(log, stage="tower"))
+    tower, queries = state / "tower.safetensors", state / "queries.safetensors"
+    train_tower(recipe, target, tower, json_lines(log, stage="tower"))
+    train_queries(recipe, target, tower, queries, json_lines(log, stage="queries"))
     for family in families:
-        train_answers(
-            recipe,
-            family,
-            target,
-            state / "tower.safetensors",
-            state / f"{family}.safetensors",
-            json_lines(log, stage=family),
-        )
+        done = state / f"{family}.safetensors"
+        train_answers(recipe, family, target, (tower, queries), done, json_lines(log, stage=family))
 
 
 def _claim(state: Path, recipe: PretrainRecipe) -> None:

@@ -63,7 +63,8 @@ def fit(
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
     step = _restore(state, module, optimizer, parameters) if state.exists() else 0
-    end, began, sums = schedule.steps if until is None else until, time.monotonic(), {}
+    end, began = min(schedule.steps, schedule.steps if until is None else until), time.monotonic()
+    sums: dict[str, list[float]] = {}
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)

@@ -1,8 +1,9 @@
 """Stage 1 of the miniatures: the vision tower, trained contrastively against captions.
 
 The tower is InstructBLIP's own vision model; the text side is CLIP's. Captions alone teach such a small tower
-which things there are long before how many and where, so three auxiliary losses help: every patch names the
-icon that covers it, and the class token names the counts and the reading of a clock or a number line.
+which things there are long before how many and where, so four auxiliary losses help: every patch names the
+icon that covers it and its own row and column (or the features forget where they are), and the class token names
+the counts and the reading of a clock or a number line.
 
 CLIP's vision model differs from InstructBLIP's by a layer norm before the first layer. Two of the tower's
 channels are kept free of embeddings and the others at mean zero; in the CLIP a huge constant in these two channels
@@ -40,8 +41,11 @@ class Tower(nn.Module):
         self.logit_scale = clip.logit_scale
         width = tiny.WIDTH
         self.icon = nn.Linear(width, (len(SHAPES) + 1) + (len(COLORS) + 1) + 3)
+        self.where = nn.Linear(width, 2 * SIDE)
         self.board = nn.Linear(width, (len(SHAPES) + len(COLORS) + 1) * (MOST + 1))
         self.reading = nn.Linear(width, READINGS)
+        # Drawn as wide as the pictures' own embeddings; at 0.02 position is lost among what is seen.
+        nn.init.normal_(self.vision.embeddings.position_embedding, std=0.3)
         keep_free_channels(self.vision)
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -67,9 +71,18 @@ class Tower(nn.Module):
         return {
             "contrast": contrast / 2,
             "icon": named,
+            "where": _where_loss(self.where(patches)),
             "board": F.cross_entropy(board, truth["board"].flatten(), ignore_index=-100),
             "reading": _reading_loss(self.reading(whole), truth["reading"]),
         }
+
+
+def _where_loss(logits: Tensor) -> Tensor:
+    """Cross entropy of row and column of every patch, logits [B, 64, 16]."""
+    steps = torch.arange(SIDE)
+    place = torch.stack([steps.repeat_interleave(SIDE), steps.repeat(SIDE)], dim=1)  # [64, 2]
+    both = logits.unflatten(-1, (2, SIDE)).flatten(0, 2)
+    return F.cross_entropy(both, place.expand(len(logits), -1, -1).flatten())
 
 
 def _reading_loss(logits: Tensor, target: Tensor) -> Tensor:
