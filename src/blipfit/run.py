@@ -53,6 +53,16 @@ class Run:
         return self.folder / "predictions.jsonl"
 
     @property
+    def ranks_file(self) -> Path:
+        """AdaLoRA: the ranks of every layer after each allocation."""
+        return self.folder / "ranks.json"
+
+    @property
+    def ranks_picture(self) -> Path:
+        """The heat map that `blipfit ranks` draws."""
+        return self.folder / "ranks.png"
+
+    @property
     def result_file(self) -> Path:
         return self.folder / "result.json"
 

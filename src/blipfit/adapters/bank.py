@@ -43,7 +43,8 @@ class Bank:
     """Installs K experiments in a backbone; `remove()` gives the backbone back as it was.
 
     ValueError where the experiments cannot share a bank: either all train the Q-Former fully or none does, and all
-    have the same method. `seeds` are of LoRA's A (AdaLoRA: A and B): an experiment's start does not depend on its neighbours.
+    have the same method. `seeds` are of LoRA's A (AdaLoRA: A and B): an experiment's start does not depend on its
+    neighbours.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class Bank:
         """
         for name, slot in self.slots.items():
             if name == places.QUERY_TOKENS:
-                self._columns(self.values, slot).copy_(self._query_tokens.detach()[0])
+                self.columns(self.values, slot).copy_(self._query_tokens.detach()[0])
             elif not name.endswith((LORA_A, LORA_B, LORA_E)):
-                self._columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
+                self.columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
         for k, (placed, seed) in enumerate(zip(self.placements, seeds, strict=True)):
             for name in placed.lora:
                 A, B = self.tensor(k, f"{name}.{LORA_A}"), self.tensor(k, f"{name}.{LORA_B}")
@@ -140,8 +141,8 @@ class Bank:
 
     def _install(self) -> None:
         for slot in self.slots.values():
-            parameter = nn.Parameter(self._columns(self.values, slot))
-            parameter.grad = self._columns(self.grads, slot)
+            parameter = nn.Parameter(self.columns(self.values, slot))
+            parameter.grad = self.columns(self.grads, slot)
             self._parameters[slot.name] = parameter
         self.backbone.hf.query_tokens = self._parameters[places.QUERY_TOKENS]
         for name in self.placements[0].full:
@@ -246,7 +247,8 @@ class Bank:
             counts[part] = counts.get(part, 0) + self.tensor(k, name).numel()
         return counts
 
-    def _columns(self, matrix: Tensor, slot: Slot) -> Tensor:
+    def columns(self, matrix: Tensor, slot: Slot) -> Tensor:
+        """All experiments' tensors of a slot: a view `K × shape` of `values` or a matrix of its shape."""
         return matrix[:, slot.start : slot.stop].view(matrix.shape[0], *slot.shape)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blipfit import data as datasets
 from blipfit.adapters import peft_format
+from blipfit.adapters.adalora import Schedule
 from blipfit.adapters.bank import Bank
 from blipfit.data.question import Question
 from blipfit.errors import UserError
@@ -121,6 +122,8 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
         raise UserError(
             f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
         )
+    if recipe.adapter.method == "adalora":
+        Schedule.of(recipe.adapter, 1, plan.total_steps(count, recipe.training))
     judging.refuse(recipe.judging, recipe.data.name, questions)
 
 
@@ -295,7 +298,10 @@ class BankSession:
         looks = [look for look in looks if look.finite]
         leaving = []
         for k, (recipe, p, look) in enumerate(zip(self.recipes, self.progress, looks, strict=True)):
-            if look.score > p.best_score:
+            allocator = self.stepper.allocator
+            if allocator and not allocator.settled(k, p.updates):
+                pass  # it still has more ranks than its budget: neither the best epoch nor a bad one
+            elif look.score > p.best_score:
                 p.best_score, p.best_epoch, p.bad_epochs = look.score, p.epoch, 0
                 self.best[k] = self.bank.values[k]
             else:
@@ -307,6 +313,7 @@ class BankSession:
                 look.measure: look.value,
                 "learning_rate": rate_at(recipe.training, p.epoch),
                 "seconds": round(p.seconds, 3),
+                **({"ranks_kept": sum(allocator.ranks(k).values())} if allocator else {}),
             }
             p.history.append(line)
             self.runs[k].log(line)
@@ -334,7 +341,8 @@ class BankSession:
         """Remember experiment k's best tensors for the test."""
         state = {name: tensor.cpu() for name, tensor in self.bank.state(k, self.best).items()}
         counts = self.bank.trained_parameters(k)
-        self.finished.append(Finished(self.runs[k], self.recipes[k], self.progress[k], state, counts))
+        ranks = self.stepper.allocator.history(k) if self.stepper.allocator else None
+        self.finished.append(Finished(self.runs[k], self.recipes[k], self.progress[k], state, counts, ranks))
 
     def _drop(self, leaving: Sequence[int]) -> None:
         staying = [k for k in range(len(self.runs)) if k not in set(leaving)]
@@ -356,6 +364,7 @@ class BankSession:
                 "values": self.bank.state(k),
                 "best": self.bank.state(k, self.best),
                 **self.stepper.optimiser.state(k),
+                **(self.stepper.allocator.state(k) if self.stepper.allocator else {}),
             }
             checkpoint.save(run.checkpoint, p, groups)
         self.saved_at = time.monotonic()
@@ -365,6 +374,8 @@ class BankSession:
         self.bank.load_state(k, tensors["values"])
         self.bank.load_state(k, tensors["best"], self.best)
         self.stepper.optimiser.load_state(k, tensors, progress.updates)
+        if self.stepper.allocator:
+            self.stepper.allocator.load_state(k, tensors)
 
     def _opening(self, steps: int) -> dict[str, Any]:
         return {

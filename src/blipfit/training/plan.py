@@ -36,6 +36,11 @@ def effective_batches(count: int, training: TrainingPart, epoch: int) -> list[li
     return [order[i : i + size] for i in range(0, count - size + 1, size)]
 
 
+def total_steps(count: int, training: TrainingPart) -> int:
+    """Optimiser steps of the longest possible training on that many questions."""
+    return count // (training.batch_size * training.accumulation) * training.max_epochs
+
+
 def micro_batches(batch: Sequence[int], training: TrainingPart) -> Iterator[Sequence[int]]:
     """The forward passes of one optimiser step."""
     for start in range(0, len(batch), training.batch_size):

@@ -41,7 +41,7 @@ def write(
     judged: Mapping[str, Judged],
     head_hash: str,
 ) -> dict[str, Any]:
-    """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json`, then `result.json`, which makes the run finished."""
+    """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json`, then `result.json`: the run is finished."""
     folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
     counts, ranks = finished.counts, finished.ranks
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)

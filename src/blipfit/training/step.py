@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blipfit.adapters.adalora import Allocator
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.dropout import shared_dropout
 from blipfit.data.batches import Encoded
@@ -24,6 +25,8 @@ class Stepper:
         self.training = self.recipes[0].training
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         self.optimiser = BankAdamW(self.bank, [r.training for r in recipes])
+        totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
+        self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
 
     def train_mode(self) -> None:
         """Dropout as the recipe says; the ViT stays in eval mode."""
@@ -50,7 +53,11 @@ class Stepper:
             self.bank.backward(losses_K.sum() / labels)
             total += losses_K.detach()
         processes.add_up(self.bank.grads)
+        if self.allocator:
+            self.allocator.add_penalty()
         self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
+        if self.allocator:
+            self.allocator.update(self.optimiser.steps)
         return total, labels
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -58,3 +65,5 @@ class Stepper:
         self.recipes = [self.recipes[k] for k in rows]
         self.bank.keep(rows)
         self.optimiser.keep(rows)
+        if self.allocator:
+            self.allocator.keep(rows)
