@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from blipfit import cli, grid
+from blipfit import data as datasets
 from blipfit.data import icons
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -174,3 +175,51 @@ def test_doctor(blipfit, drawn: Path) -> None:
     code, out, _ = blipfit("doctor", "--data", drawn.parent)
     assert code == 1
     assert "wrong" in out
+
+
+@needs_shared
+def test_score_mme_gives_the_official_numbers(blipfit) -> None:
+    record = json.loads(blipfit("score", "mme", SHARED / "data/mme/LaVIN", "--json")[1])
+    assert (record["perception"], record["cognition"]) == (963.61, 249.64)
+    assert "963.61" in blipfit("score", "mme", SHARED / "data/mme/LaVIN")[1]
+
+
+def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(datasets.DRAWN, "rewardbench", ("write_preferences", 40))
+    assert "rewardbench: " in blipfit("prepare", "rewardbench", "--from", "icons", "--to", "pairs")[1]
+    train = ["train", "icons", "13", "--model", "tiny", "--data", drawn, "--set", "training.max_epochs=1", "--json"]
+    assert blipfit(*train)[0] == 0
+    on = ["--on", f"icons={drawn},rewardbench=pairs", "--limit", 4, "--decoding", "short-answer"]
+    code, out, err = blipfit("evaluate", "results/icons/13", *on, "--json")
+    ours, pairs = json.loads(out)
+    assert code == 0, err
+    assert (ours["on"], ours["questions"], pairs["clip"]) == ("icons", 4, "tiny-clip")
+    assert {"base", "tuned", "difference"} <= pairs.keys()
+    written = tmp_path / "results/icons/13/evaluations/rewardbench-test"
+    assert json.loads((written / "evaluation.json").read_text())["adapter_sha256"] == pairs["adapter_sha256"]
+    code, out, err = blipfit("evaluate", "tiny-t5", *on)
+    assert code == 0, err
+    assert "pairwise accuracy, mean" in out
+    assert "with adapter" not in out
+    assert (tmp_path / "results/evaluations/tiny-t5/rewardbench-test/evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "tiny-t5", "--on", "icons,icons"], "names a data set twice"),
+        (["evaluate", "tiny-t5", "--on", "icons,mme", "--data", "x"], "write --on icons=DIR,mme=DIR"),
+        (["evaluate", "tiny-t5", "--on", "icon"], "did you mean 'icons'?"),
+        (["evaluate", "tiny-t5", "--on", "icons=x", "--split", "all"], "--split all is for rewardbench"),
+        (["evaluate", "tiny-t6", "--on", "icons=x"], "unknown model 'tiny-t6'"),
+        (["evaluate", "tiny-t5", "--on", "icons=nowhere"], "nowhere does not exist"),
+        (["score", "mme", "nowhere"], "nowhere is no folder"),
+        (["score", "rouge", "nowhere"], "unknown judge 'rouge'; known: mme"),
+        (["prepare", "iconqa", "--from", "icons"], "iconqa cannot be drawn from icons"),
+    ],
+)
+def test_a_mistake_of_judging_is_one_sentence(blipfit, tmp_path: Path, monkeypatch, arguments, sentence) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in mistake(blipfit(*arguments))
+    assert not list(tmp_path.rglob("*.json"))

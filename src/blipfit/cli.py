@@ -1,6 +1,5 @@
 """Commands: read arguments, call one function, print. Heavy imports happen inside, so that --help answers at once."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -60,34 +59,25 @@ def show(
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own.")],
+    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own, rewardbench or mme.")],
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Folder in the official layout, or `hub`; not for icons, which are drawn."),
+        typer.Option("--from", help="Official folder, or `hub`; `icons` draws mme and rewardbench; none for icons."),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder to write; data/DATASET if absent.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read a data set in its official layout, check every image, and write its annotation files."""
-    from blipfit import data
+    from blipfit.report import experiments
 
-    found = data.dataset(dataset)
-    target = to or Path("data") / dataset
-    if dataset == "icons":
-        if source is not None:
-            raise UserError("icons are drawn, not read; leave --from out")
-        report = found.prepare(target)
-    elif source is None:
-        raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
-    else:
-        report = found.prepare(source, target)
+    report = experiments.prepare(dataset, source, to)
     _show(report, as_json, lambda: str(report))
 
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own; or a recipe file (.yaml).")],
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, baseline-vicuna.")] = None,
+    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own or rewardbench; or a recipe file.")],
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, explore-last, ….")] = None,
     model: Model = None,
     data: DataFolder = None,
     results: Results = Path("results"),
@@ -157,21 +147,45 @@ def features(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, e.g. results/scienceqa/15.")],
+    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder; with --on also a model.")],
+    on: Annotated[
+        str | None, typer.Option(help="scienceqa,iconqa,mme,rewardbench,icons,own; NAME=DIR gives a folder.")
+    ] = None,
     data: DataFolder = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    base: Annotated[bool, typer.Option("--base", help="Judge the untrained model beside it.")] = False,
+    split: Annotated[str, typer.Option(help="train, val or test; all for rewardbench.")] = "test",
+    base: Annotated[bool, typer.Option("--base", help="Judge the untrained model too; always so with --on.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --on: the first so many questions.")] = None,
+    decoding: Annotated[str, typer.Option(help="With --on: how open answers are worded.")] = "greedy",
+    samples: Annotated[int, typer.Option(min=0, help="rewardbench: judgements in words, in each order.")] = 0,
+    clip: Annotated[str | None, typer.Option(help="CLIP for the CLIP score of open answers; tiny-clip …")] = None,
+    results: Results = Path("results"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a finished run again from its files, and check that its adapter is the recorded one."""
-    from blipfit.evaluation.evaluate import evaluate as judge
-    from blipfit.report import experiments
-    from blipfit.run import Run
+    """Judge a finished run again from its files; with --on a run or a model on other sets, base and adapter."""
+    from blipfit.report import evaluations, experiments
 
-    folder = experiments.data_folder(Run(run).recipe().data.name, data)
-    record = judge(run, folder, split, _device(device), base)
-    _show(record, as_json, lambda: experiments.judgement(record))
+    if on is None:
+        record = experiments.evaluate_run(Path(subject), data, split, _device(device), base)
+        _show(record, as_json, lambda: experiments.judgement(record))
+        return
+    chosen = _device(device)
+    records = evaluations.run(subject, on, data, split, results, chosen, limit, decoding, samples, clip)
+    _show(records, as_json, lambda: evaluations.shown(records))
+
+
+@app.command()
+def score(
+    judge: Annotated[str, typer.Argument(help="mme or rewardbench.")],
+    source: Annotated[Path, typer.Argument(help="mme: folder of SUBTASK.txt; rewardbench: JSONL of judgements.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="rewardbench: the first so many of a pair.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score finished answers by a benchmark's official rule; needs no model."""
+    from blipfit.report import evaluations
+
+    record, shown = evaluations.score(judge, source, samples)
+    _show(record, as_json, lambda: shown)
 
 
 @app.command()
@@ -279,44 +293,15 @@ def demo(
 
 
 def _device(name: str | None) -> Any:
-    import torch
-
     from blipfit.model import processes
 
-    if name is None:
-        return processes.device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: write cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible here; leave --device out to use the CPU")
-    return device
+    return processes.chosen(name)
 
 
 def _show(record: Any, as_json: bool, drawn: Any) -> None:
-    """Print the JSON object, or what a person reads; of several processes only the main one speaks."""
-    if "accelerate" in sys.modules:
-        from blipfit.model import processes
+    from blipfit.report import terminal
 
-        if not processes.is_main():
-            return
-    if as_json:
-        value = record if isinstance(record, dict | list) else _plain(record)
-        print(json.dumps(value, ensure_ascii=False, default=str))
-    else:
-        from blipfit.report import terminal
-
-        shown = drawn()
-        for part in shown if isinstance(shown, list | tuple) else (shown,):
-            terminal.console().print(part, soft_wrap=isinstance(part, str), markup=False)
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A dataclass as a mapping; its own `asdict` would miscount a Counter."""
-    from dataclasses import fields
-
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+    terminal.show(record, as_json, drawn)
 
 
 def main() -> NoReturn:

@@ -1,18 +1,21 @@
 """The run folder: its names, whole-file writes, and what is finished.
 
-This is the only file that knows the names inside `results/DATASET/EXPERIMENT/`.
+This is the only file that knows the names inside `results/DATASET/EXPERIMENT/` and of evaluations.
 """
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import blipfit
 from blipfit import recipe as recipes
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
@@ -65,6 +68,10 @@ class Run:
     @property
     def result_file(self) -> Path:
         return self.folder / "result.json"
+
+    def evaluation(self, name: str) -> "Evaluation":
+        """Of the finished experiment on another data set or benchmark."""
+        return Evaluation(self.folder / "evaluations" / name)
 
     @property
     def failure_file(self) -> Path:
@@ -135,6 +142,44 @@ class Run:
             for holder in folder.glob(".*"):
                 if holder.is_dir():
                     shutil.rmtree(holder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model, or a run beside its model, came to on one data set; made anew it takes the old one's place."""
+
+    folder: Path
+
+    @classmethod
+    def of_model(cls, results: Path, model: str, name: str) -> "Evaluation":
+        """`results/evaluations/MODEL/NAME/`, for a model without a run."""
+        return cls(results / "evaluations" / model.strip("./~").replace("/", "--") / name)
+
+    @property
+    def record_file(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    @property
+    def predictions_file(self) -> Path:
+        return self.folder / "predictions.jsonl"
+
+    def judgements_file(self, who: str) -> Path:
+        """Judgements in VL-RewardBench's format."""
+        return self.folder / f"judgements-{who}.jsonl"
+
+    def answers(self, who: str) -> Path:
+        """MME's answer files, in the official format."""
+        return self.folder / f"answers-{who}"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
+    return {
+        "blipfit": blipfit.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
 
 
 def find(results: Path) -> list[Run]:

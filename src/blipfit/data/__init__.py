@@ -1,6 +1,7 @@
 """Data sets by name: how each is prepared, loaded and asked. Importing this imports none of them."""
 
 import difflib
+import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,22 @@ def dataset(name: str) -> DataSet:
     if name not in DATASETS:
         raise UserError(_unknown("data set", name, DATASETS))
     return DATASETS[name]
+
+
+DRAWN = {"mme": ("write_mme", 200), "rewardbench": ("write_preferences", 3000)}
+"""What the world of icons can be drawn as, and how many pictures a subtask or pairs."""
+
+
+def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42) -> Any:
+    """Write a prepared folder of `mme` or `rewardbench` whose pictures and texts are of the world of icons."""
+    if name not in DRAWN:
+        raise UserError(f"{name} cannot be drawn from icons; {' and '.join(DRAWN)} can")
+    writer, usual = DRAWN[name]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as aside:
+        source = Path(aside) / name
+        getattr(import_module("blipfit.data.icons"), writer)(source, n=count or usual, seed=seed)
+        return dataset(name).prepare(source, to)
 
 
 def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[Question]:

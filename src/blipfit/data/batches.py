@@ -172,6 +172,11 @@ class TextEncoder:
         rows = torch.where(known, ids_BA, self._pad_id).tolist()
         return [text.strip() for text in self.llm.batch_decode(rows, skip_special_tokens=True)]
 
+    def cut_answers(self, texts: Sequence[str]) -> int:
+        """How many of these answers are longer than `max_target`, so that their end is not read."""
+        room = self.max_target - (1 if self.family == "t5" else 0)
+        return sum(len(row) > room for row in _ids(self.llm, list(texts), add_special_tokens=False))
+
     @property
     def _pad_id(self) -> int:
         return self.llm.pad_token_id

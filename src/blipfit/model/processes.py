@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from blipfit.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,26 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This process's GPU, or the CPU where there is none."""
     return state().device
+
+
+def chosen(name: str | None) -> torch.device:
+    """The device of that name (`cpu`, `cuda`, `cuda:1`), or this process's own."""
+    if name is None:
+        return device()
+    try:
+        named = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: write cpu, cuda or cuda:0") from None
+    if named.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; leave --device out to use the CPU")
+    return named
+
+
+def device_name(device: torch.device) -> str:
+    """What a record says of it: the GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def share(rows: Sequence[T]) -> Sequence[T]:

@@ -4,15 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from blipfit import data, grid
 from blipfit import recipe as recipes
 from blipfit.adapters import count, placement
 from blipfit.errors import UserError
+from blipfit.evaluation.evaluate import evaluate
 from blipfit.model import shapes
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
+from blipfit.run import Run
 
 
 def chosen(dataset: str, ids: Sequence[str], model: str | None, assignments: Sequence[str]) -> list[Recipe]:
@@ -36,6 +39,27 @@ def data_folder(dataset: str, folder: Path | None) -> Path:
     if dataset == "icons" and folder is None and not target.exists():
         data.dataset("icons").prepare(target)
     return target
+
+
+def prepare(dataset: str, source: str | None, to: Path | None) -> Any:
+    """Write a prepared folder and return its report; `icons` is drawn, and `mme` and `rewardbench` can be."""
+    found = data.dataset(dataset)
+    target = to or Path("data") / dataset
+    if dataset == "icons":
+        if source is not None:
+            raise UserError("icons are drawn, not read; leave --from out")
+        return found.prepare(target)
+    if source is None:
+        raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
+    if source == "icons" and not Path(source).exists():
+        return data.prepare_drawn(dataset, target)
+    return found.prepare(source, target)
+
+
+def evaluate_run(folder: Path, source: Path | None, split: str, device: torch.device, base: bool) -> dict[str, Any]:
+    """Judge a finished run again; see `blipfit.evaluation.evaluate`."""
+    place = data_folder(Run(folder).recipe().data.name, source)
+    return evaluate(folder, place, split, device, base)
 
 
 def grid_records() -> list[dict[str, Any]]:

@@ -1,7 +1,10 @@
 """What a person sees in the terminal: tables on stdout, progress on stderr."""
 
+import json
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +13,27 @@ from rich.table import Table
 from rich.text import Text
 
 from blipfit.recipe import AdapterPart
+
+
+def show(record: Any, as_json: bool, drawn: Callable[[], Any]) -> None:
+    """Print the JSON object, or what a person reads; of several processes only the main one speaks."""
+    if "accelerate" in sys.modules:
+        from blipfit.model import processes
+
+        if not processes.is_main():
+            return
+    if as_json:
+        value = record if isinstance(record, dict | list) else _plain(record)
+        print(json.dumps(value, ensure_ascii=False, default=str))
+        return
+    shown = drawn()
+    for part in shown if isinstance(shown, list | tuple) else (shown,):
+        console().print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as a mapping; its own `asdict` would miscount a Counter."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def console(stderr: bool = False) -> Console:
