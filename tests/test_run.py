@@ -111,3 +111,15 @@ def test_a_folder_replaces_a_full_one(tmp_path: Path):
     with pytest.raises(RuntimeError, match="killed"):
         _half_written(tmp_path / "adapter", folder=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "two"]
+
+
+def test_versions_are_those_that_run():
+    import torch
+    import transformers
+
+    import blipfit
+
+    found = run.versions()
+    assert found["blipfit"] == blipfit.__version__
+    assert torch.__version__.startswith(found["torch"])
+    assert found["transformers"] == transformers.__version__

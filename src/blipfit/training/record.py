@@ -1,20 +1,18 @@
 """The record of a finished run: adapter, predictions, result."""
 
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
 
-import blipfit
 from blipfit import grid, run
 from blipfit.adapters import peft_format
 from blipfit.errors import UserError
 from blipfit.evaluation.judging import Judged
 from blipfit.evaluation.material import Material
+from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.run import Run
@@ -68,9 +66,9 @@ def write(
         "adapter_sha256": adapter_hash,
         "head_sha256": head_hash,
         "seconds": round(progress.seconds, 3),
-        "device": device_name(backbone),
+        "device": processes.device_name(backbone.device),
         "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
-        "versions": versions(),
+        "versions": run.versions(),
         "differs_from_published": differences(recipe),
         "history": progress.history,
         "recipe": recipe.model_dump(mode="json"),
@@ -82,24 +80,6 @@ def write(
 
 def lora_parameters(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for name, tensor in state.items() if "lora_" in name)
-
-
-def device_name(backbone: Backbone) -> str:
-    import torch
-
-    if backbone.device.type == "cuda":
-        return torch.cuda.get_device_name(backbone.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
-    return {
-        "blipfit": blipfit.__version__,
-        "python": platform.python_version(),
-        **{n: version(n) for n in names},
-    }
 
 
 def differences(recipe: Recipe) -> dict[str, Any] | None:
