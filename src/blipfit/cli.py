@@ -267,6 +267,18 @@ def retain(
 
 
 @app.command()
+def ranks(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished AdaLoRA run.")],
+    as_json: Json = False,
+) -> None:
+    """Show which sublayers and layers kept AdaLoRA's ranks; draws RUN/ranks.png."""
+    from blipfit.report import ranks as report
+
+    record = report.examine(run)
+    _show(record, as_json, lambda: report.table(record))
+
+
+@app.command()
 def doctor(model: Model = None, data: DataFolder = None, as_json: Json = False) -> None:
     """Check this machine, and with --model or --data a checkpoint or a data folder; says the mend of what is wrong."""
     from blipfit.report import health
