@@ -165,3 +165,25 @@ def test_layers_need_sublayers():
             AdapterPart(**values)
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         AdapterPart(llm=("attn",), llm_layers=(-1,))
+
+
+def test_adalora_takes_its_budget_from_the_rank():
+    mine = MINE.override(["adapter.method=adalora"]).adapter
+    assert (mine.rank, mine.mean_rank, mine.start_rank) == (3, 3, 5)
+    assert (MINE.adapter.mean_rank, MINE.adapter.start_rank) == (3, 3)
+    mine = MINE.override(["adapter.method=adalora", "adapter.adalora.target_rank=1.5"]).adapter
+    assert (mine.mean_rank, mine.start_rank) == (1.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["adapter.method=adalora", "adapter.adalora.init_rank=3"], "starts at rank 3 and must end lower, not at 3"),
+        (["adapter.method=adalora", "adapter.adalora.target_rank=9", "adapter.adalora.init_rank=4"], "must end lower"),
+        (["adapter.method=adalora", "adapter.qformer=full", "adapter.llm=[]"], "no layer to spread ranks over"),
+        (["adapter.adalora.tinit=5"], "adapter.adalora is set and would not be read"),
+    ],
+)
+def test_an_adalora_that_cannot_be_is_told(changes, told):
+    with pytest.raises(UserError, match=told):
+        MINE.override(changes)

@@ -16,7 +16,7 @@ import reference
 from blipfit.adapters import peft_format, placement
 from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdaLoRAPart, AdapterPart
 
 LORA = AdapterPart(qformer=("self_attn", "ffn"), llm=("attn",), rank=3, alpha=6)
 FULL = AdapterPart(qformer="full", llm=("ffn",), rank=2)
@@ -235,3 +235,66 @@ def test_saving_again_replaces_the_whole_folder(backbone, saved):
     peft_format.save(saved, AdapterPart(), _trained(backbone, AdapterPart()), backbone.name)
     assert [p.name for p in saved.iterdir()] == ["trained.safetensors"]
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+# -------------------------------------------------------------------- AdaLoRA
+
+ADALORA = AdapterPart(
+    method="adalora", qformer=("self_attn",), llm=("attn",), alpha=6, adalora=AdaLoRAPart(init_rank=4, target_rank=2)
+)
+
+
+def _pruned(backbone) -> dict[str, torch.Tensor]:
+    """A trained AdaLoRA with some triplets dropped, in one layer all of them."""
+    state = _trained(backbone, ADALORA)
+    values = sorted(name for name in state if name.endswith("lora_E"))
+    for n, name in enumerate(values):
+        state[name][: (4, 1, 0, 3)[n % 4]] = 0
+    return state
+
+
+def test_adalora_comes_back_without_what_was_dropped(backbone, tmp_path):
+    state = _pruned(backbone)
+    digest = peft_format.save(tmp_path / "adapter", ADALORA, state, backbone.name)
+    read, tensors = peft_format.read(tmp_path / "adapter")
+    assert (read, peft_format.digest(tensors)) == (ADALORA, digest)
+    assert {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in state.items()}
+    for name, tensor in state.items():
+        if name.endswith("lora_E"):
+            A, B = name.replace("lora_E", "lora_A"), name.replace("lora_E", "lora_B")
+            torch.testing.assert_close(tensors[B] @ (tensors[name] * tensors[A]), state[B] @ (tensor * state[A]))
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    kept = sum(int(t.count_nonzero()) for name, t in state.items() if name.endswith("lora_E"))
+    assert sum(t.shape[0] for name, t in stored.items() if name.endswith("lora_A.weight")) == kept
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+def test_peft_loads_adalora(backbone, small, tmp_path):
+    from peft import PeftModel
+
+    state = _pruned(backbone)
+    peft_format.save(tmp_path / "adapter", ADALORA, state, backbone.name)
+    bank, _ = peft_format.install(backbone, tmp_path / "adapter")
+    encoded, pixels = reference.ask(backbone), reference.pictures(backbone, 4)
+    batch = backbone.text.targets(encoded)
+    with torch.no_grad():
+        ours = backbone.target_logits(backbone.query(backbone.see(pixels), batch), batch)[0]
+    bank.remove()
+    fresh = checkpoints.load(small[backbone.family])
+    PeftModel.from_pretrained(fresh.hf, str(tmp_path / "adapter"))
+    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    with torch.no_grad():
+        for name, tensor in load_file(tmp_path / "adapter" / "trained.safetensors").items():
+            parameter = fresh.hf.get_parameter(name)
+            parameter.copy_(tensor.view_as(parameter))
+        theirs = torch.cat(reference.forward(fresh.hf, fresh, pixels, rows)[1])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_an_untrained_adalora_changes_nothing(backbone):
+    bank = Bank(backbone, [ADALORA], [0])
+    before = bank.state(0)
+    bank.remove()
+    assert not peft_format.changes(ADALORA, before, before)
+    name = next(name for name in before if name.endswith("lora_E"))
+    assert peft_format.changes(ADALORA, before, before | {name: before[name] + 0.1})

@@ -27,7 +27,7 @@ from blipfit.training import loop
 from blipfit.training.workshop import Workshop
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-FILES = {"recipe.yaml", "log.jsonl", "adapter", "predictions.jsonl", "result.json"}
+FILES = {"recipe.yaml", "data.json", "log.jsonl", "adapter", "predictions.jsonl", "result.json"}
 
 
 @pytest.fixture
@@ -420,3 +420,48 @@ def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, fami
     assert result["metrics"]["test"]["questions"] == 4
     assert result["prompt_example"].startswith("Context: {")
     assert result["metrics"]["test"]["by"]["leaderboard"]["IMG"]["questions"] == 4
+
+
+# -------------------------------------------------------------------- AdaLoRA
+
+ADALORA = ("adapter.method=adalora", "adapter.adalora.delta_t=2", "training.max_epochs=3")
+
+
+def test_adalora_interrupted_and_resumed_is_straight(recipe, train, monkeypatch):
+    """Bit for bit: importances, masks and ranks live in the checkpoint, here of a step between two allocations."""
+    both = [recipe(22, *ADALORA), recipe(30, *ADALORA)]
+    straight = train(both, "straight")
+    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        train(both, "broken", listen=_at("step", 8))
+    for one, other in zip(straight, train(both, "broken"), strict=True):
+        assert _same(one.result(), other.result())
+        assert one.ranks_file.read_text() == other.ranks_file.read_text()
+        assert one.predictions_file.read_text() == other.predictions_file.read_text()
+
+
+def test_adalora_runs_end_at_their_budget(recipe, train):
+    """In a bank as alone; the tested epoch has the final ranks, and no better epoch before counts."""
+    several = [recipe(22, *ADALORA), recipe(31, *ADALORA, "training.patience=1"), recipe(16)]
+    runs = train(several)
+    for run, mine in zip(runs[:2], several, strict=False):
+        result = run.result()
+        layers = len(result["ranks"])
+        assert sum(result["ranks"].values()) == round(mine.adapter.mean_rank * layers)
+        kept = json.loads(run.ranks_file.read_text())["ranks"]
+        assert sum(kept[0]) > sum(kept[-1]) == result["history"][-1]["ranks_kept"]
+        assert result["best_epoch"] >= 2  # 18 steps: the ranks are final after the ninth
+        values = {n: t for n, t in _tensors(run).items() if n.endswith("lora_E")}
+        for name, tensor in values.items():
+            assert tensor.count_nonzero() <= result["ranks"][name.removesuffix(".lora_E")]
+    (alone,) = train(several[:1], "alone")
+    _close(runs[0], alone, 1e-4)
+    assert alone.ranks_file.read_text() == runs[0].ranks_file.read_text()
+    assert "ranks" not in runs[2].result()
+
+
+def test_a_training_too_short_for_adalora_is_told(recipe, train, tmp_path):
+    with pytest.raises(UserError, match="none of the 18 optimiser steps is left"):
+        train([recipe(30, *ADALORA, "adapter.adalora.tinit=18")])
+    assert not (tmp_path / "results").exists()

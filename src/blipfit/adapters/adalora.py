@@ -43,7 +43,7 @@ class Schedule:
                 f"adalora: with tinit {tinit} and tfinal {total - end} none of the {total} optimiser steps is left to "
                 "lower the budget; lower adapter.adalora.tinit or tfinal, or train longer"
             )
-        return cls(adapter.start_rank * layers, round(adapter.mean_rank * layers), tinit, end, part.delta_t)
+        return cls(adapter.start_rank * layers, max(1, round(adapter.mean_rank * layers)), tinit, end, part.delta_t)
 
     def budget(self, step: int) -> int:
         """Falls with the cube of the remaining share between `tinit` and `end`."""

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's format for LoRA and AdaLoRA, the always-trained tensors beside it.
+"""Adapters on disk: PEFT's format for LoRA, the always-trained tensors beside it.
 
 `adapter_config.json` + `adapter_model.safetensors` are what `peft.PeftModel.from_pretrained` reads;
 `trained.safetensors` holds what PEFT cannot: query tokens, layer norm, projection and, where it is fully trained, the
@@ -10,38 +10,45 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipfit import run
-from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, Bank
+from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
 from blipfit.model.backbone import Backbone, fingerprint
 from blipfit.recipe import AdapterPart
 
 LORA_FILE, TRAINED_FILE = "adapter_model.safetensors", "trained.safetensors"
-_CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
 def save(folder: Path, adapter: AdapterPart, state: Mapping[str, Tensor], base: str, seed: int = 0) -> str:
     """Write an experiment's tensors (`Bank.state`) as an adapter folder; return its SHA-256.
 
-    Of AdaLoRA only the triplets with a value are kept, which changes nothing of the model: the folder holds the ranks
-    that were paid for.
+    AdaLoRA is written as plain LoRA with a rank for each layer, its values multiplied into A: only what was kept, for
+    any reader of LoRA. (peft's own format of a pruned AdaLoRA makes peft warn that the ranks are ignored.) The hash is
+    of these tensors.
     """
-    if adapter.method == "adalora":
-        state = _cleared(state)
+    adaptive = adapter.method == "adalora"
+    state = _folded(state) if adaptive else state
     lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
     header = {"adapter": adapter.model_dump_json(), "base": base, "seed": str(seed), "format": "pt"}
+    if adaptive:
+        sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values(lora)}
+        header["layers"] = json.dumps(sizes)
+    stored = _cut(lora) if adaptive else lora
     with run.replacing(folder) as temporary:
         temporary.mkdir()
         save_file(_movable({n: t for n, t in state.items() if n not in lora}), temporary / TRAINED_FILE, header)
-        if lora:
-            stored = _cut(lora) if adapter.method == "adalora" else {f"{name}.weight": t for name, t in lora.items()}
-            save_file(_movable({f"{_PREFIX}{name}": t for name, t in stored.items()}), temporary / LORA_FILE)
-            _peft_config(adapter, lora, base).save_pretrained(str(temporary))
+        if stored:
+            save_file(
+                _movable({f"{_PREFIX}{name}.weight": tensor for name, tensor in stored.items()}),
+                temporary / LORA_FILE,
+            )
+            _peft_config(adapter, stored, base).save_pretrained(str(temporary))
     return digest(state)
 
 
@@ -49,14 +56,15 @@ def read(folder: Path) -> tuple[AdapterPart, dict[str, Tensor]]:
     """Read an adapter folder back: its description and all its tensors."""
     try:
         with safe_open(folder / TRAINED_FILE, "pt") as file:
-            adapter = AdapterPart.model_validate(json.loads(file.metadata()["adapter"]))
-        state = load_file(folder / TRAINED_FILE)
+            header = file.metadata()
+            adapter = AdapterPart.model_validate(json.loads(header["adapter"]))
+        state, lora = load_file(folder / TRAINED_FILE), {}
         if (folder / LORA_FILE).exists():
             lora = load_file(folder / LORA_FILE)
             lora = {name.removeprefix(_PREFIX).removesuffix(".weight"): tensor for name, tensor in lora.items()}
-            if adapter.method == "adalora":
-                lora = _whole(lora, json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))["rank_pattern"])
-            state |= lora
+        if adapter.method == "adalora":
+            lora = _whole(lora, json.loads(header["layers"]), adapter.start_rank)
+        state |= lora
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no adapter folder of blipfit: it has no {TRAINED_FILE}") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -104,66 +112,68 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _peft_config(adapter: AdapterPart, lora: Mapping[str, Tensor], base: str):  # type: ignore[no-untyped-def]
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import LoraConfig
 
     layers = sorted({name.rpartition(".")[0] for name in lora})
+    pattern = {}
     if adapter.method == "adalora":
-        return AdaLoraConfig(
-            init_r=adapter.start_rank,
-            target_r=round(adapter.mean_rank),
-            lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-            lora_dropout=0.0,
-            target_modules=layers,
-            total_step=1,  # of a training that is over; peft asks for one
-            rank_pattern={name: tensor.ne(0).view(-1).tolist() for name, tensor in _values(lora).items()},
-            base_model_name_or_path=base,
-            inference_mode=True,
-        )
+        ranks = {layer: len(lora[f"{layer}.{LORA_A}"]) for layer in layers}
+        scale = adapter.alpha / (adapter.start_rank + RANKNUM_EPSILON)
+        pattern = {"rank_pattern": ranks, "alpha_pattern": {layer: scale * rank for layer, rank in ranks.items()}}
     return LoraConfig(
-        r=adapter.rank,
+        r=adapter.start_rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=layers,
         base_model_name_or_path=base,
         inference_mode=True,
+        **pattern,
     )
 
 
-def _values(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in lora.items() if name.endswith(LORA_E)}
+def _values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """E of every layer, by layer."""
+    return {name.removesuffix(f".{LORA_E}"): tensor for name, tensor in state.items() if name.endswith(LORA_E)}
 
 
-def _cleared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with zeros in A's rows and B's columns where the value is zero."""
-    cleared = dict(state)
-    for name, value in _values(state).items():
-        layer = name.removesuffix(LORA_E)
-        dropped = value.eq(0)
-        cleared[layer + LORA_A] = state[layer + LORA_A].masked_fill(dropped, 0)
-        cleared[layer + LORA_B] = state[layer + LORA_B].masked_fill(dropped.mT, 0)
-    return cleared
+def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AdaLoRA's tensors with E multiplied into A: the triplets with a value first, E one for them, the rest zero."""
+    folded = dict(state)
+    for layer, E in _values(state).items():
+        kept = E.ne(0).view(-1)
+        A, B = state[f"{layer}.{LORA_A}"], state[f"{layer}.{LORA_B}"]
+        folded |= _widened(layer, (A * E)[kept], B[:, kept], len(E))
+    return folded
 
 
-def _cut(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the triplets whose value is zero."""
-    cut: dict[str, Tensor] = {}
-    for name, value in _values(lora).items():
-        layer, kept = name.removesuffix(LORA_E), value.ne(0).view(-1)
-        cut |= {name: value[kept], layer + LORA_A: lora[layer + LORA_A][kept]}
-        cut[layer + LORA_B] = lora[layer + LORA_B][:, kept]
+def _widened(layer: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
+    """A layer's folded triplets at their start rank again, padded with zeros."""
+    more = rank - len(A)
+    E = F.pad(A.new_ones(len(A), 1), (0, 0, 0, more))
+    return {
+        f"{layer}.{LORA_A}": F.pad(A, (0, 0, 0, more)),
+        f"{layer}.{LORA_E}": E,
+        f"{layer}.{LORA_B}": F.pad(B, (0, more)),
+    }
+
+
+def _cut(folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain LoRA tensors of the layers that kept a triplet, each of its own rank."""
+    cut = {}
+    for layer, E in _values(folded).items():
+        if rank := int(E.count_nonzero()):
+            cut[f"{layer}.{LORA_A}"] = folded[f"{layer}.{LORA_A}"][:rank]
+            cut[f"{layer}.{LORA_B}"] = folded[f"{layer}.{LORA_B}"][:, :rank]
     return cut
 
 
-def _whole(cut: Mapping[str, Tensor], pattern: Mapping[str, list[bool]]) -> dict[str, Tensor]:
-    """The tensors at their start rank again, from `_cut` and which triplets it kept."""
-    whole = {}
-    for name, kept in pattern.items():
-        layer, rows = name.removesuffix(LORA_E), torch.tensor(kept)
-        A, B = cut[layer + LORA_A], cut[layer + LORA_B]
-        whole[name] = cut[name].new_zeros(len(kept), 1).index_put((rows,), cut[name])
-        whole[layer + LORA_A] = A.new_zeros(len(kept), A.shape[1]).index_put((rows,), A)
-        whole[layer + LORA_B] = B.new_zeros(B.shape[0], len(kept))
-        whole[layer + LORA_B][:, rows] = B
+def _whole(cut: Mapping[str, Tensor], layers: Mapping[str, list[int]], rank: int) -> dict[str, Tensor]:
+    """What `_cut` was made from; `layers` are their inputs and outputs."""
+    whole: dict[str, Tensor] = {}
+    for layer, (inputs, outputs) in layers.items():
+        A = cut.get(f"{layer}.{LORA_A}", torch.zeros(0, inputs))
+        B = cut.get(f"{layer}.{LORA_B}", torch.zeros(outputs, 0))
+        whole |= _widened(layer, A, B, rank)
     return whole
 
 
