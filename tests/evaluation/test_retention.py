@@ -8,61 +8,68 @@ from PIL import Image
 
 from blipfit.data import icons
 from blipfit.errors import UserError
-from blipfit.evaluation import retention, text
+from blipfit.evaluation import benchmarks, ranking, retention
+from blipfit.evaluation.benchmarks import Settings
+from blipfit.evaluation.retention import Answers
+from blipfit.model import tiny
 from blipfit.model.sight import Sight
 
 
-def answers(share: float, count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).random(count) < share
+def drawn(share: float, count: int, seed: int, chance: float = 0.5) -> Answers:
+    """A model that is right on a share of the samples."""
+    values = np.random.default_rng(seed).random(count) < share
+    return Answers([str(i) for i in range(count)], [float(v) for v in values], [chance] * count)
+
+
+def of(values, chance: float = 0.5) -> Answers:
+    return Answers([str(i) for i in range(len(values))], [float(v) for v in values], [chance] * len(values))
 
 
 def test_retention_by_hand():
-    base = [True] * 8 + [False] * 2
-    candidate = [True] * 7 + [False] * 3
-    kept = retention.retained(base, candidate, [0.5] * 10)
-    assert kept["accuracy"] == 70.0
-    assert kept["chance"] == 50.0
+    kept = retention.retained(of([1] * 8 + [0] * 2), of([1] * 7 + [0] * 3))
+    assert (kept["accuracy"], kept["chance"], kept["samples"]) == (70.0, 50.0, 10)
     assert kept["raw"]["ratio"] == pytest.approx(7 / 8)
     assert kept["difference"]["difference"] == pytest.approx(-0.1)
     assert kept["corrected"]["ratio"] is None  # 8 of 10 is not surely above one half
 
 
 def test_chance_is_taken_out_of_both():
-    base, candidate = answers(0.9, 400, 0), answers(0.7, 400, 1)
-    kept = retention.retained(base, candidate, [0.5] * 400)
-    assert kept["corrected"]["ratio"] == pytest.approx((candidate.mean() - 0.5) / (base.mean() - 0.5))
+    base, candidate = drawn(0.9, 400, 0), drawn(0.7, 400, 1)
+    kept = retention.retained(base, candidate)
+    means = [np.mean(one.values) - 0.5 for one in (base, candidate)]
+    assert kept["corrected"]["ratio"] == pytest.approx(means[1] / means[0])
     assert kept["corrected"]["ratio"] < kept["raw"]["ratio"]
     low, high = kept["corrected"]["interval"]
     assert low < kept["corrected"]["ratio"] < high
 
 
 def test_the_same_answers_keep_everything_for_sure():
-    base = answers(0.8, 200, 0)
-    kept = retention.retained(base, base, [0.25] * 200)
+    base = drawn(0.8, 200, 0, chance=0.25)
+    kept = retention.retained(base, base)
     assert kept["corrected"] == {"ratio": 1.0, "interval": [1.0, 1.0], "samples": 200}
     assert not retention.misses(kept, 1.0)
 
 
 def test_pairing_narrows_the_interval():
     """Candidates that fail on the same samples are compared more surely than ones that fail elsewhere."""
-    base = answers(0.7, 300, 0)
-    alike = base & answers(0.95, 300, 1)
+    base = drawn(0.7, 300, 0)
+    alike = [a * b for a, b in zip(base.values, drawn(0.95, 300, 1).values, strict=True)]
     apart = np.random.default_rng(2).permutation(alike)
 
-    def width(candidate):
-        low, high = retention.retained(base, candidate, [0.5] * 300)["corrected"]["interval"]
+    def width(values):
+        low, high = retention.retained(base, of(values))["corrected"]["interval"]
         return high - low
 
     assert width(alike) < 0.7 * width(apart)
 
 
 def test_the_lower_end_decides():
-    base, candidate = answers(0.9, 500, 0), answers(0.8, 500, 1)
-    kept = retention.retained(base, candidate, [0.3] * 500)
+    base, candidate = drawn(0.9, 500, 0, 0.3), drawn(0.8, 500, 1, 0.3)
+    kept = retention.retained(base, candidate)
     low = kept["corrected"]["interval"][0]
     assert not retention.misses(kept, low - 0.01)
     assert retention.misses(kept, low + 0.01)
-    guess = retention.retained(answers(0.3, 500, 0), candidate, [0.3] * 500)
+    guess = retention.retained(drawn(0.3, 500, 0, 0.3), candidate)
     assert retention.misses(guess, 0.0)  # nothing to keep is no success
 
 
@@ -73,56 +80,57 @@ def test_the_front():
 
 
 @pytest.fixture
-def mme(tmp_path):
-    icons.write_mme(tmp_path / "mme", 4, seed=5)
-    return tmp_path / "mme"
-
-
-def test_mme_is_yes_or_no(mme):
-    judged = retention.judge("mme", mme)
-    assert {p.candidates for p in judged.prompted} == {("Yes", "No")}
-    assert {p.target for p in judged.prompted} == {"Yes", "No"}
-    assert judged.chance == [0.5] * len(judged.questions)
-    assert judged.prompted[0].prompt == judged.questions[0].question
-
-
-def test_rewardbench_ranks_both_responses(tmp_path):
+def sets(tmp_path, iconqa):
+    """A set of each kind."""
+    icons.write_mme(tmp_path / "mme", 2, seed=5)
+    icons.write_preferences(tmp_path / "pairs", 6, seed=5)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {"id": "x", "query": "<image>\nWhat?", "response": ["bad", "good"], "human_ranking": [1, 0], "image": "a.png"}
-    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
-    (prompted,) = retention.judge("rewardbench", tmp_path).prompted
-    assert prompted.prompt == "What?"
-    assert prompted.candidates == ("bad", "good")
-    assert prompted.target == "good"
+    line = json.dumps({"image": "a.png", "question": "What is red?", "answer": "the star"})
+    (tmp_path / "test.jsonl").write_text(line + "\n")
+    return {"iconqa": iconqa, "mme": tmp_path / "mme", "rewardbench": tmp_path / "pairs", "own": tmp_path}
 
 
-def test_open_questions_are_refused(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "test.jsonl").write_text(json.dumps({"image": "a.png", "question": "What?", "answer": "this"}) + "\n")
-    with pytest.raises(UserError, match="has no choices to tell apart"):
-        retention.judge("own", tmp_path)
+def test_values_and_chance_of_every_kind(backbone, sets):
+    see = Sight.from_backbone(backbone, "off").features
+    found = {}
+    for name, folder in sets.items():
+        paper = benchmarks.read(backbone, name, folder)
+        found[name] = retention.answer(backbone, paper, see, Settings(batch_size=4))
+        assert len(found[name].values) == len(found[name].samples) == len(paper.material)
+        assert set(found[name].values) <= {0.0, 0.5, 1.0} or name == "own"
+    assert set(found["iconqa"].chance) <= {1 / 2, 1 / 3, 1 / 4}
+    assert set(found["mme"].chance) == set(found["rewardbench"].chance) == {0.5}
+    assert found["own"].chance == [0.0]
 
 
-def test_every_model_answers_the_same_samples(small, family, iconqa, mme):
-    judges = [retention.judge("iconqa", iconqa), retention.judge("mme", mme, limit=6)]
+def test_a_pair_is_right_where_the_preferred_response_is_likelier(backbone, sets):
+    see = Sight.from_backbone(backbone, "off").features
+    paper = benchmarks.read(backbone, "rewardbench", sets["rewardbench"])
+    found = retention.answer(backbone, paper, see, Settings())
+    chosen = paper.material
+    (choices,) = ranking.rank(backbone, chosen.encoded, lambda rows: see([chosen.questions[i] for i in rows]), 1)
+    assert found.values == [float(c.best == pair.best) for c, pair in zip(choices, paper.pairs, strict=True)]
+
+
+def test_every_model_answers_the_same_samples(small, family, sets):
     heard = []
-    twice = retention.answers([str(small[family])] * 2, judges, "cpu", listen=heard.append)
-    assert heard == [str(small[family])] * 2
+    asked = [("iconqa", sets["iconqa"]), ("mme", sets["mme"])]
+    twice = retention.answers([str(small[family])] * 2, asked, "cpu", limit=4, listen=heard.append)
     assert twice[0] == twice[1]
-    assert [len(twice[0][judged.name]) for judged in judges] == [5, 6]
+    assert {name: len(found.samples) for name, found in twice[0].items()} == {"iconqa": 4, "mme": 4}
+    assert heard[0] == f"{small[family]} on iconqa: 4 samples"
 
 
-def test_right_is_the_likeliest_candidate(backbone, iconqa):
-    judged = retention.judge("iconqa", iconqa)
-    right = retention.correct(backbone, judged, Sight.from_backbone(backbone, "off"))
-    for one, said in zip(range(len(judged.questions)), right, strict=True):
-        batch = backbone.text.candidates(backbone.text.encode(judged.prompted[one : one + 1]))
-        features = Sight.from_backbone(backbone, "off").features(judged.questions[one : one + 1])
-        sums = backbone.score(backbone.query(features, batch), batch).sums_KM[0]
-        written = judged.prompted[one]
-        assert said == (written.candidates[int(sums.argmax())] == written.target)
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="is not finished"), retention.opened(str(tmp_path), "cpu"):
+        pass
 
 
-def test_ratio_of_the_text_room_is_what_is_used():
-    base, candidate = answers(0.9, 50, 0), answers(0.8, 50, 1)
-    assert retention.retained(base, candidate, [0.5] * 50, seed=3)["raw"] == text.ratio(base, candidate, seed=3)
+def test_a_miniature_is_above_chance_and_its_mean_is_told(tmp_path):
+    """The trained miniature on what it was taught."""
+    icons.prepare(tmp_path / "icons", train=4, val=2, test=60, seed=77, skills=("color", "shape", "exists"))
+    (found,) = retention.answers([tiny.NAMES["t5"]], [("icons", tmp_path / "icons")], "cpu")
+    facts = retention.told(found["icons"])
+    assert facts["accuracy"] == pytest.approx(100 * np.mean(found["icons"].values))
+    assert facts["interval"][0] > facts["chance"]

@@ -1,11 +1,14 @@
 """`blipfit retain` from its arguments to the table, the figure and the verdict."""
 
+import json
+import sys
+
 import pytest
 import torch
 
+from blipfit import cli
 from blipfit.data import icons
 from blipfit.errors import UserError
-from blipfit.evaluation import retention
 from blipfit.report import retaining, shrinking, terminal
 
 CPU = torch.device("cpu")
@@ -34,7 +37,7 @@ def test_a_candidate_beside_its_original(small, smaller, family, iconqa, tmp_pat
     on = f"iconqa={iconqa},mme={tmp_path / 'mme'}"
     record = retaining.run(str(small[family]), [str(smaller[family])], on, None, "test", 4, 0.7, CPU)
     (one,) = record["candidates"]
-    assert list(record["on"]) == list(one["judges"]) == ["iconqa", "mme"]
+    assert list(record["on"]) == list(one["on"]) == ["iconqa", "mme"]
     assert record["on"]["iconqa"]["samples"] == 4
     assert 0 < one["shares"]["query_flops"] < one["shares"]["flops"] < 1
     assert one["shares"]["qformer_parameters"] < 0.6
@@ -47,19 +50,41 @@ def test_a_candidate_beside_its_original(small, smaller, family, iconqa, tmp_pat
     assert (tmp_path / "figures" / "kept.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_an_original_against_itself_keeps_all(small, smaller, family, iconqa, monkeypatch, tmp_path):
-    """A copy that answers alike: on answers that are surely above chance its retention is 1, and it holds."""
-    right = [True] * 40 + [False] * 2
-    monkeypatch.setattr(retention, "answers", lambda names, judges, *a, **k: [{"iconqa": right}] * len(names))
-    monkeypatch.setattr(retention.Judge, "chance", property(lambda self: [0.5] * 42))
-    record = retaining.run(str(small[family]), [str(smaller[family])], "iconqa", iconqa, "test", None, 0.99, CPU)
-    (one,) = record["candidates"]
-    assert one["retention"] == 1.0
-    assert one["misses"] == []
-    assert one["pareto"]
-    assert "keeps at least 99 % on every judge" in printed(record)
-    retaining.figure(record, tmp_path / "kept.svg")
-    assert "iconqa" in (tmp_path / "kept.svg").read_text()
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """Questions of a kind that the miniatures were taught, and one of them shrunk: to its own size, and to ruin."""
+    root = tmp_path_factory.mktemp("taught")
+    icons.prepare(root / "icons", train=4, val=2, test=60, seed=77, skills=("color", "shape", "exists"))
+    for name, sizes in (("same", {}), ("ruin", SIZES)):
+        shrinking.run("tiny-t5", sizes, "magnitude", None, None, 8, 0, root / name, CPU)
+    return root
+
+
+def test_what_keeps_all_and_what_does_not(taught):
+    names = [str(taught / name) for name in ("same", "ruin")]
+    record = retaining.run("tiny-t5", names, "icons", taught / "icons", "test", None, 0.9, CPU)
+    same, ruin = record["candidates"]
+    assert same["retention"] == 1.0
+    assert same["shares"] == dict.fromkeys(same["shares"], 1.0)
+    assert (same["misses"], same["pareto"]) == ([], True)
+    assert ruin["retention"] < 0.8
+    assert (ruin["misses"], ruin["pareto"]) == (["icons"], True)
+    assert ruin["on"]["icons"]["raw"]["ratio"] > ruin["retention"]
+    text = printed(record)
+    assert f"{names[0]} keeps at least 90 % on every set" in text
+    assert f"{names[1]} does not surely keep 90 % on icons" in text
+    retaining.figure(record, taught / "kept.svg")
+    assert "icons" in (taught / "kept.svg").read_text()
+
+
+@pytest.mark.parametrize(("name", "code"), [("same", 0), ("ruin", 1)])
+def test_the_exit_code_says_whether_it_holds(taught, name, code, monkeypatch, capsys):
+    arguments = ["retain", "tiny-t5", taught / name, "--on", f"icons={taught / 'icons'}", "--at-least", "0.9", "--json"]
+    monkeypatch.setattr(sys, "argv", ["blipfit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert bool(json.loads(capsys.readouterr().out)["candidates"][0]["misses"]) == bool(code)
 
 
 @pytest.mark.parametrize(

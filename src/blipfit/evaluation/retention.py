@@ -1,8 +1,10 @@
 """How much of a model's performance others keep: all judged on the same samples, in one run, and compared in pairs.
 
-Every judge gives each sample a 1 (right) or 0 and knows what chance would give it. Retention is the candidate's mean
-over the original's: raw, and corrected for chance, (mean − chance) / (original's mean − chance). Intervals are
-bootstraps over samples; a resample takes the same samples of both, so that what makes a sample easy falls out.
+Every set gives each sample a value between 0 and 1, and knows what chance would give it: questions with choices and
+VL-RewardBench's pairs by the likeliest candidate, MME by its official rule, open answers by ROUGE-L (chance 0).
+Retention is the candidate's mean over the original's: raw, and corrected for chance, (mean − chance) / (original's
+mean − chance). Intervals are bootstraps over samples; a resample takes the same samples of both, so that what makes a
+sample easy falls out.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipfit import data as datasets
 from blipfit.adapters import peft_format
-from blipfit.data import rewardbench
-from blipfit.data.prompts import Prompted, clean, prompt
-from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import ranking, text
-from blipfit.evaluation.metrics import accuracy
+from blipfit.evaluation import benchmarks, ranking, text
+from blipfit.evaluation.benchmarks import Paper, Settings
+from blipfit.evaluation.judging import See
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
@@ -30,36 +29,12 @@ from blipfit.run import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """A name and its samples: images, prompts and what is ranked; the likeliest candidate is the model's answer."""
+class Answers:
+    """One model's values on one set, 0 to 1, with what chance gives; all in the samples' order."""
 
-    name: str
-    questions: list[Question]
-    prompted: list[Prompted]
-
-    @property
-    def chance(self) -> list[float]:
-        """What guessing gives each sample."""
-        return [1 / len(p.candidates) for p in self.prompted]
-
-
-def judge(name: str, folder: Path, split: str = "test", limit: int | None = None) -> Judge:
-    """The samples of a judge: a data set with choices, `mme` (Yes or No) or `rewardbench` (either response).
-
-    MME's and VL-RewardBench's rules for finished texts are in their own modules; here likelihoods answer, so that
-    every model answers every question.
-    """
-    questions = datasets.load(name, folder, split, limit)
-    if name == "rewardbench":
-        pairs = rewardbench.read(folder / f"{split}.jsonl")[:limit]
-        written = [Prompted(clean(rewardbench.query(p)), p.responses[p.best], p.responses) for p in pairs]
-    elif name == "mme":
-        written = [Prompted(clean(q.question), q.answer, ("Yes", "No")) for q in questions]
-    else:
-        written = [prompt(datasets.dataset(name).prompt)(question) for question in questions]
-    if openly := next((q.id for q, p in zip(questions, written, strict=True) if len(p.candidates) < 2), None):
-        raise UserError(f"{name} {openly} has no choices to tell apart; retention is judged on questions with choices")
-    return Judge(name, questions, written)
+    samples: list[str]
+    values: list[float]
+    chance: list[float]
 
 
 @contextmanager
@@ -74,65 +49,95 @@ def opened(name: str, device: torch.device | str, precision: str = "auto") -> It
     recipe = run.recipe()
     training = recipe.training
     backbone = loading.load(recipe.model, precision, device, training.max_text_tokens, training.max_target_tokens)
-    bank, _ = peft_format.install(backbone, run.adapter)
+    bank, digest = peft_format.install(backbone, run.adapter)
     try:
+        if digest != run.result()["adapter_sha256"]:
+            raise UserError(f"{run.adapter} is not the adapter that {run.result_file} was made with; train it again")
         yield backbone
     finally:
         bank.remove()
 
 
-def correct(backbone: Backbone, judged: Judge, sight: Sight, batch_size: int = 16) -> list[bool]:
-    """Whether the likeliest candidate of each sample is the right one."""
-    backbone.hf.eval()
+def answer(backbone: Backbone, paper: Paper, see: See, settings: Settings) -> Answers:
+    """Let a model take a set."""
+    samples = [question.id for question in paper.material.questions]
+    if paper.name == "rewardbench":
+        return Answers(samples, _preferred(backbone, paper, see, settings.batch_size), [0.5] * len(samples))
+    outcome = benchmarks.answer(backbone, paper, see, settings)
+    if "accuracy" not in outcome.values:
+        return Answers(samples, [value / 100 for value in outcome.values["rougeL"]], [0.0] * len(samples))
+    candidates = [len(prompted.candidates) or 2 for prompted in paper.material.prompted]  # MME: yes or no
+    return Answers(samples, [value / 100 for value in outcome.values["accuracy"]], [1 / count for count in candidates])
+
+
+def _preferred(backbone: Backbone, paper: Paper, see: See, batch_size: int) -> list[float]:
+    """1 where the preferred response of a pair is the likelier one, one half where both are equal."""
+    chosen = paper.material
     (choices,) = ranking.rank(
-        backbone,
-        backbone.text.encode(judged.prompted),
-        lambda indices: sight.features([judged.questions[i] for i in indices]),
-        batch_size,
+        backbone, chosen.encoded, lambda rows: see([chosen.questions[i] for i in rows]), batch_size
     )
+    best = [pair.best for pair in paper.pairs]
     return [
-        choice.finite and p.candidates[choice.best] == p.target
-        for choice, p in zip(choices, judged.prompted, strict=True)
+        0.5 if choice.sums[0] == choice.sums[1] else float(choice.best == wanted)
+        for choice, wanted in zip(choices, best, strict=True)
     ]
 
 
 def answers(
     names: Sequence[str],
-    judges: Sequence[Judge],
+    sets: Sequence[tuple[str, Path]],
     device: torch.device | str,
-    batch_size: int = 16,
+    split: str = "test",
+    limit: int | None = None,
+    settings: Settings | None = None,
     listen: Callable[[str], None] = lambda sentence: None,
-) -> list[dict[str, list[bool]]]:
-    """What every model gets right, by judge; one model is in memory at a time."""
-    found = []
+) -> list[dict[str, Answers]]:
+    """What every model answers, by set; one model is in memory at a time."""
+    found: list[dict[str, Answers]] = []
     for name in names:
-        listen(name)
         with opened(name, device) as backbone:
-            sight = Sight.from_backbone(backbone, "off")
-            found.append({judged.name: correct(backbone, judged, sight, batch_size) for judged in judges})
+            see = Sight.from_backbone(backbone, "off").features
+            mine: dict[str, Answers] = {}
+            for what, folder in sets:
+                paper = benchmarks.read(backbone, what, folder, "test" if what == "mme" else split, limit=limit)
+                listen(f"{name} on {what}: {len(paper.material)} samples")
+                mine[what] = answer(backbone, paper, see, settings or Settings())
+            found.append(mine)
+    assert all(one[what].samples == found[0][what].samples for one in found for what in one), "the same samples"
     return found
 
 
-def retained(base: Sequence[bool], candidate: Sequence[bool], chance: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Accuracies with intervals, and retention raw and corrected for chance, with paired intervals.
+def told(answered: Answers, seed: int = 0) -> dict[str, Any]:
+    """Mean with interval and what chance gives, in percent."""
+    mean = text.mean(answered.values, seed=seed)
+    return {
+        "accuracy": round(100 * mean["mean"], 4),
+        "interval": [round(100 * end, 4) for end in mean["interval"]],
+        "chance": round(100 * sum(answered.chance) / len(answered.chance), 4),
+        "samples": len(answered.samples),
+    }
+
+
+def retained(base: Answers, candidate: Answers, seed: int = 0) -> dict[str, Any]:
+    """Retention raw and corrected for chance, with paired intervals, beside the candidate's own mean.
 
     Corrected retention is None where the original itself is not surely above chance: there is nothing to keep.
     """
-    before, after, lucky = (np.asarray(values, dtype=float) for values in (base, candidate, chance))
+    before, after, lucky = (np.asarray(v, dtype=float) for v in (base.values, candidate.values, base.chance))
     raised = text.mean(before - lucky, seed=seed)
-    sure = raised["interval"] is not None and raised["interval"][0] > 0
-    corrected = text.ratio(before - lucky, after - lucky, seed=seed)
+    corrected: dict[str, Any] = {"ratio": None, "interval": None, "samples": len(before)}
+    if raised["interval"] is not None and raised["interval"][0] > 0:
+        corrected = text.ratio(before - lucky, after - lucky, seed=seed)
     return {
-        **accuracy([bool(value) for value in candidate]),
-        "chance": round(100 * float(lucky.mean()), 4),
+        **told(candidate, seed),
         "difference": text.difference(before, after, seed=seed),
         "raw": text.ratio(before, after, seed=seed),
-        "corrected": corrected if sure else {"ratio": None, "interval": None, "samples": len(before)},
+        "corrected": corrected,
     }
 
 
 def misses(retention: Mapping[str, Any], at_least: float) -> bool:
-    """Whether a judge's corrected retention is not surely (95 %) at least so high."""
+    """Whether a set's corrected retention is not surely (95 %) at least so high."""
     interval = retention["corrected"]["interval"]
     return interval is None or interval[0] is None or interval[0] < at_least
 
