@@ -246,10 +246,10 @@ def shrink(
 def retain(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a model or a run folder.")],
     candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATES…", help="Models or run folders.")],
-    on: Annotated[str, typer.Option(help="Judges: icons, mme, rewardbench, …; NAME=DIR gives the folder.")] = "icons",
+    on: Annotated[str, typer.Option(help="Sets: icons,mme,rewardbench …; NAME=DIR gives the folder.")] = "icons",
     data: DataFolder = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many samples of every judge.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many samples of every set.")] = None,
     at_least: Annotated[float | None, typer.Option(help="Exit with 1 where less is surely kept: 0.7.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write retention against size as .png, .svg or .pdf.")] = None,
     device: Device = None,
