@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import checkpoints
+from blipfit import grid
 from blipfit.errors import UserError
+from blipfit.evaluation import retention
 from blipfit.model import shrink_size
 from blipfit.report import shrinking, terminal
+from blipfit.training.loop import train
 
 XL = "Salesforce/instructblip-flan-t5-xl"
 ISSUE = {"hidden": 512, "heads": 8, "intermediate": 1024, "layers": 8, "queries": 16, "cross_every": 2}
@@ -42,6 +45,19 @@ def test_a_folder_is_made(small, family, iconqa, tmp_path):
     text = printed(record)
     assert "measured and repaired on 8 questions of iconqa" in text
     assert f"--model {to}" in text
+
+
+def test_the_folder_is_trained_like_any_model(small, family, iconqa, tmp_path):
+    """Recovery by the ordinary loop: LoRA above inherited weights, and the Q-Former whole."""
+    to = tmp_path / "smaller"
+    shrinking.run(str(small[family]), {"hidden": 16, "heads": 2}, "taylor", "iconqa", iconqa, 8, 0, to, CPU)
+    short = ["training.max_epochs=1", "training.batch_size=4", "data.images=off"]
+    for experiment in (28, "baseline"):
+        recipe = grid.recipe("iconqa", experiment, str(to)).override(short)
+        (run,) = train([recipe], iconqa, tmp_path / "results", device="cpu")
+        assert run.state() == "finished"
+    with retention.opened(str(run.folder), "cpu") as backbone:
+        assert backbone.hf.config.qformer_config.hidden_size == 16
 
 
 def test_without_questions_it_says_that_nothing_was_repaired(small, tmp_path):
