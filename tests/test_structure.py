@@ -63,8 +63,11 @@ def test_imports_point_downwards(file: Path):
     assert upward(file.read_text(encoding="utf-8"), _path(file)) == []
 
 
-def test_the_package_itself_imports_no_room():
-    assert not list(imported((SOURCE / "__init__.py").read_text(encoding="utf-8"), ()))
+def test_importing_the_package_imports_no_room():
+    """What it does import stands inside a function, so `import blipfit` costs nothing."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    at_once = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    assert not list(imported(ast.unparse(ast.Module(at_once, [])), ()))
 
 
 @pytest.mark.parametrize(

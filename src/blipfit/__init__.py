@@ -1,3 +1,12 @@
 """blipfit: fine-tune InstructBLIP with few trained parameters, evaluate, compare and shrink it."""
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(model: str | None = None, adapter: Any = None, **options: Any) -> Any:
+    """Load a model to be used: `.ask`, `.caption`, `.rank`, `.search`; see `blipfit.evaluation.use.load`."""
+    from blipfit.evaluation import use
+
+    return use.load(model, adapter, **options)

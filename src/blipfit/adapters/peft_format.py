@@ -73,6 +73,13 @@ def read(folder: Path) -> tuple[AdapterPart, dict[str, Tensor]]:
     return adapter, state
 
 
+def base(folder: Path) -> str:
+    """The name of the model that an adapter folder was trained on."""
+    read(folder)  # says what is wrong with it
+    with safe_open(folder / TRAINED_FILE, "pt") as file:
+        return file.metadata()["base"]
+
+
 def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
     """Put a saved adapter into a backbone as a bank of one; return the bank and the adapter's SHA-256.
 
