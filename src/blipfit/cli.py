@@ -25,6 +25,7 @@ Model = Annotated[
     str | None,
     typer.Option(help="Hub name, local folder, or `tiny`: the embedded miniature of the experiment's family."),
 ]
+Adapter = Annotated[Path | None, typer.Option(help="A finished run's folder, or an adapter folder.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: training.max_epochs=2.")
 ]
@@ -60,10 +61,7 @@ def show(
 @app.command()
 def prepare(
     dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own, rewardbench or mme.")],
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="Official folder, or `hub`; `icons` draws mme and rewardbench; none for icons."),
-    ] = None,
+    source: Annotated[str | None, typer.Option("--from", help="Official folder, hub, or icons, drawn.")] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder to write; data/DATASET if absent.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -148,9 +146,7 @@ def features(
 @app.command()
 def evaluate(
     subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder; with --on also a model.")],
-    on: Annotated[
-        str | None, typer.Option(help="scienceqa,iconqa,mme,rewardbench,icons,own; NAME=DIR gives a folder.")
-    ] = None,
+    on: Annotated[str | None, typer.Option(help="Sets: icons,mme,rewardbench,…; NAME=DIR gives a folder.")] = None,
     data: DataFolder = None,
     split: Annotated[str, typer.Option(help="train, val or test; all for rewardbench.")] = "test",
     base: Annotated[bool, typer.Option("--base", help="Judge the untrained model too; always so with --on.")] = False,
@@ -276,6 +272,59 @@ def ranks(
 
     record = report.examine(run)
     _show(record, as_json, lambda: report.table(record))
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    choices: Annotated[list[str] | None, typer.Option("--choice", help="Rank these instead; once a choice.")] = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    prompt: Annotated[str | None, typer.Option(help="vqa-v1, instruction-v1, …; the adapter's own if absent.")] = None,
+    decoding: Annotated[str, typer.Option(help="short-answer, greedy, published, caption, sampling.")] = "short-answer",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model about a picture."""
+    from blipfit.report import using
+
+    record = using.ask(using.loaded(model, adapter, device), image, question, choices or [], prompt, decoding)
+    _show(record, as_json, lambda: using.answered(record))
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
+    model: Model = None,
+    adapter: Adapter = None,
+    decoding: Annotated[str, typer.Option(help="caption, greedy, published, sampling.")] = "caption",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Describe pictures in a sentence each."""
+    from blipfit.report import using
+
+    records = using.caption(using.loaded(model, adapter, device), images, decoding)
+    _show(records, as_json, lambda: [f"{one['image']}: {one['caption']}" for one in records])
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(help="Pictures, in it and below it.")],
+    text: Annotated[str, typer.Argument(help="What they should show: a yellow star.")],
+    top: Annotated[int, typer.Option(min=1, help="How many.")] = 9,
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path("search.png"),
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the pictures that a text describes best; what the model sees in them is kept for the next search."""
+    from blipfit.report import using
+
+    record = using.search(using.loaded(model, adapter, device), folder, text, top, sheet)
+    _show(record, as_json, lambda: using.results(record))
 
 
 @app.command()
