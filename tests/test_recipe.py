@@ -29,7 +29,15 @@ def test_yaml_round_trip(value: Recipe, tmp_path: Path):
 
 def test_yaml_is_plain_and_ordered():
     text = MINE.to_yaml()
-    assert list(yaml.safe_load(text)) == ["experiment", "model", "data", "adapter", "training", "judging"]
+    assert list(yaml.safe_load(text)) == [
+        "experiment",
+        "model",
+        "data",
+        "adapter",
+        "training",
+        "judging",
+        "distillation",
+    ]
     assert "!!" not in text
 
 

@@ -178,6 +178,17 @@ class JudgingPart(Part):
     """Questions a forward pass (their candidates come on top)."""
 
 
+class DistillationPart(Part):
+    teacher: str | None = None
+    """An original that a smaller model also learns from: its name or folder, or a finished run of it."""
+    visual: float = Field(default=1.0, ge=0)
+    """Weight of the distance from its visual tokens, in parts of their variance."""
+    answers: float = Field(default=1.0, ge=0)
+    """Weight of the divergence from its answers, at every label position."""
+    labels: float = Field(default=1.0, ge=0)
+    """Weight of the ordinary loss on the labels."""
+
+
 class Recipe(Part):
     """Everything that changes a result, and nothing else."""
 
@@ -188,6 +199,7 @@ class Recipe(Part):
     adapter: AdapterPart = AdapterPart()
     training: TrainingPart = TrainingPart()
     judging: JudgingPart = JudgingPart()
+    distillation: DistillationPart = DistillationPart()
 
     @model_validator(mode="after")
     def _names_a_folder(self) -> "Recipe":

@@ -20,6 +20,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
         recipe.data.model_dump_json(),
         repr(sorted(shared.items())),
         recipe.judging.model_dump_json(),
+        recipe.distillation.model_dump_json(),
         recipe.adapter.qformer == "full",
         recipe.adapter.method,
     )

@@ -8,11 +8,11 @@ from torch import Tensor
 from blipfit.adapters.adalora import Allocator
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.dropout import shared_dropout
-from blipfit.data.batches import Encoded
+from blipfit.data.batches import Encoded, TargetBatch
 from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.training import plan
+from blipfit.training import distillation, plan
 from blipfit.training.optimiser import BankAdamW, rate_at
 
 
@@ -23,6 +23,7 @@ class Stepper:
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training
+        self.teacher = distillation.teacher(self.recipes[0], backbone)
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         self.optimiser = BankAdamW(self.bank, [r.training for r in recipes])
         totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
@@ -49,8 +50,8 @@ class Stepper:
             torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number))
             target = target.to(self.backbone.device)
             with shared_dropout(self.bank.K):
-                losses_K = self.backbone.losses(self.backbone.query(seen, target), target)
-            self.bank.backward(losses_K.sum() / labels)
+                learned_K, losses_K = self._losses(seen, target)
+            self.bank.backward(learned_K.sum() / labels)
             total += losses_K.detach()
         processes.add_up(self.bank.grads)
         if self.allocator:
@@ -59,6 +60,14 @@ class Stepper:
         if self.allocator:
             self.allocator.update(self.optimiser.steps)
         return total, labels
+
+    def _losses(self, features: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
+        """What is learned from, and the ordinary losses; the same but for distillation."""
+        visual = self.backbone.query(features, target)
+        if self.teacher:
+            return self.teacher.losses(self.backbone, visual, features, target)
+        losses_K = self.backbone.losses(visual, target)
+        return losses_K, losses_K
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these experiments only."""
