@@ -16,23 +16,32 @@ def test_its_place_and_states(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
     assert mine.folder == tmp_path / "scienceqa" / "15"
     assert mine.state() == "new"
-    assert mine.claim(RECIPE) == "new"
+    assert mine.claim(RECIPE, "questions") == "new"
     assert mine.recipe() == RECIPE
-    assert mine.claim(RECIPE) == mine.state() == "started"
+    assert mine.claim(RECIPE, "questions") == mine.state() == "new", "nothing to continue yet"
+    run.write_text(mine.checkpoint / "state.safetensors", "state")
+    assert mine.claim(RECIPE, "questions") == mine.state() == "started"
     assert mine.failure() == "not finished"
     assert run.find(tmp_path) == []
     run.write_json(mine.result_file, {"accuracy": 1})
-    assert mine.claim(RECIPE) == mine.state() == "finished"
+    assert mine.claim(RECIPE, "questions") == mine.state() == "finished"
     assert mine.result() == {"accuracy": 1}
     assert run.find(tmp_path) == [mine]
 
 
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
-    mine.claim(RECIPE)
+    other = RECIPE.override(["training.seed=7"])
+    mine.claim(other, "questions")
+    mine.claim(RECIPE, "questions")
+    assert mine.recipe() == RECIPE, "a folder in which nothing was trained is free"
+    run.write_text(mine.checkpoint / "state.safetensors", "state")
     before = mine.recipe_file.read_bytes()
+    with pytest.raises(UserError, match=r"holds an unfinished run on other questions than --data has now"):
+        mine.claim(RECIPE, "other questions")
+    run.write_json(mine.result_file, {})
     with pytest.raises(UserError, match=r"training.seed is 42 there and 7 here.*another --results folder"):
-        mine.claim(RECIPE.override(["training.seed=7"]))
+        mine.claim(RECIPE.override(["training.seed=7"]), "questions")
     assert mine.recipe_file.read_bytes() == before
 
 
@@ -48,7 +57,7 @@ def test_a_folder_without_recipe_is_no_run(tmp_path: Path):
 
 def test_a_failure_is_recorded(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
-    mine.claim(RECIPE)
+    mine.claim(RECIPE, "questions")
     mine.fail("non-finite loss")
     assert mine.failure() == "non-finite loss"
     assert json.loads(mine.failure_file.read_text()) == {"reason": "non-finite loss"}
@@ -73,7 +82,7 @@ def _half_written(path: Path, folder: bool = False) -> None:
 def test_what_a_kill_left_behind_goes(tmp_path: Path):
     """A kill in the middle of a write leaves a temporary folder, one in the middle of a line half a line."""
     mine = Run.of(tmp_path, RECIPE)
-    mine.claim(RECIPE)
+    mine.claim(RECIPE, "questions")
     mine.log({"epoch": 1})
     with mine.log_file.open("a") as file:
         file.write('{"epoch": 2, "lo')
@@ -82,11 +91,11 @@ def test_what_a_kill_left_behind_goes(tmp_path: Path):
         half.parent.mkdir(parents=True)
         half.write_text("half")
     run.write_text(mine.checkpoint / "state.safetensors", "whole")
-    assert mine.claim(RECIPE) == "started"
+    assert mine.claim(RECIPE, "questions") == "started"
     mine.truncate_log(lambda line: True)
     assert run.read_lines(mine.log_file) == [{"epoch": 1}]
     left = sorted(path.name for path in mine.folder.rglob("*"))
-    assert left == ["checkpoint", "log.jsonl", "recipe.yaml", "state.safetensors"]
+    assert left == ["checkpoint", "data.json", "log.jsonl", "recipe.yaml", "state.safetensors"]
 
 
 @pytest.mark.parametrize("before", [None, "old"])

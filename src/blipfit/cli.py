@@ -93,7 +93,11 @@ def train(
     assignments = [*(sets or []), *([f"training.precision={precision}"] if precision else [])]
     recipes = experiments.chosen(dataset, ids or [], model, assignments)
     folder = experiments.data_folder(recipes[0].data.name, data)
-    runs = run_training(recipes, folder, results, device=_device(device), listen=terminal.TrainingDisplay())
+    display = terminal.TrainingDisplay()
+    try:
+        runs = run_training(recipes, folder, results, device=_device(device), listen=display)
+    finally:
+        display.close()
     records = [run.result() for run in runs if run.state() == "finished"]
     failures = {str(run.folder): run.failure() for run in runs if run.state() != "finished"}
     summary = {"results": records, "failed": failures, "folders": [str(run.folder) for run in runs]}
@@ -375,6 +379,11 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         print("blipfit: stopped; the same command again continues where it was", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"blipfit: {error.filename}: {error.strerror}; choose another place or make room", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             context = getattr(error, "ctx", None)

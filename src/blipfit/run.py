@@ -74,6 +74,11 @@ class Run:
         return Evaluation(self.folder / "evaluations" / name)
 
     @property
+    def data_file(self) -> Path:
+        """Which questions it was trained and judged on, as a hash."""
+        return self.folder / "data.json"
+
+    @property
     def failure_file(self) -> Path:
         """Why the last attempt ended, where it failed."""
         return self.folder / "failure.json"
@@ -91,9 +96,10 @@ class Run:
         return self
 
     def state(self) -> State:
+        """`started` once there is something to continue; a folder with a recipe alone is still free."""
         if self.result_file.exists():
             return "finished"
-        return "started" if self.recipe_file.exists() else "new"
+        return "started" if self.checkpoint.is_dir() and any(self.checkpoint.glob("*.safetensors")) else "new"
 
     def recipe(self) -> Recipe:
         if not self.recipe_file.exists():
@@ -103,25 +109,28 @@ class Run:
     def result(self) -> dict[str, Any]:
         return read_json(self.result_file)
 
-    def claim(self, recipe: Recipe) -> State:
-        """Make the folder this recipe's, or refuse if it holds another's; return its state."""
-        self.refuse_other(recipe)
+    def claim(self, recipe: Recipe, data: str) -> State:
+        """Make the folder this recipe's on these questions (their hash), or refuse if it holds others' results."""
+        self.refuse_other(recipe, data)
         state = self.state()
         if state == "new":
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe.to_yaml())
-        else:
-            self.tidy()
+            write_json(self.data_file, {"sha256": data})
+        self.tidy()
         return state
 
-    def refuse_other(self, recipe: Recipe) -> None:
-        """UserError if the folder holds another recipe's results."""
-        if self.state() != "new" and (differences := self.recipe().differences(recipe)):
+    def refuse_other(self, recipe: Recipe, data: str) -> None:
+        """UserError if the folder holds results of another recipe or of other questions."""
+        if self.state() == "new":
+            return
+        what = "results" if self.state() == "finished" else "an unfinished run"
+        mend = "choose another --results folder or experiment name"
+        if differences := self.recipe().differences(recipe):
             told = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
-            raise UserError(
-                f"{self.folder} holds results of another recipe ({told}); "
-                "choose another --results folder or experiment name"
-            )
+            raise UserError(f"{self.folder} holds {what} of another recipe ({told}); {mend}")
+        if self.data_file.exists() and read_json(self.data_file)["sha256"] != data:
+            raise UserError(f"{self.folder} holds {what} on other questions than --data has now; {mend}")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line; a line is written by one call, so a killed run leaves whole lines."""
@@ -133,7 +142,7 @@ class Run:
         if not self.log_file.exists():
             return
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
-        whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        whole = [json.loads(line) for line in text.split("\n")[:-1]]
         write_lines(self.log_file, [line for line in whole if keep(line)])
 
     def tidy(self) -> None:
@@ -228,4 +237,5 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # Not splitlines(): a text may hold other line ends that JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

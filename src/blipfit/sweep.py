@@ -11,11 +11,12 @@ from typing import Any
 
 from blipfit import grid
 from blipfit.errors import UserError
+from blipfit.model import processes
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.training import plan, trial
-from blipfit.training.loop import Listener, train
+from blipfit.training.loop import Listener, check_inputs, train
 from blipfit.training.trial import Trial
 from blipfit.training.workshop import Workshop
 
@@ -80,11 +81,15 @@ def make_plan(
 
     `data` gives each data set's folder. The banks come in the order of their first experiment.
     """
+    if processes.state().num_processes > 1:
+        raise UserError("a sweep measures on one process; launch `train` with several, or run the sweep without")
     groups: dict[Any, list[Recipe]] = {}
     finished = []
+    recipes = sorted(_distinct(recipes), key=lambda recipe: _first_use(recipes, recipe))
+    hashes = _checked(recipes, data)
     for recipe in recipes:
         run = Run.of(results, recipe)
-        run.refuse_other(recipe)
+        run.refuse_other(recipe, hashes[recipe.title])
         if run.state() == "finished":
             finished.append(recipe)
         else:
@@ -97,6 +102,30 @@ def make_plan(
         trials[name] = measured(members, data[members[0].data.name], workshop, bank)
         banks += _divided(members, trials[name], data, workshop)
     return Plan(tuple(banks), tuple(finished), trials)
+
+
+def _distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Each experiment once; UserError where two recipes want the same run folder."""
+    named: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if named.setdefault(recipe.title, recipe) != recipe:
+            raise UserError(f"two different recipes are called {recipe.title}; give each its own experiment name")
+    return list(named.values())
+
+
+def _first_use(recipes: Sequence[Recipe], recipe: Recipe) -> int:
+    """Where a recipe's model is first asked for, so that each model is loaded for all its experiments at once."""
+    return next(i for i, other in enumerate(recipes) if other.model == recipe.model)
+
+
+def _checked(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
+    """The hash of each experiment's questions, by its title, after all input checks."""
+    hashes: dict[str, str] = {}
+    for name in dict.fromkeys(recipe.data.name for recipe in recipes):
+        mine = [recipe for recipe in recipes if recipe.data.name == name]
+        found = check_inputs(mine, data[name])
+        hashes |= {recipe.title: digest for recipe, digest in zip(mine, found, strict=True)}
+    return hashes
 
 
 def measured(members: Sequence[Recipe], data: Path, workshop: Workshop, bank: int | None) -> tuple[Trial, ...]:

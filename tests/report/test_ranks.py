@@ -29,7 +29,7 @@ HISTORY = {
 def folder(tmp_path: Path) -> Path:
     recipe = grid.recipe("icons", 30, "tiny").override(["adapter.method=adalora"])
     mine = Run.of(tmp_path, recipe)
-    mine.claim(recipe)
+    mine.claim(recipe, "questions")
     run.write_json(mine.ranks_file, HISTORY)
     run.write_json(mine.result_file, {})
     return mine.folder
@@ -61,7 +61,7 @@ def test_ranks_are_shown_by_layer(folder, capsys):
 def test_other_runs_have_no_ranks_to_show(tmp_path):
     recipe = grid.recipe("icons", 30, "tiny")
     mine = Run.of(tmp_path, recipe)
-    mine.claim(recipe)
+    mine.claim(recipe, "questions")
     with pytest.raises(UserError, match="was trained with lora"):
         ranks.examine(mine.folder)
 

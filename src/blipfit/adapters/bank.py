@@ -25,6 +25,10 @@ RANKNUM_EPSILON = 1e-5
 """peft's AdaLoRA divides alpha by the rank plus this."""
 
 
+MATRICES = 7
+"""K × P matrices that training holds: values, gradients, two moments, the best epoch, two while AdamW works."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A trained tensor: its columns in the matrix, its shape in one experiment, whether AdamW decays it."""

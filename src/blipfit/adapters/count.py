@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from blipfit.adapters import placement as places
+from blipfit.adapters.bank import MATRICES
 from blipfit.recipe import AdapterPart, Family
 
 
@@ -41,8 +42,8 @@ def memory_estimate(
 ) -> dict[str, float]:
     """Bytes that training takes on a GPU with 16-bit frozen parts, by purpose: a sum, not a measurement.
 
-    Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: value, gradient, two moments and the
-    best epoch at 4 bytes. Activations: what backward keeps of the language model and the Q-Former, about 34 (T5's
+    Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: the bank's
+    matrices at 4 bytes. Activations: what backward keeps of the language model and the Q-Former, about 34 (T5's
     gated feed-forward included) hidden-width halves a token and layer.
     """
     parts = total(model)
@@ -63,6 +64,6 @@ def memory_estimate(
     )
     return {
         "weights": 4 * fp32 + 2 * (sum(parts.values()) - fp32),
-        "trained": 20 * sum(trained_by_part.values()) * experiments,
+        "trained": 4 * MATRICES * sum(trained_by_part.values()) * experiments,
         "activations": kept * rows * experiments,
     }

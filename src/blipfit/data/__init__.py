@@ -1,7 +1,9 @@
 """Data sets by name: how each is prepared, loaded and asked. Importing this imports none of them."""
 
 import difflib
+import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -74,6 +76,19 @@ def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[
     if not questions:
         raise UserError(f"{folder} has no {name} questions in split {split}")
     return questions[:limit]
+
+
+def fingerprint(splits: Iterable[Iterable[Question]]) -> str:
+    """SHA-256 over all that a result depends on of the questions: ids, texts, choices and answers, in order.
+
+    The images' bytes are not read for it.
+    """
+    digest = hashlib.sha256()
+    for questions in splits:
+        for q in questions:
+            digest.update(repr((q.id, q.question, q.choices, q.answer, q.answer_index, q.context)).encode())
+        digest.update(b"/")
+    return digest.hexdigest()
 
 
 def _unknown(what: str, name: str, known: Any) -> str:

@@ -23,9 +23,10 @@ class Material:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def first(self, count: int) -> "Material":
-        """The first `count` questions, or all."""
-        return Material(self.questions[:count], self.prompted[:count], self.encoded[:count])
+    def longest(self, count: int) -> "Material":
+        """The `count` questions with the longest prompts, or all."""
+        rows = sorted(range(len(self)), key=lambda i: -len(self.encoded[i].prompt))[:count]
+        return Material(*([column[i] for i in rows] for column in (self.questions, self.prompted, self.encoded)))  # type: ignore[arg-type]
 
 
 def read(backbone: Backbone, part: DataPart, folder: Path, split: str) -> Material:

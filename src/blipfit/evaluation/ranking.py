@@ -19,6 +19,9 @@ from blipfit.evaluation.metrics import accuracy, breakdown
 from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 
+MOST_ROWS = 256
+"""Prompts of all experiments in one forward pass: a large bank judges fewer questions at once, not more memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -58,6 +61,7 @@ def rank(
     `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
+    batch_size = max(1, min(batch_size, MOST_ROWS // backbone.experiments))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     found: list[tuple[int, int, Choice]] = []
     for chosen in processes.share(batches):

@@ -48,14 +48,28 @@ def run(
     device: torch.device,
 ) -> Swept:
     """Plan, say what it will cost, train, and tell how it ended."""
-    screen = terminal.console(stderr=True)
     display = terminal.TrainingDisplay()
-    workshop = Workshop(device, announce=lambda text: screen.print(text, soft_wrap=True))
+    workshop = Workshop(device)
+    try:
+        return _swept(recipes, folders, results, bank, only_plan, workshop, display)
+    finally:
+        display.close()
+
+
+def _swept(
+    recipes: Sequence[Recipe],
+    folders: Mapping[str, Path],
+    results: Path,
+    bank: int | None,
+    only_plan: bool,
+    workshop: Workshop,
+    display: terminal.TrainingDisplay,
+) -> Swept:
     planned = sweep.make_plan(recipes, folders, results, workshop, bank, display)
     record: dict[str, Any] = {"plan": describe(planned)}
     if only_plan:
         return Swept(record, [plan_table(planned)])
-    screen.print(plan_table(planned))
+    display.console.print(plan_table(planned))
     runs = sweep.run(planned, folders, results, workshop, display)
     finished = [one.result() for one in runs if one.state() == "finished"]
     failed = {str(one.folder): one.failure() for one in runs if one.state() != "finished"}

@@ -182,6 +182,16 @@ class TrainingDisplay:
     def _skipped(self, facts: dict[str, Any]) -> None:
         self._say(f"{facts['recipe'].title}: finished already, skipped ({facts['run'].folder})")
 
+    def close(self) -> None:
+        """Give the terminal back, whatever happened."""
+        self.progress.stop()
+
+    def _building(self, facts: dict[str, Any]) -> None:
+        if "sentence" in facts:
+            self._say(facts["sentence"])
+        elif self.console.is_terminal:
+            self.console.print(f"  {facts['done']} seen", end="\r")
+
     def _planning(self, facts: dict[str, Any]) -> None:
         self._say(f"trial steps for {facts['experiments']} experiments: {facts['group']} …")
 
@@ -211,14 +221,13 @@ class TrainingDisplay:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task("training", total=epochs * self.steps, facts="")
         self.progress.update(self.task, completed=facts["epoch"] * self.steps)
-        self.since, self.done = time.monotonic(), 0
+        self.since, self.done = time.monotonic(), facts["epoch"] * self.steps + facts["step"]
         if self.console.is_terminal:
             self.progress.start()
 
     def _step(self, facts: dict[str, Any]) -> None:
         completed = facts["epoch"] * self.steps + facts["step"]
         losses = facts["losses"]
-        self.done = self.done or completed - 1
         rate = (completed - self.done) * self.batch * len(losses) / (time.monotonic() - self.since)
         loss = sum(losses) / len(losses)
         self.progress.update(

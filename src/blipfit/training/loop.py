@@ -17,6 +17,7 @@ from blipfit import data as datasets
 from blipfit.adapters import peft_format
 from blipfit.adapters.adalora import Schedule
 from blipfit.adapters.bank import Bank
+from blipfit.data import prompts
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import judging
@@ -34,7 +35,7 @@ from blipfit.training.step import Stepper
 from blipfit.training.workshop import SPLITS, Workshop
 
 Listener = Callable[[str, dict[str, Any]], None]
-"""Called with an event's name and facts: `start`, `step`, `epoch`, `finished`, `failed`, `skipped`."""
+"""Called with an event's name and facts: `building`, `start`, `step`, `epoch`, `finished`, `failed`, `skipped`."""
 
 CHECK_EVERY = 10
 SAVE_SECONDS = 300.0
@@ -61,14 +62,13 @@ def train(
     workshop = workshop or Workshop(device)
     if not processes.is_main():
         listen = _silent
-    for run, recipe in zip(runs, recipes, strict=True):
-        run.refuse_other(recipe)
-    unfinished = [recipe for run, recipe in zip(runs, recipes, strict=True) if run.state() != "finished"]
-    _check_inputs(unfinished, data)
+    hashes = check_inputs(recipes, data)
+    for run, recipe, digest in zip(runs, recipes, hashes, strict=True):
+        run.refuse_other(recipe, digest)
     todo: list[Member] = []
-    for run, recipe in zip(runs, recipes, strict=True):
+    for run, recipe, digest in zip(runs, recipes, hashes, strict=True):
         with processes.main_first():
-            state = run.claim(recipe)
+            state = run.claim(recipe, digest)
         if state == "finished":
             listen("skipped", {"run": run, "recipe": recipe})
         else:
@@ -102,22 +102,29 @@ def _banks(todo: Sequence[Member]) -> list[list[Member]]:
     return [list(group) for _, group in groupby(sorted(todo, key=key), key=key)]
 
 
-def _check_inputs(recipes: Sequence[Recipe], data: Path) -> None:
-    """Fail on broken data or an absent model before a folder is claimed or a model loaded."""
-    sets: dict[tuple[str, int | None], dict[str, list[Question]]] = {}
+def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[str]:
+    """Fail on broken data or an absent model before a folder is claimed or a model loaded.
+
+    Returns the hash of the questions that each recipe trains and is judged on.
+    """
+    sets: dict[tuple[str, int | None], tuple[str, dict[str, list[Question]]]] = {}
     for recipe in recipes:
         part = recipe.data
         if (part.name, part.limit) not in sets:
             read = {split: datasets.load(part.name, data, split, part.limit) for split in SPLITS}
-            sets[part.name, part.limit] = read
-        _check_questions(recipe, sets[part.name, part.limit])
+            sets[part.name, part.limit] = datasets.fingerprint(read.values()), read
+        prompts.prompt(part.prompt)
+        _check_questions(recipe, sets[part.name, part.limit][1])
     for model in {recipe.model for recipe in recipes}:
         loading.locate(model)
+    return [sets[recipe.data.name, recipe.data.limit][0] for recipe in recipes]
 
 
 def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]) -> None:
     """UserError where the questions do not make one batch, or cannot be judged."""
     size, count = recipe.training.batch_size * recipe.training.accumulation, len(questions["train"])
+    if recipe.training.batch_size < (several := processes.state().num_processes):
+        raise UserError(f"{several} processes cannot share batches of {recipe.training.batch_size}; launch fewer")
     if count < size:
         raise UserError(
             f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
@@ -127,6 +134,19 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
     judging.refuse(recipe.judging, recipe.data.name, questions)
 
 
+def _build_features(sight: Sight, material: Material, listen: Listener) -> None:
+    """Fill the feature store, saying first how much that is."""
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        listen("building", {"done": done})
+
+    sight.announce = lambda sentence: listen("building", {"sentence": sentence})
+    sight.prepare(material.questions, progress)
+
+
 def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, listen: Listener) -> None:
     recipes = [recipe for _, recipe, _ in members]
     backbone = workshop.backbone(recipes[0])
@@ -134,13 +154,17 @@ def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, liste
     splits, sights = workshop.splits(recipes[0], data), workshop.sights(recipes[0])
     for split, sight in zip(SPLITS, (sights[0], sights[1], sights[1]), strict=True):
         with processes.main_first():
-            sight.prepare(splits[split].questions)
+            _build_features(sight, splits[split], listen)
     session = BankSession(backbone, members, splits, sights, listen)
     try:
         session.run()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{len(members)} experiments at once need more memory than {workshop.device} has; train fewer together "
+            "(`blipfit sweep --bank K`), or lower training.batch_size and raise training.accumulation"
+        ) from None
     finally:
-        session.stepper.bank.remove()
-        backbone.hf.eval()
+        session.release()
     if fingerprint(head(backbone.hf)) != head_before:
         raise AssertionError("the language model's head changed during training")
     _test(session, head_before)
@@ -157,7 +181,7 @@ def _test(session: "BankSession", head_hash: str) -> None:
             before = bank.state(k)
             bank.load_state(k, one.state)
             if not peft_format.changes(one.recipe.adapter, before, one.state):
-                raise AssertionError(f"{one.recipe.title}: training changed nothing")
+                raise AssertionError(f"{one.recipe.title}: training changed nothing")  # a defect of ours, never data
         part, see = done[0].recipe.judging, session.judging_sight.features
         judged = {split: judging.judge(backbone, session.splits[split], see, part) for split in ("val", "test")}
     finally:
@@ -208,6 +232,12 @@ class BankSession:
     @property
     def bank(self) -> Bank:
         return self.stepper.bank
+
+    def release(self) -> None:
+        """Give the backbone back as it was, and the memory of training before the test needs some."""
+        self.bank.remove()
+        self.backbone.hf.eval()
+        del self.stepper, self.best
 
     # ------------------------------------------------------------- the walk
 
@@ -383,6 +413,7 @@ class BankSession:
             "runs": list(self.runs),
             "steps": steps,
             "epoch": self.progress[0].epoch,
+            "step": self.progress[0].step,
             "prompt": self.splits["train"].prompted[0].prompt,
             "target": self.splits["train"].prompted[0].target,
             "counts": {split: len(m) for split, m in self.splits.items()},

@@ -27,6 +27,8 @@ class Stepper:
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         self.optimiser = BankAdamW(self.bank, [r.training for r in recipes])
         totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
+        # fp16's smallest gradients vanish in the backward pass through the language model; bf16 and fp32 have room.
+        self._loss_scale = 2.0**10 if backbone.autocast_dtype == torch.float16 else 1.0
         self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
 
     def train_mode(self) -> None:
@@ -38,8 +40,7 @@ class Stepper:
         """One update from an effective batch (question indices) and its image features, one a micro-batch.
 
         Returns the summed losses (K) over this process's label tokens, still on the device, and the number of all
-        label tokens. The
-        gradient is of the sum over that number, so it does not depend on how the batch was cut.
+        label tokens. The gradient is of the sum over that number, so it does not depend on how the batch was cut.
         """
         micros = [processes.share(micro) for micro in plan.micro_batches(batch, self.training)]
         targets = [self.backbone.text.targets([self.encoded[i] for i in micro]) for micro in micros]
@@ -47,13 +48,16 @@ class Stepper:
         self.bank.grads.zero_()
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
         for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
-            torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number))
+            # Processes see other rows, so they draw other noise.
+            torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number) + processes.state().process_index)
             target = target.to(self.backbone.device)
             with shared_dropout(self.bank.K):
                 learned_K, losses_K = self._losses(seen, target)
-            self.bank.backward(learned_K.sum() / labels)
+            self.bank.backward(learned_K.sum() / labels * self._loss_scale)
             total += losses_K.detach()
         processes.add_up(self.bank.grads)
+        if self._loss_scale != 1:
+            self.bank.grads.div_(self._loss_scale)
         if self.allocator:
             self.allocator.add_penalty()
         self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blipfit.adapters.bank import MATRICES
 from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
@@ -17,8 +18,6 @@ from blipfit.training import plan
 from blipfit.training.step import Stepper
 
 TIMED_STEPS = 3
-MATRICES = 6
-"""K × P matrices of a bank in training: values, gradients, two moments, the best epoch, one to work in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,8 @@ class Trial:
 def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, sight: Sight) -> Trial | None:
     """Take a few steps with a bank of these recipes and put everything back; None where memory does not suffice."""
     stepper = None
+    if backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backbone.device)
     try:
         stepper = Stepper(backbone, recipes, material.encoded)
         return _measured(stepper, material, sight)
@@ -60,19 +61,24 @@ def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
     stepper.train_mode()
     times = []
     kept = _Kept(stepper)
+    best = stepper.bank.values.clone()  # as training has it
     for number in range(TIMED_STEPS + 1):
         batch = batches[number % len(batches)]
         micros = plan.micro_batches(batch, training)
-        features = [sight.features([material.questions[i] for i in micro]) for micro in micros]
+        questions = [[material.questions[i] for i in micro] for micro in micros]
+        features = [sight.features(some) for some in questions]
         if number == 0:  # warms up; slow from counting what backward keeps
             with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
                 stepper.step(batch, features, 0, number)
             continue
         _wait(stepper.backbone)
         started = time.perf_counter()
+        if stepper.recipes[0].data.images != "stored":  # then the ViT runs in every step
+            features = [sight.features(some) for some in questions]
         stepper.step(batch, features, 0, number)
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
+    del best
     each = _judge_seconds(stepper, material, sight)
     return Trial(stepper.bank.K, sorted(times)[len(times) // 2], _memory(stepper, kept.bytes), each)
 
@@ -80,7 +86,7 @@ def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
 def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
     """Seconds of judging one question, from one batch."""
     part = stepper.recipes[0].judging
-    some = material.first(part.batch_size)
+    some = material.longest(part.batch_size)  # judging sorts by length, so these will come together
     features = sight.features(some.questions)
     started = time.perf_counter()
     judging.look(stepper.backbone, some, lambda questions: features[: len(questions)], part)

@@ -1,6 +1,5 @@
 """What several banks of a sweep share: the loaded model, questions ready for it, its image features."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ class Workshop:
         self,
         device: torch.device | str | None = None,
         store: Path | None = None,
-        announce: Callable[[str], None] = lambda text: None,
     ):
         self.device = torch.device(device) if device else processes.device()
-        self.store, self.announce = store, announce
+        self.store = store
         self._backbone: tuple[Any, Backbone] | None = None
         self._splits: dict[Any, dict[str, Material]] = {}
         self._sights: dict[str, tuple[Sight, Sight]] = {}
@@ -57,7 +55,6 @@ class Workshop:
         backbone, mode = self.backbone(recipe), recipe.data.images
         if mode not in self._sights:
             judging = judging_sight(backbone, recipe, self.store)
-            judging.announce = self.announce
             training = Sight.from_backbone(backbone, mode) if mode == "shared" else judging
             self._sights[mode] = (training, judging)
         return self._sights[mode]
