@@ -95,10 +95,8 @@ def _tell(family: str, found: dict[str, Any]) -> None:
     each = found["seconds_each"]
     print(f"\n{family} miniature, {found['experiments']} experiments in a bank, an experiment's share:")
     for name, times in each.items():
-        unit = STEPS if name.endswith(("peft", "training")) else JUDGED
-        print(
-            f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {'step' if unit == STEPS else 'question'}"
-        )
+        unit, what = (JUDGED, "question") if name.endswith("ranking") else (STEPS, "step")
+        print(f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {what}")
     print(f"  training against Trainer + peft:            {measure.told(found['against_trainer'])}")
     print(f"  training and judging against the original:  {measure.told(found['against_original'])}")
     print(f"  ranking against the original:               {measure.told(found['ranking'])}", flush=True)
