@@ -137,5 +137,5 @@ def test_one_that_fails_leaves_and_the_others_go_on(drawn, workshop, tmp_path: P
     chosen = recipes(13, 14, 15)
     chosen[1] = chosen[1].override(["training.learning_rate=1e30"])
     runs = sweep.run(sweep.make_plan(chosen, drawn, tmp_path, workshop, bank=3), drawn, tmp_path, workshop)
-    assert {one.folder.name: one.state() for one in runs} == {"13": "finished", "14": "started", "15": "finished"}
+    assert {one.folder.name: one.state() for one in runs} == {"13": "finished", "14": "new", "15": "finished"}
     assert "non-finite" in (tmp_path / "icons/14/failure.json").read_text()
