@@ -223,3 +223,21 @@ def test_a_mistake_of_judging_is_one_sentence(blipfit, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert sentence in mistake(blipfit(*arguments))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_ask_caption_and_search(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = sorted(drawn.rglob("image.png"))[:2]
+    code, out, err = blipfit("ask", pictures[0], "How many shapes are there?", "--model", "tiny", "--json")
+    assert (code, json.loads(out)["image"]) == (0, str(pictures[0])), err
+    assert blipfit("ask", pictures[0], "Which?", "--choice", "a", "--choice", "b", "--model", "tiny")[1].count("%") == 2
+    records = json.loads(blipfit("caption", *pictures, "--model", "tiny-vicuna", "--json")[1])
+    assert [record["image"] for record in records] == list(map(str, pictures))
+    code, out, err = blipfit("search", drawn / "val", "a yellow star", "--top", 3, "--model", "tiny", "--json")
+    assert (code, len(json.loads(out)["found"])) == (0, 3), err
+    assert "8 images to see once" in err
+    code, out, err = blipfit("search", drawn / "val", "a yellow star", "--top", 3, "--model", "tiny")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "search.png").exists()
+    assert "search.png" in out
+    assert "missing" in mistake(blipfit("ask", "none.png", "What?", "--model", "tiny"))
