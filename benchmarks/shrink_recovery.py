@@ -20,7 +20,7 @@ from blipfit.data.prompts import prompt
 from blipfit.evaluation import retention
 from blipfit.model import cost as costs
 from blipfit.model import shapes
-from blipfit.recipe import AdapterPart, DataPart, JudgingPart, ModelPart, Recipe, TrainingPart
+from blipfit.recipe import AdapterPart, DataPart, DistillationPart, JudgingPart, ModelPart, Recipe, TrainingPart
 from blipfit.report import shrinking
 from blipfit.training.loop import train
 from blipfit.training.workshop import Workshop
@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, int]] = {
 """By their share of the Q-Former's parameters in per cent."""
 
 
-def run(model: str, sizes: list[str], seeds: list[int], epochs: int, root: Path) -> dict[str, Any]:
+def run(model: str, sizes: list[str], seeds: list[int], epochs: int, teach: bool, root: Path) -> dict[str, Any]:
     """Shrink, recover and judge every size with every seed; returns and keeps all results of the model so far."""
     name = f"shrink-recovery-{Path(model).name}"
     found = _kept(name)
@@ -47,15 +47,23 @@ def run(model: str, sizes: list[str], seeds: list[int], epochs: int, root: Path)
     found |= {"model": model, "epochs": epochs, "original": _told(base)}
     for size in sizes:
         for seed in seeds:
-            row = _recovered(model, size, seed, epochs, root, folders, sets, base)
-            found.setdefault("runs", {})[f"{size}/{seed}"] = row
+            row = _recovered(model, size, seed, epochs, teach, root, folders, sets, base)
+            found.setdefault("runs", {})[f"{size}/{seed}" + ("/taught" if teach else "")] = row
             measure.keep(name, found)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
     return found
 
 
 def _recovered(
-    model: str, size: str, seed: int, epochs: int, root: Path, folders: dict[str, Path], sets: Any, base: Any
+    model: str,
+    size: str,
+    seed: int,
+    epochs: int,
+    teach: bool,
+    root: Path,
+    folders: dict[str, Path],
+    sets: Any,
+    base: Any,
 ) -> dict[str, Any]:
     to = root / f"{Path(model).name}-{size}"
     sizes = dict.fromkeys(("hidden", "heads", "intermediate", "layers", "queries", "cross_every")) | SIZES[size]
@@ -63,12 +71,13 @@ def _recovered(
         device = torch.device("cpu")
         shrinking.run(model, sizes, "taylor", "icons", folders["icons"], 256, 0, to, device)
     recipe = Recipe(
-        experiment=f"{to.name}-{seed}",
+        experiment=f"{to.name}-{seed}" + ("-taught" if teach else ""),
         model=ModelPart(name=str(to)),
         data=DataPart(name="own", prompt="instruction-v1", images="stored"),
         adapter=AdapterPart(qformer="full"),
         training=TrainingPart(batch_size=16, learning_rate=5e-4, max_epochs=epochs, patience=epochs, seed=seed),
         judging=JudgingPart(method="generation", decoding="short-answer"),
+        distillation=DistillationPart(teacher=model if teach else None),
     )
     workshop = Workshop("cpu", root / "features")
     (one,) = train([recipe], folders["own"], root / "results", device="cpu", workshop=workshop)
@@ -124,8 +133,9 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="31")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--teach", action="store_true", help="distil from the original")
     parser.add_argument("--root", type=Path)
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        run(options.model, options.sizes.split(","), seeds, options.epochs, options.root or Path(folder))
+        run(options.model, options.sizes.split(","), seeds, options.epochs, options.teach, options.root or Path(folder))
