@@ -227,6 +227,7 @@ def test_a_mistake_of_judging_is_one_sentence(blipfit, tmp_path: Path, monkeypat
 
 def test_ask_caption_and_search(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLIPFIT_CACHE", str(tmp_path / "cache"))
     pictures = sorted(drawn.rglob("image.png"))[:2]
     code, out, err = blipfit("ask", pictures[0], "How many shapes are there?", "--model", "tiny", "--json")
     assert (code, json.loads(out)["image"]) == (0, str(pictures[0])), err

@@ -36,7 +36,13 @@ def test_base_and_adapter_in_one_table():
     change = {"difference": 12.5, "interval": [-1.25, 20.0], "samples": 4}
     pooled = {"pooled": {"accuracy": 61.5, "interval": [50.0, 70.0]}}
     bench = {"judge": "rewardbench", "likelihood_sum": pooled, "likelihood_mean": pooled, "cut_responses": 3}
-    mme = {"judge": "mme", "perception": 301.25, "cognition": 0.0, "subtasks": {"count": {"score": 101.25}}}
+    mme = {
+        "judge": "mme",
+        "perception": 301.25,
+        "cognition": 0.0,
+        "missing": ["OCR"],
+        "subtasks": {"count": {"score": 101.25}},
+    }
     records = [
         _record("icons", _accuracy(50.0), _accuracy(62.5), {"accuracy": change}),
         _record("mme", mme, mme | {"perception": 290.0}, {"perception": {"difference": -11.25, "interval": None}}),
@@ -53,6 +59,8 @@ def test_base_and_adapter_in_one_table():
     assert "61.5 [50.0–70.0]" in printed
     assert "50.0 [40.0–60.0]" in printed  # ROUGE-L in percent
     assert "3 responses are longer than the model reads" in printed
+    assert "cognition" not in printed
+    assert "mme: not in the totals, no questions: OCR" in printed
     assert "one in full: 'What?'" in printed
     assert "no CLIP score" not in printed
 

@@ -142,6 +142,7 @@ def _worded(chosen: Material, texts: Sequence[str], loss: float, part: JudgingPa
         **accuracy(correct),
         "stemmer": judged["stemmer"],
         "texts": judged["metrics"],
-        "by": breakdown(chosen.questions, correct),
+        # All questions have the same number of choices: none.
+        "by": {name: part for name, part in breakdown(chosen.questions, correct).items() if name != "choices"},
     }
     return Judged(records, metrics, math.isfinite(loss))

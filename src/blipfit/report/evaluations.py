@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from blipfit import data as datasets
+from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, mme, rewardbench
 from blipfit.evaluation.benchmarks import BASE, TUNED, Paper, Settings
@@ -55,6 +56,8 @@ def run(
         own = recipe.data.prompt if recipe is not None and recipe.data.name == name else None
         at = "test" if name == "mme" else split
         papers.append(benchmarks.read(backbone, name, folder, at, own, limit))
+
+    sight.prepare([question for paper in papers for question in paper.material.questions])
 
     def place(paper: Paper) -> Evaluation:
         if recipe is not None:
@@ -126,6 +129,8 @@ def shown(records: Sequence[Mapping[str, Any]]) -> list[Any]:
     lines: list[Any] = [table]
     for record in records:
         lines.append(f"{record['on']}: prompt {record['prompt']}, one in full: {record['prompt_example']!r}")
+        if missing := record[BASE].get("missing"):
+            lines.append(f"{record['on']}: not in the totals, no questions: {', '.join(missing)}")
         if cut := record[BASE].get("cut_responses"):
             lines.append(
                 f"{record['on']}: {cut} responses are longer than the model reads; their likelihood is of the part read"
@@ -150,9 +155,7 @@ _DIFFERENCES = {
 def _measures(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a set is told by, name → number with its interval."""
     if metrics.get("judge") == "mme":
-        return {name: f"{metrics[name]:.2f}" for name in ("perception", "cognition")} | {
-            f"· {name}": f"{one['score']:.2f}" for name, one in metrics["subtasks"].items()
-        }
+        return _totals(metrics) | {f"· {name}": f"{one['score']:.2f}" for name, one in metrics["subtasks"].items()}
     if metrics.get("judge") == "rewardbench":
         both = {
             f"pairwise accuracy, {how}": terminal.percent(metrics[f"likelihood_{how}"]["pooled"])
@@ -164,6 +167,12 @@ def _measures(metrics: Mapping[str, Any]) -> dict[str, str]:
     if metrics["method"] == "generation":
         return _texts(metrics)
     return {"accuracy": terminal.percent(metrics)}
+
+
+def _totals(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """MME's totals of which there is a subtask."""
+    totals = {"perception": PERCEPTION, "cognition": COGNITION}
+    return {name: f"{metrics[name]:.2f}" for name, of in totals.items() if set(of) & metrics["subtasks"].keys()}
 
 
 def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:

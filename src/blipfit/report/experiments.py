@@ -143,7 +143,7 @@ def outcome(records: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> li
     if not records:
         return ["no experiment was finished"]
     lines: list[Any] = [terminal.results(records)]
-    if len(records) == 1:
+    if len(records) == 1 and records[0]["metrics"]["test"]["by"]:
         lines.append(terminal.breakdown(records[0]["metrics"]["test"], "test accuracy by group"))
     return [*lines, "run folders: " + ", ".join(map(str, folders))]
 
@@ -160,4 +160,4 @@ def judgement(record: Mapping[str, Any]) -> list[Any]:
     lines.append(f"with adapter: {terminal.score(tuned)}{chance}")
     if recorded is not None and chance:
         lines.append(f"recorded when trained: {recorded:.1f}")
-    return [*lines, terminal.breakdown(tuned, "accuracy by group")]
+    return [*lines, terminal.breakdown(tuned, "accuracy by group")] if tuned["by"] else lines
