@@ -18,8 +18,8 @@ from blipfit.training.loop import train
 
 EXPERIMENTS = (28, 32)
 """LoRA in the whole Q-Former; LoRA in the Q-Former and the language model. Both rank 8, on the T5 miniature."""
-SIZES = {"train": 2400, "val": 160, "test": 400}
-OVERRIDES = ("training.max_epochs=6", "training.learning_rate=2e-3")
+SIZES = {"train": 1600, "val": 100, "test": 300}
+OVERRIDES = ("training.max_epochs=3", "training.learning_rate=2e-3")
 SHOWN = ("compare", "ordinal", "pattern")
 
 
