@@ -13,7 +13,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, mme, rewardbench
 from blipfit.evaluation.benchmarks import BASE, TUNED, Paper, Settings
 from blipfit.evaluation.evaluate import judging_sight
-from blipfit.model import clip, loading, tiny
+from blipfit.model import clip, loading, processes, tiny
 from blipfit.model.sight import Sight
 from blipfit.recipe import ModelPart
 from blipfit.report import experiments, judges, terminal
@@ -23,10 +23,10 @@ from blipfit.run import Evaluation, Run
 def run(
     subject: str,
     on: str,
-    data: Path | None,
-    split: str,
-    results: Path,
-    device: torch.device,
+    data: Path | None = None,
+    split: str = "test",
+    results: Path = Path("results"),
+    device: torch.device | None = None,
     limit: int | None = None,
     decoding: str = "greedy",
     samples: int = 0,
@@ -34,6 +34,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Judge a run folder or a model on every set of `on` (`icons,mme=DIR`); one record a set, written and returned."""
     screen = terminal.console(stderr=True)
+    device = device or processes.device()
     trained = Run(Path(subject))
     recipe = trained.recipe() if trained.recipe_file.exists() else None
     if recipe is not None and trained.state() != "finished":
