@@ -11,7 +11,7 @@ One thread is best where several processes share a machine; the two families may
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,21 @@ LATER = Mixture(
     options=0.6,
     yes_no=1.5,
     caption=0.4,
+    heads=1.0,
+    named=4.0,
+    blank=0.08,
     hard=4.0,
     hard_skills=("relation", "size", "where", "count_kind", "beside", "exists"),
+)
+
+
+# Which letter belongs to a known answer: first without any picture, then with all the rest.
+LETTERS = Mixture(lookups=96)
+TOGETHER = replace(
+    LATER,
+    options=0.8,
+    lookups=32,
+    hard_skills=("relation", "size", "bigger", "count_kind", "count_all", "beside"),
 )
 
 
@@ -70,6 +83,8 @@ class PretrainRecipe:
     rounds: tuple[Round, ...] = (
         Round(Schedule(steps=1600, batch=20, lr=1e-3), Mixture()),
         Round(Schedule(steps=1300, batch=20, lr=1e-3), LATER),
+        Round(Schedule(steps=700, batch=0, lr=1e-3), LETTERS),
+        Round(Schedule(steps=1000, batch=20, lr=1e-3), TOGETHER),
     )
     """The language model's stage, in rounds; each warms up and cools down again. `batch` counts pictures."""
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Losses = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def _store(state: Path, module: nn.Module, optimizer, parameters: dict[str, Tens
     """Write weights and moments, whole or not at all."""
     tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[value][moment]
+        for moment in MOMENTS:
+            if value in optimizer.state:  # a parameter that no loss reached has none
+                tensors[f"{moment}.{name}"] = optimizer.state[value][moment]
     state.parent.mkdir(parents=True, exist_ok=True)
     part = state.with_suffix(".part")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step)})
@@ -106,14 +108,12 @@ def _store(state: Path, module: nn.Module, optimizer, parameters: dict[str, Tens
 def _restore(state: Path, module: nn.Module, optimizer, parameters: dict[str, Tensor]) -> int:
     """Read what `_store` wrote into module and optimiser; the number of steps done."""
     with safe_open(state, "pt") as file, torch.no_grad():
-        step = int(file.metadata()["step"])
+        step, names = int(file.metadata()["step"]), set(file.keys())
         for name, value in parameters.items():
             value.copy_(file.get_tensor(f"weight.{name}"))
-            optimizer.state[value] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": file.get_tensor(f"exp_avg.{name}"),
-                "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}"),
-            }
+            if f"{MOMENTS[0]}.{name}" in names:
+                moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+                optimizer.state[value] = {"step": torch.tensor(float(step)), **moments}
     return step
 
 

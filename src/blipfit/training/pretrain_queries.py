@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from blipfit.data import icons
-from blipfit.data.icons.scene import BOARD, LAST_MARK
-from blipfit.data.icons.skills import PLACES, TIMES, plural
+from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
-from blipfit.training.pretrain_tasks import CAPTION, Mixture, tasks
+from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, tasks
 from blipfit.training.pretrain_tower import SIDE, pixels, truth
 
-ANSWERS = (
-    *icons.COLORS,
-    *icons.SHAPES,
-    *map(plural, icons.SHAPES),
-    *map(str, range(LAST_MARK + 1)),
-    *("yes", "no", "left", "right", "above", "below", "big", "small"),
-    *PLACES,
-    *TIMES,
-)
 # What a cell holds: shape, colour and size of its icon, 0 where it is empty.
 PARTS = [len(icons.SHAPES) + 1, len(icons.COLORS) + 1, 3]
 
@@ -83,10 +73,12 @@ def losses(
     return head_losses(queries, seen, [made for _, made in asked], cells(scenes)[rows])
 
 
-def head_losses(queries: Queries, seen: Tensor, asked: list[Prompted], held: Tensor) -> dict[str, Tensor]:
-    """What the two heads say of the query outputs; captions have no answer to name."""
+def head_losses(
+    queries: Queries, seen: Tensor, asked: list[Prompted], held: Tensor, real: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the two heads say of the query outputs; captions and rows that are not `real` have no answer to name."""
     named = {"cells": cells_loss(queries, seen, held)}
-    rows = [row for row, made in enumerate(asked) if made.prompt != CAPTION]
+    rows = [row for row, made in enumerate(asked) if made.prompt != CAPTION and (real is None or bool(real[row]))]
     if rows:
         wanted = torch.tensor([ANSWERS.index(content(asked[row].target)) for row in rows])
         named["answer"] = F.cross_entropy(queries.answer(seen[rows].mean(1)), wanted)

@@ -1,13 +1,28 @@
 """What the miniatures are asked in pre-training, drawn anew for every picture."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blipfit.data import icons
+from blipfit.data.icons.scene import LAST_MARK
+from blipfit.data.icons.skills import PLACES, TIMES, plural
 from blipfit.data.prompts import PROMPTS, Prompted
+from blipfit.model.tiny_tokenizers import COMMON_WORDS
 from blipfit.training import pretrain_texts
 from blipfit.training.pretrain_texts import as_question
 
+ANSWERS = (
+    *icons.COLORS,
+    *icons.SHAPES,
+    *map(plural, icons.SHAPES),
+    *map(str, range(LAST_MARK + 1)),
+    *("yes", "no", "left", "right", "above", "below", "big", "small"),
+    *PLACES,
+    *TIMES,
+)
+HELD_OUT_WORDS = set("first second third fourth from next come comes different other others more fewer most".split())  # noqa: SIM905
+WORDS = [*ANSWERS, *ANSWERS, *(word for word in COMMON_WORDS if word not in HELD_OUT_WORDS)]
+SINGULAR = {name: shape for shape in icons.SHAPES for name in (shape, plural(shape))}
 CAPTION = PROMPTS["caption-v1"](as_question("", "")).prompt
 
 
@@ -23,6 +38,13 @@ class Mixture:
     caption: float = 0.8
     heads: float = 0.5
     """Weight of the Q-Former's heads beside the language model's loss."""
+    named: float = 0.0
+    """Weight of a third head: which cells hold the first, and which the second thing that the question names."""
+    blank: float = 0.0
+    """Share of the questions with options that are asked of an empty picture; any option is then the answer."""
+    lookups: int = 0
+    """Questions a step, without a picture and for the language model alone, that name the right option themselves:
+    they teach which letter belongs to a known answer."""
     hard: float = 2.5
     """Weight of the skills below; the others weigh 1."""
     hard_skills: tuple[str, ...] = ("count_all", "count_kind", "relation", "where", "beside", "time", "scale")
@@ -42,6 +64,37 @@ def tasks(scene: icons.Scene, mixture: Mixture, rng: random.Random) -> list[Prom
     told = pretrain_texts.caption(scene, rng)
     pool.append((mixture.caption, PROMPTS["caption-v1"](as_question("", told))))
     return _drawn(pool, mixture.asks, rng)
+
+
+def named_things(prompt: str) -> list[tuple[str, str]]:
+    """The (color, shape) pairs that a question names, in order, '' where it leaves one open; options do not count.
+
+    'Is the red star left or right of the heart?' → [('red', 'star'), ('', 'heart')].
+    """
+    words = [word.strip("?.,;") for word in prompt.split("Options:")[0].split()]
+    things, color = [], ""
+    for word in [*words, ""]:
+        shape = SINGULAR.get(word, "")
+        if color or shape:
+            things.append((color, shape))
+        color = word if word in icons.COLORS else ""
+    return things
+
+
+def lookups(number: int, rng: random.Random) -> list[Prompted]:
+    """Questions like 'Which option is red?' over options of every sort; no word of a held-out skill is among them."""
+    made = []
+    for _ in range(number):
+        choices = list(dict.fromkeys(rng.sample(WORDS, rng.randint(2, 5))))
+        at = rng.randrange(len(choices))
+        question = rng.choice(("Which option is {}?", "Choose {}.", "{}?")).format(choices[at])
+        made.append(PROMPTS["iconqa-v1"](as_question(question, choices[at], choices, at)))
+    return made
+
+
+def emptied(made: Prompted, rng: random.Random) -> Prompted:
+    """The same question where nothing can be seen: one option is as good an answer as another."""
+    return replace(made, target=rng.choice(made.candidates))
 
 
 def _drawn(pool: list[tuple[float, Prompted]], number: int, rng: random.Random) -> list[Prompted]:
