@@ -89,7 +89,7 @@ def test_train_then_skip_then_refuse(blipfit, drawn: Path, tmp_path: Path) -> No
     assert code == 0, err
     assert [record["experiment"] for record in results] == ["13", "29"]
     assert all(record["metrics"][split]["questions"] == 8 for record in results for split in ("val", "test"))
-    assert "differs from the published recipe" in err
+    assert "differs from the grid's recipe" in err
     assert "one in full" in err
     before = (tmp_path / "icons/13/result.json").read_bytes()
     code, again, err = blipfit(*command)

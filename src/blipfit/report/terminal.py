@@ -213,7 +213,7 @@ class TrainingDisplay:
             self._say(f"  trains {sum(trained.values()):,} parameters: {parts}")
             if changed:
                 told = ", ".join(f"{path} {old!r} → {new!r}" for path, (old, new) in changed.items())
-                self._say(f"  differs from the published recipe: {told}")
+                self._say(f"  differs from the grid's recipe: {told}")
         self.batch = first.training.batch_size * first.training.accumulation
         self.steps = facts["steps"]
         epochs = max(recipe.training.max_epochs for recipe in recipes)
