@@ -44,7 +44,7 @@ def run(model: str, sizes: list[str], seeds: list[int], epochs: int, teach: bool
     folders = _data(root / "data")
     sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
     (base,) = retention.answers([model], sets, "cpu")
-    found |= {"model": model, "epochs": epochs, "original": _told(base)}
+    found |= {"model": Path(model).name, "epochs": epochs, "original": _told(base)}
     for size in sizes:
         for seed in seeds:
             row = _recovered(model, size, seed, epochs, teach, root, folders, sets, base)

@@ -39,7 +39,12 @@ def run(model: str = "tiny-t5", questions: int = 400) -> dict[str, Any]:
         icons.prepare(known, train=512, val=200, test=questions, seed=77, skills=icons.PRETRAINED)
         backbone = loading.load(ModelPart(name=model))
         bench = _Bench(backbone, known)
-        found: dict[str, Any] = {"model": model, "chance": bench.chance, "original": bench.judge(backbone), "sizes": {}}
+        found: dict[str, Any] = {
+            "model": Path(model).name,
+            "chance": bench.chance,
+            "original": bench.judge(backbone),
+            "sizes": {},
+        }
         print(f"{model}: {found['original']}")
         for name, sizes in SIZES.items():
             found["sizes"][name] = bench.size(name, sizes)
