@@ -44,7 +44,7 @@ def _family(recipes: list[Recipe], data: Path, store: Path, rounds: int) -> dict
     sight = Sight.from_backbone(backbone, "stored", store)
     sight.prepare([*train.questions, *val.questions])
     training = recipes[0].training
-    batches = plan.effective_batches(len(train), training, 0)[:STEPS]
+    batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
 
     def steps() -> None:
         stepper = Stepper(backbone, recipes, train.encoded)

@@ -357,6 +357,19 @@ def demo(
     _show(record, as_json, lambda: demonstration.ending(record))
 
 
+@app.command("pretrain-tiny")
+def pretrain_tiny(
+    folder: Annotated[Path, typer.Argument(help="Where the miniatures are written; what is there is continued.")],
+    families: Annotated[str, typer.Option(help="t5, vicuna, or both with a comma.")] = "t5,vicuna",
+    as_json: Json = False,
+) -> None:
+    """Make the embedded miniatures again, from nothing: tokenizers, tower and CLIP, Q-Former, language models."""
+    from blipfit.report import miniatures
+
+    record = miniatures.pretrain(folder, families)
+    _show(record, as_json, lambda: miniatures.table(record))
+
+
 def _device(name: str | None) -> Any:
     from blipfit.model import processes
 

@@ -1,5 +1,7 @@
 """The order of the data is a function of seed and epoch alone, and banks are what sees the same batches."""
 
+import random
+
 import pytest
 
 from blipfit import grid
@@ -7,29 +9,56 @@ from blipfit.recipe import TrainingPart
 from blipfit.training import plan
 
 
-def test_every_question_once_an_epoch_and_no_short_batch():
-    training = TrainingPart(batch_size=3, accumulation=2)
-    batches = plan.effective_batches(20, training, 0)
+def equal(count):
+    """Lengths of questions that are all alike."""
+    return [7] * count
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_every_question_once_an_epoch_and_no_short_batch(grouped):
+    training = TrainingPart(batch_size=3, accumulation=2, group_by_length=grouped)
+    batches = plan.effective_batches([i % 5 for i in range(20)], training, 0)
     assert [len(batch) for batch in batches] == [6, 6, 6]
     used = [i for batch in batches for i in batch]
     assert len(set(used)) == 18
     assert set(used) <= set(range(20))
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    one = TrainingPart(batch_size=4, learning_rate=1e-3)
-    assert plan.effective_batches(40, one, 3) == plan.effective_batches(
-        40, TrainingPart(batch_size=2, accumulation=2), 3
-    )
-    assert plan.effective_batches(40, one, 3) != plan.effective_batches(40, one, 4)
-    assert plan.effective_batches(40, one, 3) != plan.effective_batches(40, TrainingPart(batch_size=4, seed=1), 3)
-    assert plan.effective_batches(40, one, 0) != [list(range(i, i + 4)) for i in range(0, 40, 4)]
-    assert plan.effective_batches(6, TrainingPart(batch_size=3), 0) == [[4, 5, 1], [0, 3, 2]]  # on every machine
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(grouped):
+    def batches(epoch, count=40, **settings):
+        part = TrainingPart(group_by_length=grouped, **settings)
+        return plan.effective_batches(equal(count), part, epoch)
+
+    one = batches(3, batch_size=4, learning_rate=1e-3)
+    assert one == batches(3, batch_size=2, accumulation=2)
+    assert one != batches(4, batch_size=4)
+    assert one != batches(3, batch_size=4, seed=1)
+    assert batches(0, batch_size=4) != [list(range(i, i + 4)) for i in range(0, 40, 4)]
+    on_every_machine = [[0, 3, 2], [4, 5, 1]] if grouped else [[4, 5, 1], [0, 3, 2]]
+    assert batches(0, 6, batch_size=3) == on_every_machine
+
+
+def test_grouped_batches_hold_little_padding_and_still_change_with_the_epoch():
+    lengths = [random.Random(i).randint(10, 60) for i in range(800)]
+    training = TrainingPart(batch_size=16)
+
+    def padded(batches):
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
+
+    grouped = plan.effective_batches(lengths, training, 0)
+    drawn = plan.effective_batches(lengths, training.model_copy(update={"group_by_length": False}), 0)
+    assert padded(grouped) < 1.1 < 1.5 < padded(drawn)
+    together = {frozenset(batch) for batch in grouped}
+    assert not together & {frozenset(batch) for batch in plan.effective_batches(lengths, training, 1)}
+    # Long ones do not all come first or last.
+    longest = [max(lengths[i] for i in batch) for batch in grouped]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
 
 
 def test_fewer_questions_than_a_batch_make_none():
-    assert plan.effective_batches(5, TrainingPart(batch_size=6), 0) == []
-    assert len(plan.effective_batches(6, TrainingPart(batch_size=6), 0)) == 1
+    assert plan.effective_batches(equal(5), TrainingPart(batch_size=6), 0) == []
+    assert len(plan.effective_batches(equal(6), TrainingPart(batch_size=6), 0)) == 1
 
 
 def test_micro_batches_are_the_batch_in_order():
@@ -49,6 +78,7 @@ def test_the_grid_falls_into_banks_of_equal_questions():
     "change",
     [
         "training.seed=1",
+        "training.group_by_length=false",
         "training.batch_size=8",
         "training.accumulation=2",
         "training.dropout=false",

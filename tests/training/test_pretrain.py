@@ -27,35 +27,42 @@ TOY = replace(
     token_scenes=60,
     tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
     queries=Schedule(steps=8, batch=4, lr=1e-3, warmup=2),
-    rounds=(pretrain.Round(Schedule(steps=5, batch=4, lr=1e-3, warmup=2), Mixture()),) * 2,
+    words=Schedule(steps=5, batch=8, lr=1e-3, warmup=2),
+    answers=Schedule(steps=5, batch=4, lr=1e-3, warmup=2),
 )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with toy tokenizers, a toy tower and a toy Q-Former; the two state files."""
+    """A folder with toy tokenizers, a toy tower, a toy Q-Former and language models; the state files by family."""
     target = tmp_path_factory.mktemp("miniatures")
     pretrain.train_tokenizers(TOY, target)
     tower, queries = target / "state/tower.safetensors", target / "state/queries.safetensors"
     pretrain.train_tower(TOY, target, tower, silent)
     pretrain.train_queries(TOY, target, tower, queries, silent)
-    return target, (tower, queries)
+    states = {}
+    for family in ("t5", "vicuna"):
+        words = target / f"state/{family}-words.safetensors"
+        pretrain.train_words(TOY, family, target, words, silent)
+        states[family] = pretrain.Before(tower, queries, words)
+    return target, states
 
 
 def silent(record):
     pass
 
 
-def loss_of(target, states, recipe, family="t5"):
-    """The loss of some fresh pictures with the Q-Former of these states and an untrained language model."""
-    backbone = pretrain.untrained(family, target, *states, seed=recipe.seed)
+def loss_of(target, before, recipe, family):
+    """The loss of some fresh pictures with the parts of these states, before they are trained together."""
+    backbone = pretrain.untrained(family, target, before.tower, before.queries, before.words, seed=recipe.seed)
     trained = pretrain_answers.Trained(backbone)
     with torch.no_grad():
         return sum(pretrain_answers.losses(backbone, trained, 1, 0, 8, Mixture()).values())
 
 
 def test_the_tower_learns_and_the_clip_is_written(made):
-    target, (tower, _) = made
+    target, states = made
+    tower = states["t5"].tower
     clip = tiny.build_clip(pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer)
     tokenizer = pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer
     scenes = [icons.scene(5, index) for index in range(6)]
@@ -75,13 +82,14 @@ def test_the_tower_learns_and_the_clip_is_written(made):
 
 
 def test_the_qformer_learns_to_look(made):
-    target, (tower, queries) = made
+    target, states = made
+    tower, queries = states["t5"].tower, states["t5"].queries
     scenes = [icons.scene(6, index) for index in range(12)]
     found = []
-    for states in ((tower,), (tower, queries)):
-        backbone = pretrain.untrained("t5", target, *states, seed=TOY.seed)
+    for parts in ((tower,), (tower, queries)):
+        backbone = pretrain.untrained("t5", target, *parts, seed=TOY.seed)
         heads = pretrain_queries.Queries(backbone.hf)
-        if len(states) == 2:
+        if len(parts) == 2:
             weights = load_file(queries)
             heads.load_state_dict({name.removeprefix("weight."): weights[name] for name in weights if name[0] == "w"})
         text = backbone.text.qformer(["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt")
@@ -95,32 +103,50 @@ def test_the_qformer_learns_to_look(made):
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
 def test_answers_are_learned(made, family):
     target, states = made
-    recipe = replace(TOY, rounds=(pretrain.Round(Schedule(steps=14, batch=6, lr=2e-3, warmup=2), Mixture()),))
+    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2), together=Mixture())
     records = []
     pretrain.train_answers(
-        recipe, family, target, states, target / f"learn/{family}.safetensors", records.append, checked=0
+        recipe, family, target, states[family], target / f"learn/{family}.safetensors", records.append, checked=0
     )
     last = sum(records[-1][name] for name in ("answers", "captions", "heads"))
-    assert last < 0.9 * float(loss_of(target, states, recipe, family))
+    assert last < 0.9 * float(loss_of(target, states[family], recipe, family))
+
+
+@pytest.mark.parametrize("family", ["t5", "vicuna"])
+def test_letters_are_learned_from_text(made, family):
+    target, states = made
+    losses = []
+    for words in (None, states[family].words):
+        backbone = pretrain.untrained(family, target, words=words, seed=TOY.seed)
+        with torch.no_grad():
+            losses.append(pretrain_answers.lookup_loss(backbone, 16, random.Random(1)))
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_t5_begins_by_looking_at_its_neighbours(made):
+    backbone = pretrain.untrained("t5", made[0], seed=TOY.seed)
+    attention = backbone.language.encoder.block[0].layer[0].SelfAttention
+    bias = attention.compute_bias(6, 6, torch.device("cpu"))[0]
+    assert all(bias[0, at].argmax() == at - 1 for at in range(1, 6))
+    assert all(bias[1, at].argmax() == at + 1 for at in range(5))
 
 
 def test_interrupted_equals_straight(made):
     target, states = made
     straight, stopped = target / "straight.safetensors", target / "stopped.safetensors"
-    pretrain.train_answers(TOY, "t5", target, states, straight, silent, checked=0)
-    pretrain.train_answers(TOY, "t5", target, states, stopped, silent, until=3, checked=0)
-    assert stopped.with_name("stopped-0.safetensors").exists()
-    assert not stopped.with_name("stopped-1.safetensors").exists()
-    pretrain.train_answers(TOY, "t5", target, states, stopped, silent, checked=0)
-    one, other = (load_file(path.with_name(f"{path.stem}-1.safetensors")) for path in (straight, stopped))
+    pretrain.train_answers(TOY, "t5", target, states["t5"], straight, silent, checked=0)
+    pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, until=3, checked=0)
+    pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, checked=0)
+    one, other = load_file(straight), load_file(stopped)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_tower_stays_frozen(made):
-    target, (tower, queries) = made
+    target, states = made
+    tower = states["t5"].tower
     weights = load_file(tower)
-    backbone = pretrain.untrained("t5", target, tower, queries, seed=0)
+    backbone = pretrain.untrained("t5", target, tower, states["t5"].queries, seed=0)
     trained = dict(pretrain_answers.Trained(backbone).named_parameters())
     ours = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
     assert not any(value is ours for value in trained.values())
@@ -137,7 +163,7 @@ def test_state_of_another_recipe_is_refused(tmp_path):
 
 def test_hash_follows_the_recipe():
     assert pretrain.PretrainRecipe().hash() == pretrain.RECIPE.hash()
-    assert replace(TOY, queries_asks=2).hash() != TOY.hash()
+    assert replace(TOY, looking=Mixture(asks=2)).hash() != TOY.hash()
 
 
 def test_no_held_out_skill_is_ever_asked():
@@ -149,8 +175,7 @@ def test_no_held_out_skill_is_ever_asked():
 
 
 def test_free_channels_hold_no_embedding(made):
-    _, (tower, _) = made
-    weights = load_file(tower)
+    weights = load_file(made[1]["t5"].tower)
     positions = weights["weight.vision.embeddings.position_embedding"][0]
     assert positions[:, : pretrain_tower.FREE].abs().max() == 0
     assert positions[:, pretrain_tower.FREE :].mean(1).abs().max() < 1e-6

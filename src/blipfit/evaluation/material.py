@@ -23,6 +23,11 @@ class Material:
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Text tokens of every question in training: its cut prompt and its answer."""
+        return [len(one.prompt_cut) + len(one.target) for one in self.encoded]
+
     def longest(self, count: int) -> "Material":
         """The `count` questions with the longest prompts, or all."""
         rows = sorted(range(len(self)), key=lambda i: -len(self.encoded[i].prompt))[:count]

@@ -247,7 +247,7 @@ class BankSession:
             self._leave(k)
         self._drop([k for k, p in enumerate(self.progress) if p.done])
         if self.runs:
-            steps = len(plan.effective_batches(len(self.splits["train"]), self.training, 0))
+            steps = len(plan.effective_batches(self.splits["train"].lengths, self.training, 0))
             self.listen("start", self._opening(steps))
         while self.runs:
             self._epoch()
@@ -257,7 +257,7 @@ class BankSession:
     def _epoch(self) -> None:
         """The rest of the current epoch, from the step it stands at."""
         epoch, first = self.progress[0].epoch, self.progress[0].step
-        batches = plan.effective_batches(len(self.splits["train"]), self.training, epoch)
+        batches = plan.effective_batches(self.splits["train"].lengths, self.training, epoch)
         features = self._features(batches[first:], epoch)
         self.stepper.train_mode()
         for step in range(first, len(batches)):

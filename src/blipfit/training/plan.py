@@ -26,15 +26,30 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
     )
 
 
-def effective_batches(count: int, training: TrainingPart, epoch: int) -> list[list[int]]:
+# So many batches are sorted by length together: enough that rows of a batch are nearly alike, few enough that a
+# batch still mixes what an epoch's order brings together.
+GROUPED = 8
+
+
+def effective_batches(lengths: Sequence[int], training: TrainingPart, epoch: int) -> list[list[int]]:
     """Shuffled question indices, one list an optimiser step; the last short batch is dropped.
 
-    A function of (seed, epoch) alone.
+    `lengths` are the questions' text tokens. A function of them, the seed and the epoch alone: every experiment of a
+    bank, and the same experiment by itself, sees the same batches.
     """
-    order = list(range(count))
-    random.Random(f"{training.seed}/{epoch}").shuffle(order)
+    order = list(range(len(lengths)))
+    rng = random.Random(f"{training.seed}/{epoch}")
+    rng.shuffle(order)
     size = training.batch_size * training.accumulation
-    return [order[i : i + size] for i in range(0, count - size + 1, size)]
+    order = order[: len(order) // size * size]
+    if not training.group_by_length:
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    batches = []
+    for start in range(0, len(order), GROUPED * size):
+        group = sorted(order[start : start + GROUPED * size], key=lengths.__getitem__)
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    rng.shuffle(batches)
+    return batches
 
 
 def total_steps(count: int, training: TrainingPart) -> int:

@@ -3,20 +3,27 @@
 1. Tokenizers, from the texts of the icon world.
 2. The vision tower with the miniature CLIP (`pretrain_tower`).
 3. The Q-Former on top of the frozen tower, without a language model, for both families (`pretrain_queries`).
-4. Q-Former, projection and language model on top of the frozen tower, each family by itself (`pretrain_answers`).
+4. The language model alone, on text; then Q-Former, projection and language model on top of the frozen tower; each
+   family by itself (`pretrain_answers`).
 
 One thread is best where several processes share a machine; the two families may then train side by side.
 """
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPProcessor, InstructBlipProcessor, PreTrainedTokenizerBase
+from transformers import (
+    CLIPProcessor,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from blipfit.data import icons
 from blipfit.data.batches import TextEncoder
@@ -30,34 +37,11 @@ from blipfit.training.pretrain_tasks import Mixture
 Log = Callable[[dict], None]
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round of the language model's stage."""
-
-    schedule: Schedule
-    mixture: Mixture
-
-
-# What the first round leaves weakest: naming one thing among others, and comparing two of them.
-LATER = Mixture(
-    options=0.6,
-    yes_no=1.5,
-    caption=0.4,
-    heads=1.0,
-    named=4.0,
-    blank=0.08,
-    hard=4.0,
-    hard_skills=("relation", "size", "where", "count_kind", "beside", "exists"),
-)
-
-
-# Which letter belongs to a known answer: first without any picture, then with all the rest.
-LETTERS = Mixture(lookups=96)
-TOGETHER = replace(
-    LATER,
-    options=0.8,
-    lookups=32,
-    hard_skills=("relation", "size", "bigger", "count_kind", "count_all", "beside"),
+# Reasoning over two things is what takes longest, so it is asked most often.
+SLOW = ("relation", "size", "where", "count_kind", "beside", "count_all", "bigger")
+LOOKING = Mixture(asks=5, options=0.3, caption=0.0, named=4.0, hard=3.0, hard_skills=(*SLOW, "time", "scale"))
+TOGETHER = Mixture(
+    options=0.75, yes_no=1.2, caption=0.5, heads=1.0, named=4.0, blank=0.05, lookups=16, hard=3.0, hard_skills=SLOW
 )
 
 
@@ -76,17 +60,14 @@ class PretrainRecipe:
     wrong_captions: int = 1
     """Captions with a planted error, for every picture of the tower's stage."""
 
-    queries: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch=16, lr=1.5e-3))
-    queries_asks: int = 5
-    queries_options: float = 0.3
-    """What is asked of a picture in the Q-Former's own stage, and how much of it with options."""
-    rounds: tuple[Round, ...] = (
-        Round(Schedule(steps=1600, batch=20, lr=1e-3), Mixture()),
-        Round(Schedule(steps=1300, batch=20, lr=1e-3), LATER),
-        Round(Schedule(steps=700, batch=0, lr=1e-3), LETTERS),
-        Round(Schedule(steps=1000, batch=20, lr=1e-3), TOGETHER),
-    )
-    """The language model's stage, in rounds; each warms up and cools down again. `batch` counts pictures."""
+    queries: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
+    looking: Mixture = LOOKING
+    """What is asked of a picture in the Q-Former's own stage."""
+    words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))
+    """The language model's stage without pictures; `batch` counts questions."""
+    answers: Schedule = field(default_factory=lambda: Schedule(steps=2000, batch=16, lr=1e-3))
+    """The stage of Q-Former and language model together; `batch` counts pictures."""
+    together: Mixture = TOGETHER
 
     def hash(self) -> str:
         """The first 16 hexadecimal digits of SHA-256 over the recipe as sorted JSON."""
@@ -146,70 +127,88 @@ def train_queries(
     torch.manual_seed(recipe.seed)
     backbone = untrained("t5", target, tower, seed=recipe.seed)
     queries = pretrain_queries.Queries(backbone.hf)
-    mixture = Mixture(asks=recipe.queries_asks, options=recipe.queries_options)
 
     def losses_at(step: int) -> dict[str, torch.Tensor]:
         return pretrain_queries.losses(
-            backbone.hf, queries, backbone.text.qformer, recipe.seed, step, recipe.queries.batch, mixture
+            backbone.hf, queries, backbone.text.qformer, recipe.seed, step, recipe.queries.batch, recipe.looking
         )
 
     fit(queries, losses_at, recipe.queries, state, log, until=until)
+
+
+def train_words(
+    recipe: PretrainRecipe, family: tiny.Family, target: Path, state: Path, log: Log, until: int | None = None
+) -> None:
+    """Train a family's language model on text alone; the result lies in `state`."""
+    backbone = untrained(family, target, seed=recipe.seed)
+    backbone.hf.train()
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"{recipe.seed}/words/{step}")
+        return {"lookups": pretrain_answers.lookup_loss(backbone, recipe.words.batch, rng)}
+
+    fit(backbone.language, losses_at, recipe.words, state, log, until=until)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The state files of the stages before the last one."""
+
+    tower: Path
+    queries: Path
+    words: Path
 
 
 def train_answers(
     recipe: PretrainRecipe,
     family: tiny.Family,
     target: Path,
-    before: tuple[Path, Path],
+    before: Before,
     state: Path,
     log: Log,
     until: int | None = None,
     checked: int = 280,
 ) -> None:
-    """Train a family's Q-Former and language model and write the miniature; `before`: states of tower and Q-Former."""
+    """Train a family's Q-Former and language model together and write the miniature."""
     torch.manual_seed(recipe.seed)
-    backbone = untrained(family, target, *before, seed=recipe.seed)
+    backbone = untrained(family, target, before.tower, before.queries, before.words, seed=recipe.seed)
     trained = pretrain_answers.Trained(backbone)
-    trained.queries.answer.load_state_dict(_part(before[1], "answer."))
-    trained.queries.cell.load_state_dict(_part(before[1], "cell."))
+    for name in ("answer", "cell", "named"):
+        getattr(trained.queries, name).load_state_dict(_part(before.queries, f"{name}."))
 
-    first = 0
-    for number, one in enumerate(recipe.rounds):
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        backbone.hf.train()
+        return pretrain_answers.losses(backbone, trained, recipe.seed, step, recipe.answers.batch, recipe.together)
 
-        def losses_at(step: int, first: int = first, one: Round = one) -> dict[str, torch.Tensor]:
-            backbone.hf.train()
-            return pretrain_answers.losses(
-                backbone, trained, recipe.seed, first + step, one.schedule.batch, one.mixture
-            )
+    def check() -> dict:
+        return quick_check(backbone, recipe.seed + 1, checked) if checked else {}
 
-        fit(
-            trained,
-            losses_at,
-            one.schedule,
-            state.with_name(f"{state.stem}-{number}{state.suffix}"),
-            log,
-            check=lambda: quick_check(backbone, recipe.seed + 1, checked) if checked else {},
-            until=None if until is None else until - first,
-        )
-        first += one.schedule.steps
-        metadata = {"recipe": recipe.hash(), "stage": f"answers, round {number + 1} of {len(recipe.rounds)}"}
-        tiny.save(backbone.hf, target / tiny.NAMES[family], metadata)
-        if until is not None and first >= until:
-            break
+    fit(trained, losses_at, recipe.answers, state, log, check=check, until=until)
+    tiny.save(backbone.hf, target / tiny.NAMES[family], {"recipe": recipe.hash(), "stage": "answers"})
 
 
-def untrained(family: tiny.Family, target: Path, tower: Path, queries: Path | None = None, *, seed: int) -> Backbone:
-    """A miniature with the trained tower, the trained Q-Former where given, and beyond that random weights."""
+def untrained(
+    family: tiny.Family,
+    target: Path,
+    tower: Path | None = None,
+    queries: Path | None = None,
+    words: Path | None = None,
+    *,
+    seed: int,
+) -> Backbone:
+    """A miniature with what these state files hold of tower, Q-Former and language model; the rest is random."""
     parts = InstructBlipProcessor.from_pretrained(target / tiny.NAMES[family])
     hf = tiny.build(family, parts, seed)
-    hf.vision_model.load_state_dict(_part(tower, "vision."))
+    pretrain_answers.head_start(hf.language_model)
+    if tower is not None:
+        hf.vision_model.load_state_dict(_part(tower, "vision."))
     if queries is not None:
         hf.qformer.load_state_dict(_part(queries, "qformer."))
         hf.vision_model.post_layernorm.load_state_dict(_part(queries, "post_layernorm."))
         hf.query_tokens.data.copy_(_part(queries, "query_tokens")[""])
-    start = 0 if family == "t5" else parts.tokenizer.bos_token_id
-    text = TextEncoder(parts.qformer_tokenizer, parts.tokenizer, family, start)
-    return Backbone(hf, text, family, tiny.NAMES[family])
+    if words is not None:
+        hf.language_model.load_state_dict(_part(words, ""), strict=False)  # tied copies are not in the file
+    return _backbone(hf, parts, family)
 
 
 def _part(state: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -230,24 +229,59 @@ def quick_check(backbone: Backbone, seed: int, questions: int) -> dict:
 
 
 def pretrain_tiny(
-    target: Path, recipe: PretrainRecipe = RECIPE, families: Sequence[tiny.Family] = ("t5", "vicuna")
-) -> None:
-    """Make the miniatures in `target`: `tiny-clip` and one folder a family, and `log.jsonl` with the curve.
+    target: Path,
+    recipe: PretrainRecipe = RECIPE,
+    families: Sequence[tiny.Family] = ("t5", "vicuna"),
+    listen: Log = lambda record: None,
+) -> dict[tiny.Family, dict]:
+    """Make the miniatures in `target`: `tiny-clip` and one folder a family, `log.jsonl` with the curve.
 
-    Starting the same command again continues; what `target/state` holds of another recipe is refused. The stages
-    and families may also run one by one, as long as the tower is first.
+    Starting the same command again continues; what `target/state` holds of another recipe is refused (`UserError`).
+    Returns what each family answers right on fresh pictures (`pretrain_check.measure`), and writes it beside its
+    weights as `measured.json`.
     """
     state = target / "state"
     _claim(state, recipe)
     if not (target / tiny.CLIP_NAME / "tokenizer.json").exists():
         train_tokenizers(recipe, target)
-    log = target / "log.jsonl"
+
+    def log(stage: str) -> Log:
+        keep = json_lines(target / "log.jsonl", stage=stage)
+
+        def both(record: dict) -> None:
+            keep(record)
+            listen({"stage": stage, **record})
+
+        return both
+
     tower, queries = state / "tower.safetensors", state / "queries.safetensors"
-    train_tower(recipe, target, tower, json_lines(log, stage="tower"))
-    train_queries(recipe, target, tower, queries, json_lines(log, stage="queries"))
+    train_tower(recipe, target, tower, log("tower"))
+    train_queries(recipe, target, tower, queries, log("queries"))
+    measured = {}
     for family in families:
-        done = state / f"{family}.safetensors"
-        train_answers(recipe, family, target, (tower, queries), done, json_lines(log, stage=family))
+        words = state / f"{family}-words.safetensors"
+        train_words(recipe, family, target, words, log(f"{family} words"))
+        train_answers(
+            recipe, family, target, Before(tower, queries, words), state / f"{family}.safetensors", log(family)
+        )
+        measured[family] = measure(family, target / tiny.NAMES[family], recipe.seed + 2)
+        text = json.dumps(measured[family], indent=2) + "\n"
+        (target / tiny.NAMES[family] / "measured.json").write_text(text, encoding="utf-8")
+    return measured
+
+
+def measure(family: tiny.Family, folder: Path, seed: int) -> dict:
+    """What a finished miniature is judged by (`pretrain_check.measure`), read back from its folder."""
+    parts = InstructBlipProcessor.from_pretrained(folder)
+    hf = InstructBlipForConditionalGeneration.from_pretrained(folder)
+    return pretrain_check.measure(_backbone(hf, parts, family), seed)
+
+
+def _backbone(hf: InstructBlipForConditionalGeneration, parts: InstructBlipProcessor, family: tiny.Family) -> Backbone:
+    start = 0 if family == "t5" else parts.tokenizer.bos_token_id
+    return Backbone(
+        hf, TextEncoder(parts.qformer_tokenizer, parts.tokenizer, family, start), family, tiny.NAMES[family]
+    )
 
 
 def _claim(state: Path, recipe: PretrainRecipe) -> None:

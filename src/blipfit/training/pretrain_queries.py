@@ -1,9 +1,9 @@
 """Stage 2 of the miniatures: the Q-Former learns to look before there is a language model, as in BLIP-2.
 
 It reads a question and must name the answer among all answers of the icon world. Beside that, each of the 16 query
-outputs names the icon in one of the 16 cells of the board: so the first cross-attention gathers the picture cell by
-cell, and the layers after it have only to reason over that and the question. This stage costs a third of a step with
-a language model and teaches both families at once.
+outputs names the icon in one of the 16 cells of the board, and whether it is one that the question names: so the first
+cross-attention gathers the picture cell by cell, the text finds what it speaks of, and the layers after it have only to
+reason over that. This stage costs a third of a step with a language model and teaches both families at once.
 """
 
 import random
@@ -16,15 +16,16 @@ from transformers import InstructBlipForConditionalGeneration, PreTrainedTokeniz
 from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
-from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, tasks
+from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, named_things, tasks
 from blipfit.training.pretrain_tower import SIDE, pixels, truth
 
 # What a cell holds: shape, colour and size of its icon, 0 where it is empty.
 PARTS = [len(icons.SHAPES) + 1, len(icons.COLORS) + 1, 3]
+NAMED = 2  # a question names two things at most
 
 
 class Queries(nn.Module):
-    """Layer norm, query tokens and Q-Former of `hf`, and two linear heads that are thrown away afterwards."""
+    """Layer norm, query tokens and Q-Former of `hf`, and three linear heads that are thrown away afterwards."""
 
     def __init__(self, hf: InstructBlipForConditionalGeneration) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class Queries(nn.Module):
         self.query_tokens = hf.query_tokens
         width = self.query_tokens.shape[-1]
         self.answer, self.cell = nn.Linear(width, len(ANSWERS)), nn.Linear(width, sum(PARTS))
+        self.named = nn.Linear(width, NAMED)
         assert self.query_tokens.shape[1] == BOARD**2, "a query for every cell"
 
     def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -70,19 +72,39 @@ def losses(
     text = tokenizer([made.prompt for _, made in asked], padding=True, return_tensors="pt")
     rows = torch.tensor([row for row, _ in asked])
     seen = queries(features[rows], text["input_ids"], text["attention_mask"])
-    return head_losses(queries, seen, [made for _, made in asked], cells(scenes)[rows])
+    return head_losses(queries, seen, [made for _, made in asked], cells(scenes)[rows], mixture)
 
 
 def head_losses(
-    queries: Queries, seen: Tensor, asked: list[Prompted], held: Tensor, real: Tensor | None = None
+    queries: Queries,
+    seen: Tensor,
+    asked: list[Prompted],
+    held: Tensor,
+    mixture: Mixture,
+    real: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What the two heads say of the query outputs; captions and rows that are not `real` have no answer to name."""
-    named = {"cells": cells_loss(queries, seen, held)}
+    """What the heads say of the query outputs; captions and rows that are not `real` have no answer to name."""
+    fits = F.binary_cross_entropy_with_logits(queries.named(seen), named_cells(asked, held))
+    named = {"cells": cells_loss(queries, seen, held), "named": mixture.named * fits}
     rows = [row for row, made in enumerate(asked) if made.prompt != CAPTION and (real is None or bool(real[row]))]
     if rows:
         wanted = torch.tensor([ANSWERS.index(content(asked[row].target)) for row in rows])
         named["answer"] = F.cross_entropy(queries.answer(seen[rows].mean(1)), wanted)
     return named
+
+
+def named_cells(asked: list[Prompted], held: Tensor) -> Tensor:
+    """Whether a cell's icon is the first or the second thing that a question names, [B, 16, 2] of 0 and 1."""
+    found = torch.zeros(*held.shape[:2], NAMED)
+    for row, made in enumerate(asked):
+        for place, (color, shape) in enumerate(named_things(made.prompt)[:NAMED]):
+            fits = held[row, :, 0] > 0
+            if shape:
+                fits = fits & (held[row, :, 0] == icons.SHAPES.index(shape) + 1)
+            if color:
+                fits = fits & (held[row, :, 1] == icons.COLORS.index(color) + 1)
+            found[row, :, place] = fits.float()
+    return found
 
 
 def cells(scenes: list[icons.Scene]) -> Tensor:

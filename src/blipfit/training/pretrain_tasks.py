@@ -63,7 +63,7 @@ def tasks(scene: icons.Scene, mixture: Mixture, rng: random.Random) -> list[Prom
         pool.append((mixture.yes_no, Prompted(pair.yes if yes else pair.no, "Yes" if yes else "No", ())))
     told = pretrain_texts.caption(scene, rng)
     pool.append((mixture.caption, PROMPTS["caption-v1"](as_question("", told))))
-    return _drawn(pool, mixture.asks, rng)
+    return _drawn([item for item in pool if item[0] > 0], mixture.asks, rng)
 
 
 def named_things(prompt: str) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
 
 def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
     training = stepper.training
-    batches = plan.effective_batches(len(material), training, 0)[: TIMED_STEPS + 1]
+    batches = plan.effective_batches(material.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
     times = []
     kept = _Kept(stepper)
