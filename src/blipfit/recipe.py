@@ -31,6 +31,9 @@ class ModelPart(Part):
     """Hub name (`Salesforce/instructblip-flan-t5-xl`), a local folder of that format, `tiny-t5` or `tiny-vicuna`."""
     revision: str | None = None
     """Hub revision (commit or tag); the default branch where absent."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen language model is stored, through bitsandbytes: `8bit` as LLM.int8(), `4bit` as NF4. LoRA above it
+    trains as ever; vision tower, Q-Former and head stay as they are."""
 
 
 class DataPart(Part):

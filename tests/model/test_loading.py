@@ -17,9 +17,10 @@ import checkpoints
 import reference
 from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
-from blipfit.model import loading, tiny
+from blipfit.model import cost, loading, tiny
 from blipfit.model.backbone import fingerprint, head
 from blipfit.recipe import AdapterPart, ModelPart
+from blipfit.training import pretrain_check
 
 
 @pytest.fixture
@@ -299,3 +300,34 @@ def test_who_asks_to_stay_offline_is_heard(monkeypatch, tmp_path, variable):
         monkeypatch.setenv(variable, "1")
     with pytest.raises(UserError, match="offline: `someone/small` is not in the local cache"):
         loading.load(ModelPart(name="someone/small"))
+
+
+@pytest.mark.parametrize("how", ["8bit", "4bit"])
+def test_a_quantised_language_model_answers_alike_and_lets_gradients_through(family, how, capfd):
+    name = tiny.NAMES[family]
+    plain, packed = (loading.load(ModelPart(name=name, quantization=q)) for q in ("none", how))  # type: ignore[arg-type]
+    assert cost.parameters(packed.hf) == cost.parameters(plain.hf)
+    assert sum(cost.weight_bytes(packed.hf).values()) < 0.9 * sum(cost.weight_bytes(plain.hf).values())
+    kept = {name for name, module in packed.hf.named_modules() if type(module) is torch.nn.Linear}
+    changed = {name for name, module in packed.hf.named_modules() if isinstance(module, torch.nn.Linear)} - kept
+    assert changed
+    assert all(name.startswith("language_model.") and "lm_head" not in name for name in changed)
+    assert torch.equal(head(packed.hf), head(plain.hf))
+    asked = pretrain_check.fresh(1, ["color"], 8)
+    batch = plain.text.targets(plain.text.encode([pretrain_check.pretrain_texts.prompted(ask) for _, ask in asked]))
+    features = plain.see(pretrain_check.pixels([scene for scene, _ in asked]))
+    visual = plain.query(features, batch).detach().requires_grad_()
+    found = []
+    for one in (plain, packed):
+        loss = one.losses(visual, batch)
+        (gradient,) = torch.autograd.grad(loss.sum(), visual)
+        found.append((loss, gradient.flatten()))
+    assert torch.allclose(found[0][0], found[1][0], rtol=0.5)
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.7
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_bitsandbytes_the_mend_is_said(monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"blipfit\[quant\]"):
+        loading.load(ModelPart(name="tiny-t5", quantization="8bit"))

@@ -180,4 +180,10 @@ def loaded_bytes(hf: nn.Module) -> dict[str, int]:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(_numel(parameter) for parameter in module.parameters())
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of a weight, also where bitsandbytes packs two of them into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()

@@ -4,12 +4,14 @@ Every guard stands for a way in which a model was silently wrong; docs/footguns.
 """
 
 import contextlib
+import importlib.util
+import logging
 import os
 import ssl
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def load(
     folder, revision = locate(model)
     low = low_precision(precision, device)
     with quiet():
-        hf = weights(folder, revision, low or torch.float32, model.name)
+        hf = weights(folder, revision, low or torch.float32, model.name, quantised(model.quantization, low, device))
         qformer_tokenizer, tokenizer = tokenizers(folder, revision)
     family = family_of(hf.config)
     prepare(hf, family, model.name)
@@ -59,7 +61,9 @@ def load(
         raise UserError(
             f"{model.name}: the Q-Former reads at most {positions} tokens; lower training.max_text_tokens={max_text}"
         )
-    hf.requires_grad_(False).eval().to(device)
+    hf.requires_grad_(False).eval()
+    if model.quantization == "none":  # a quantised model was loaded where it stays
+        hf.to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
     text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start(hf, family), max_text, max_target)
     return Backbone(hf, text, family, model.name, autocast=low)
@@ -110,10 +114,39 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-def weights(folder: str, revision: str | None, dtype: torch.dtype, name: str) -> Any:
+# What quantisation leaves as it is: all but the layers inside the language model.
+_NOT_QUANTISED = ["vision_model", "qformer", "language_projection", "lm_head"]
+
+
+def quantised(how: str, low: torch.dtype | None, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a language model in 8 or 4 bit; none for `none`."""
+    if how == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantization={how} needs bitsandbytes: pip install 'blipfit[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    # It says with every layer that 8 bit computes in float16, and on a CPU which faster kernels it did not find.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if how == "8bit":
+        chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=low or torch.float32,
+            llm_int8_skip_modules=_NOT_QUANTISED,
+        )
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def weights(
+    folder: str, revision: str | None, dtype: torch.dtype, name: str, options: Mapping[str, Any] | None = None
+) -> Any:
     """The model with all its weights, of type `dtype` where they stay frozen and fp32 where they may be trained.
 
-    UserError where the copy is of another kind, damaged or not whole.
+    `options` are passed to `from_pretrained` (see `quantised`). UserError where the copy is of another kind, damaged
+    or not whole.
     """
     from transformers import InstructBlipForConditionalGeneration, PreTrainedConfig
 
@@ -132,6 +165,7 @@ def weights(folder: str, revision: str | None, dtype: torch.dtype, name: str) ->
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to name them below; transformers' own error does not
             output_loading_info=True,
+            **(options or {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name} cannot be loaded ({_first_line(error)}); get a whole copy") from error
@@ -258,20 +292,20 @@ def check_tokenizers(hf: Any, family: Family, qformer: Any, language: Any, name:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' loading chatter off a user's first screen; errors still come through."""
-    from transformers.utils import logging
+    from transformers.utils import logging as chatter
 
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = chatter.get_verbosity()
+    bars = chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        chatter.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            chatter.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

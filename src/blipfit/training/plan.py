@@ -17,6 +17,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
     return (
         recipe.model.name,
         recipe.model.revision or "",
+        recipe.model.quantization,
         recipe.data.model_dump_json(),
         repr(sorted(shared.items())),
         recipe.judging.model_dump_json(),
