@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from benchmarks import grid_step, growth
+from benchmarks import grid_step, growth, memory
 
-ALL = {"grid_step": grid_step.run, "growth": growth.run}
+ALL = {"grid_step": grid_step.run, "growth": growth.run, "memory": memory.run}
 
 
 def main() -> None:

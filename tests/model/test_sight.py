@@ -78,17 +78,6 @@ def test_off_and_shared_give_what_the_tower_gives(mode, backbone: Backbone, ques
     assert not torch.equal(found.features(some, (42, 3)), plain(backbone, some))
 
 
-def test_shared_sees_a_step_once_and_off_every_time(backbone, questions, monkeypatch: pytest.MonkeyPatch):
-    passes = counting(backbone, monkeypatch)
-    for mode, expected in (("shared", 4), ("off", 6)):
-        found = Sight.from_backbone(backbone, mode)
-        for view in ((1, 0), (1, 0), (1, 1), (2, 1), None):
-            found.features(questions[:3], view)
-        found.features(questions[:3], None)
-        assert len(passes) == expected
-        passes.clear()
-
-
 def test_stored_gives_the_rounded_value_first_and_ever_after(stored, backbone, questions, tmp_path: Path):
     expected = plain(backbone, questions).half()
     first = stored.features(questions)

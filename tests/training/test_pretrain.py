@@ -95,7 +95,7 @@ def test_the_qformer_learns_to_look(made):
         text = backbone.text.qformer(["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt")
         with torch.no_grad():
             features = backbone.see(pretrain_tower.pixels(scenes))
-            seen = heads(features, text["input_ids"], text["attention_mask"])
+            seen, _ = heads(features, text["input_ids"], text["attention_mask"])
             found.append(pretrain_queries.cells_loss(heads, seen, pretrain_queries.cells(scenes)))
     assert found[1] < found[0]
 

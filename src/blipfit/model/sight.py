@@ -30,8 +30,7 @@ _THREADS = 2
 class Sight:
     """Questions → image features `B × P × D` on the backbone's device.
 
-    `off`: computed at every call, as the tower gives them.
-    `shared`: the same numbers; the last batch is remembered, so that all who train on a step share one pass.
+    `off`, `shared`: computed at every call, as the tower gives them; the experiments of a bank share each call.
     `stored`: of the plain view, from the store, in its 16-bit type. There the model always sees the rounded value,
     whether it was stored long ago or a moment ago: a missing image is computed, stored, and then read.
     """
@@ -39,7 +38,6 @@ class Sight:
     def __init__(self, backbone: Backbone, mode: Mode, store: Store | None, announce: Callable[[str], None]):
         assert (store is not None) == (mode == "stored")
         self.backbone, self.mode, self.store, self.announce = backbone, mode, store, announce
-        self._last: tuple[Any, Tensor] | None = None
 
     @classmethod
     def from_backbone(
@@ -66,12 +64,7 @@ class Sight:
             if self.store.missing(contents):
                 self.prepare(questions)
             return self._on_device(self.store.read(contents))
-        key = (tuple((question.id, question.image) for question in questions), view)
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        computed = self.see(self.pixels(questions, view))
-        self._last = (key, computed) if self.mode == "shared" else None
-        return computed
+        return self.see(self.pixels(questions, view))
 
     def prefetch(
         self, batches: Sequence[Sequence[Question]], view: View | None = None, depth: int = 2

@@ -118,11 +118,11 @@ def _weighted(
     rows = torch.tensor([row for row, _ in chosen])
     encoded = backbone.text.encode(made)
     batch = backbone.text.targets(encoded)
-    queried = trained.queries(seen.features[rows], batch.qformer_ids_BT, batch.qformer_mask_BT)
+    queried, halfway = trained.queries(seen.features[rows], batch.qformer_ids_BT, batch.qformer_mask_BT)
     logits = backbone.target_logits(trained.projection(queried), batch)[0]
     lengths = torch.tensor([len(row.target) for row in encoded])
     weights = lengths.float().rsqrt().repeat_interleave(lengths)
     token = F.cross_entropy(logits.float(), batch.labels_N, reduction="none")
     held, real = seen.cells[rows], rows < len(seen.features) - 1
-    heads = sum(head_losses(trained.queries, queried, made, held, mixture, real).values(), torch.zeros(()))
+    heads = sum(head_losses(trained.queries, queried, halfway, made, held, mixture, real).values(), torch.zeros(()))
     return (token * weights).sum(), float(weights.sum()), mixture.heads * heads

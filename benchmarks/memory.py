@@ -1,0 +1,88 @@
+"""Whether the plan's memory is what training takes: `python -m benchmarks memory`.
+
+Every bank trains in a process of its own, because a process's peak never falls again. Measured is how far its resident
+memory (on a GPU: the allocator's) rises above the loaded model; predicted, what the plan says a bank needs beyond the
+weights.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks import measure
+from benchmarks.growth import SIZES
+from blipfit import grid
+from blipfit.data import icons
+from blipfit.evaluation import material
+from blipfit.model import loading
+from blipfit.model.cost import weight_bytes
+from blipfit.model.sight import Sight
+from blipfit.training import plan, trial
+from blipfit.training.step import Stepper
+
+STEPS = 4
+
+
+def run() -> dict[str, Any]:
+    """Predicted and measured bytes for banks of growing size of both families."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "icons"
+        icons.prepare(data, train=128, val=16, test=16)
+        for family, first in (("t5", 13), ("vicuna", 45)):
+            print(f"\n{family} miniature: memory beyond the loaded model, MiB")
+            found[family] = {}
+            for size in SIZES:
+                command = [sys.executable, "-m", "benchmarks.memory", str(data), str(first), str(size)]
+                row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                found[family][str(size)] = row
+                print(
+                    f"  {size:>3} at once  predicted {row['predicted'] / 2**20:7.1f}  measured "
+                    f"{row['measured'] / 2**20:7.1f}  ratio {row['predicted'] / row['measured']:.2f}",
+                    flush=True,
+                )
+    measure.keep("memory-cpu" if not torch.cuda.is_available() else "memory-gpu", found)
+    return found
+
+
+def one(data: Path, first: int, size: int) -> dict[str, int]:
+    """In a fresh process: train, look at the peak, then ask what the plan would have said."""
+    recipes = [grid.recipe("icons", first + i * max(SIZES) // size, "tiny") for i in range(size)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = loading.load(recipes[0].model, device=device)
+    train = material.read(backbone, recipes[0].data, data, "train")
+    sight = Sight.from_backbone(backbone, "off")
+    training = recipes[0].training
+    batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
+    seen = [
+        [sight.features([train.questions[i] for i in micro]) for micro in plan.micro_batches(batch, training)]
+        for batch in batches
+    ]
+    before = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    stepper = Stepper(backbone, recipes, train.encoded)
+    best = stepper.bank.values.clone()  # as training has it
+    stepper.train_mode()
+    for number, batch in enumerate(batches):
+        stepper.step(batch, seen[number], 0, number)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
+    stepper.bank.remove()
+    del stepper, best
+    told = trial.measure(backbone, recipes, train, sight)
+    assert told is not None
+    return {"measured": peak - before, "predicted": told.memory - sum(weight_bytes(backbone.hf).values())}
+
+
+def _peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    print(json.dumps(one(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
