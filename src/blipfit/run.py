@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
+
 import blipfit
 from blipfit import recipe as recipes
 from blipfit.errors import UserError
@@ -108,6 +110,22 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         return read_json(self.result_file)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder; UserError if one is at work there. A killed one holds nothing."""
+        lock = filelock.FileLock(self.made().folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it, or choose another --results folder"
+            ) from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def claim(self, recipe: Recipe, data: str) -> State:
         """Make the folder this recipe's on these questions (their hash), or refuse if it holds others' results."""

@@ -6,6 +6,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,18 @@ def train(
     hashes = check_inputs(recipes, data)
     for run, recipe, digest in zip(runs, recipes, hashes, strict=True):
         run.refuse_other(recipe, digest)
+    with ExitStack() as held:
+        for run in runs:
+            if processes.is_main() and run.state() != "finished":
+                held.enter_context(run.held())
+        _train(list(zip(runs, recipes, hashes, strict=True)), workshop, data, listen)
+    return runs
+
+
+def _train(chosen: Sequence[tuple[Run, Recipe, str]], workshop: Workshop, data: Path, listen: Listener) -> None:
+    """Claim the folders of what is not finished, and train it; `chosen` with the hashes of its questions."""
     todo: list[Member] = []
-    for run, recipe, digest in zip(runs, recipes, hashes, strict=True):
+    for run, recipe, digest in chosen:
         with processes.main_first():
             state = run.claim(recipe, digest)
         if state == "finished":
@@ -81,7 +92,6 @@ def train(
         for members in _banks(todo):
             _train_bank(workshop, members, data, listen)
         processes.wait()
-    return runs
 
 
 def _silent(event: str, facts: dict[str, Any]) -> None:
