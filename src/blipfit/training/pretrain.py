@@ -65,9 +65,11 @@ class PretrainRecipe:
     """What is asked of a picture in the Q-Former's own stage."""
     words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))
     """The language model's stage without pictures; `batch` counts questions."""
-    answers: Schedule = field(default_factory=lambda: Schedule(steps=2000, batch=16, lr=1e-3))
+    answers: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch=16, lr=1e-3))
     """The stage of Q-Former and language model together; `batch` counts pictures."""
     together: Mixture = TOGETHER
+    gently: float = 0.2
+    """Fraction of the rate at which the Q-Former, which knows its work by then, learns beside the language model."""
 
     def hash(self) -> str:
         """The first 16 hexadecimal digits of SHA-256 over the recipe as sorted JSON."""
@@ -183,7 +185,16 @@ def train_answers(
     def check() -> dict:
         return quick_check(backbone, recipe.seed + 1, checked) if checked else {}
 
-    fit(trained, losses_at, recipe.answers, state, log, check=check, until=until)
+    fit(
+        trained,
+        losses_at,
+        recipe.answers,
+        state,
+        log,
+        check=check,
+        until=until,
+        gently={"queries.": recipe.gently},
+    )
     tiny.save(backbone.hf, target / tiny.NAMES[family], {"recipe": recipe.hash(), "stage": "answers"})
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +51,22 @@ def fit(
     check: Callable[[], dict] = dict,
     check_every: int = 250,
     until: int | None = None,
+    gently: Mapping[str, float] | None = None,
 ) -> int:
     """Train `module` in place and return the number of steps done.
 
     `losses_at(step)` gives named losses that are summed. `state` is read where it exists and written with every
-    check, whose findings go to the log. `until` stops early without touching the schedule.
+    check, whose findings go to the log. `until` stops early without touching the schedule. Parameters whose names begin
+    as a key of `gently` learn at that fraction of the rate.
     """
     parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    kinds: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, value in parameters.items():
+        part = next((part for begins, part in (gently or {}).items() if name.startswith(begins)), 1.0)
+        kinds.setdefault((part, value.ndim > 1), []).append(value)
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": values, "weight_decay": schedule.weight_decay if decays else 0.0, "part": part}
+        for (part, decays), values in kinds.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
     step = _restore(state, module, optimizer, parameters) if state.exists() else 0
@@ -68,7 +74,7 @@ def fit(
     sums: dict[str, list[float]] = {}
     while step < end:
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+            group["lr"] = schedule.rate(step) * group["part"]
         losses = losses_at(step)
         total = sum(losses.values(), torch.zeros(()))
         if not torch.isfinite(total):
