@@ -195,3 +195,32 @@ def test_adalora_takes_its_budget_from_the_rank():
 def test_an_adalora_that_cannot_be_is_told(changes, told):
     with pytest.raises(UserError, match=told):
         MINE.override(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["adapter.method=dorra"], r"adapter.method: unknown method; did you mean 'dora'\? \(got 'dorra'\)"),
+        (["adapter.method=prefix"], "unknown method; known: lora, adalora, dora, rslora, pissa, ia3"),
+        (["adapter.method=ia3"], r"ia3 has no rank, so adapter.rank 3 would not be read; leave it at 8 .*rank=8"),
+        (["adapter.method=ia3", "adapter.rank=8", "adapter.alpha=4"], "ia3 has no alpha, so adapter.alpha 4 would not"),
+        (["adapter.method=dora", "adapter.qformer=full", "adapter.llm=[]"], "dora has no layer to adapt; choose"),
+        (["adapter.method=pissa", "adapter.adalora.tinit=5"], "adapter.adalora is set and would not be read"),
+        (
+            ["adapter.method=pissa", "adapter.llm=attn", "model.quantization=8bit"],
+            "pissa does not work on a language model in 8bit; set model.quantization to none, or leave",
+        ),
+    ],
+)
+def test_a_method_that_cannot_be_is_told(changes, told):
+    with pytest.raises(UserError, match=told) as error:
+        MINE.override(changes)
+    assert "\n" not in str(error.value)
+
+
+def test_methods_read_what_is_theirs():
+    dora = MINE.override(["adapter.method=dora"]).adapter
+    assert (dora.start_rank, dora.mean_rank) == (3, 3)
+    MINE.override(["adapter.method=ia3", "adapter.rank=8", f"adapter.alpha={AdapterPart().alpha}"])
+    MINE.override(["adapter.method=pissa", "model.quantization=8bit", "adapter.llm=[]", "adapter.qformer=ffn"])
+    MINE.override(["adapter.method=dora", "model.quantization=4bit", "adapter.llm=attn"])

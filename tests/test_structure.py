@@ -24,6 +24,7 @@ ROOMS = (
     "run",
     "grid",
     "recipe",
+    "methods",
     "errors",
 )
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from blipfit import methods
 from blipfit.errors import UserError
 
 Family = Literal["t5", "vicuna"]
@@ -77,8 +78,9 @@ class AdaLoRAPart(Part):
 
 
 class AdapterPart(Part):
-    method: Literal["lora", "adalora"] = "lora"
-    """How the chosen layers are adapted; `adalora` spreads a budget of ranks over them by importance."""
+    method: str = "lora"
+    """How the chosen layers are adapted: `lora`; `adalora`, which spreads a budget of ranks over them by importance;
+    or `dora`, `rslora`, `pissa`, `ia3`, through peft and one experiment at a time."""
     qformer: Literal["full"] | tuple[QFormerPart, ...] = ()
     """Sublayers of the Q-Former with LoRA, or `full` to train all of it."""
     llm: tuple[LanguagePart, ...] = ()
@@ -86,10 +88,21 @@ class AdapterPart(Part):
     llm_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Only these blocks of the language model, counted from 0; T5: the encoder's first, then the decoder's."""
     rank: int = Field(default=8, ge=1)
-    """LoRA rank r."""
+    """LoRA rank r; `ia3` has none."""
     alpha: float = Field(default=8, gt=0)
-    """LoRA alpha; the scaling is alpha / rank (AdaLoRA: alpha / init_rank)."""
+    """LoRA alpha; the scaling is alpha / rank (AdaLoRA: alpha / init_rank; rsLoRA: alpha / √rank)."""
     adalora: AdaLoRAPart = AdaLoRAPart()
+
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, value: str) -> str:
+        known = (*methods.OWN, *methods.PEFT)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            raise ValueError(
+                "unknown method; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+            )
+        return value
 
     @field_validator("qformer", "llm", mode="before")
     @classmethod
@@ -118,7 +131,7 @@ class AdapterPart(Part):
 
     @model_validator(mode="after")
     def _has_ranks_to_spread(self) -> "AdapterPart":
-        if self.method == "lora":
+        if self.method != "adalora":
             if self.adalora != AdaLoRAPart():
                 raise ValueError("adapter.adalora is set and would not be read; set adapter.method to adalora too")
         elif self.qformer in ("full", ()) and not self.llm:
@@ -130,15 +143,31 @@ class AdapterPart(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _is_read_by_its_method(self) -> "AdapterPart":
+        if self.method not in methods.PEFT:
+            return self
+        if self.qformer in ("full", ()) and not self.llm:
+            raise ValueError(f"{self.method} has no layer to adapt; choose sublayers in adapter.qformer or llm")
+        for name in [name for name in methods.RANKED if name not in methods.PEFT[self.method].reads]:
+            value, untouched = getattr(self, name), type(self).model_fields[name].default
+            if value != untouched:
+                raise ValueError(
+                    f"{self.method} has no {name}, so adapter.{name} {value:g} would not be read; "
+                    f"leave it at {untouched} (--set adapter.{name}={untouched})"
+                )
+        return self
+
     @property
     def mean_rank(self) -> float:
         """Mean rank of a layer when training ends."""
-        return self.rank if self.method == "lora" or self.adalora.target_rank is None else self.adalora.target_rank
+        adaptive = self.method == "adalora" and self.adalora.target_rank is not None
+        return self.adalora.target_rank if adaptive else self.rank  # type: ignore[return-value]
 
     @property
     def start_rank(self) -> int:
         """Rank of a layer's tensors when training starts."""
-        if self.method == "lora":
+        if self.method != "adalora":
             return self.rank
         return self.adalora.init_rank or math.ceil(1.5 * self.mean_rank)
 
@@ -210,6 +239,16 @@ class Recipe(Part):
     def _names_a_folder(self) -> "Recipe":
         if not self.experiment or any(c in self.experiment for c in "/\\") or self.experiment.startswith("."):
             raise ValueError(f"experiment {self.experiment!r} cannot name a folder")
+        return self
+
+    @model_validator(mode="after")
+    def _can_stand_beside_quantised_weights(self) -> "Recipe":
+        method, packed = methods.PEFT.get(self.adapter.method), self.model.quantization
+        if method and self.adapter.llm and packed not in ("none", *method.quantization):
+            raise ValueError(
+                f"{self.adapter.method} does not work on a language model in {packed}; set model.quantization to "
+                f"{' or '.join(('none', *method.quantization))}, or leave adapter.llm empty"
+            )
         return self
 
     @property
@@ -284,7 +323,10 @@ def _sentence(error: Any) -> str:
     # Where a field has several types, pydantic adds the type to the path; a user knows no such key.
     field = ".".join(str(key) for key in location if not str(key).startswith(("literal[", "tuple[")))
     message = error["msg"].removeprefix("Value error, ")
-    return f"{field}: {message[:1].lower()}{message[1:]} (got {error['input']!r})" if field else message
+    # A sentence about several fields of a section names them; the whole section would hide it.
+    whole = error["type"] == "value_error" and isinstance(error["input"], Mapping)
+    got = "" if whole else f" (got {error['input']!r})"
+    return f"{field}: {message[:1].lower()}{message[1:]}{got}" if field else message
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:

@@ -466,3 +466,49 @@ def test_a_training_too_short_for_adalora_is_told(recipe, train, tmp_path):
     with pytest.raises(UserError, match="none of the 18 optimiser steps is left"):
         train([recipe(30, *ADALORA, "adapter.adalora.tinit=18")])
     assert not (tmp_path / "results").exists()
+
+
+# ------------------------------------------------------ methods of peft's layers
+
+
+@pytest.mark.parametrize("method", ["dora", "rslora", "pissa", "ia3"])
+def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkeypatch, method):
+    """Two runs of it, each in a bank of its own; the second is stopped between two steps."""
+    both = [recipe(n, f"adapter.method={method}", "adapter.rank=8", "training.max_epochs=3") for n in (20, 32)]
+    straight = train(both, "straight")
+    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        train(both, "broken", listen=_at("step", 26))
+    starts = []
+    resumed = train(both, "broken", listen=lambda name, facts: starts.append(facts) if name == "start" else None)
+    assert [(len(facts["runs"]), facts["epoch"], facts["step"]) for facts in starts] == [(1, 1, 1)]
+    for one, other in zip(straight, resumed, strict=True):
+        assert _same(one.result(), other.result())
+        assert one.predictions_file.read_text() == other.predictions_file.read_text()
+        assert {path.name for path in other.folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("method", ["dora", "rslora", "pissa", "ia3"])
+def test_a_run_of_a_peft_method_is_used_like_any_other(recipe, train, family, small, iconqa, method):
+    """Judged again from its folder, counted, and loaded by hand it is what was recorded."""
+    import blipfit
+    from blipfit.report import experiments
+
+    mine = recipe(
+        32 if family == "t5" else 64, f"adapter.method={method}", "training.learning_rate=5e-3", family=family
+    )
+    (run,) = train([mine])
+    result, plain = run.result(), checkpoints.load(small[family])
+    assert result["trained_parameters"] == experiments.describe(mine)["trained_parameters"]
+    shared = sum(p.numel() for n, p in plain.hf.named_parameters() if n in _tensors(run))
+    added = result["total_parameters"] - sum(p.numel() for p in plain.hf.parameters())
+    assert added == result["trained_parameters"] - shared > 0
+    again = experiments.evaluate_run(run.folder, iconqa, "test", torch.device("cpu"), base=True)
+    assert again["tuned"] == result["metrics"]["test"]
+    line = next(line for line in _records(run.predictions_file) if line["split"] == "test")
+    (question,) = (q for q in iconqa_data.load(iconqa, "test") if q.id == line["id"])
+    model = blipfit.load(adapter=run.folder, device="cpu")
+    ranked = {one.choice: one.log_likelihood for one in model.rank(question.image, question.question, question.choices)}
+    recorded = [candidate["sum"] for candidate in line["candidates"]]
+    assert [ranked[choice] for choice in question.choices] == pytest.approx(recorded, abs=1e-4)

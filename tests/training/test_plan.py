@@ -125,3 +125,10 @@ def test_dropout_seeds_differ_by_place_and_are_the_same_everywhere():
     assert len(set(seeds)) == len(places)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert plan.step_seed(42, 0, 0, 0) == 4062196238990054430  # on every machine
+
+
+def test_a_method_of_pefts_layers_shares_no_bank():
+    two = [grid.recipe("iconqa", experiment, "tiny").override(["adapter.method=dora"]) for experiment in (28, 32)]
+    assert plan.bank_key(two[0]) != plan.bank_key(two[1])
+    assert plan.bank_key(two[0]) < plan.bank_key(two[1])  # keys are sorted
+    assert len({plan.bank_key(grid.recipe("iconqa", experiment, "tiny")) for experiment in (28, 32)}) == 1

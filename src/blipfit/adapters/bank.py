@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from blipfit.adapters import placement as places
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
+from blipfit.adapters.peft_methods import PEFT_A, PEFT_B, PeftLayers
+from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterPart
 
@@ -47,8 +49,8 @@ class Bank:
     """Installs K experiments in a backbone; `remove()` gives the backbone back as it was.
 
     ValueError where the experiments cannot share a bank: either all train the Q-Former fully or none does, and all
-    have the same method. `seeds` are of LoRA's A (AdaLoRA: A and B): an experiment's start does not depend on its
-    neighbours.
+    have the same method; with a method of peft's layers (`methods.PEFT`) there is one experiment. `seeds` are of
+    LoRA's A (AdaLoRA: A and B): an experiment's start does not depend on its neighbours.
     """
 
     def __init__(
@@ -64,11 +66,21 @@ class Bank:
             raise ValueError("experiments with a fully trained Q-Former and others cannot share a bank")
         if len({adapter.method for adapter in adapters}) > 1:
             raise ValueError("experiments with LoRA and with AdaLoRA cannot share a bank")
+        if (method := self.adapters[0].method) in PEFT and len(adapters) > 1:
+            raise ValueError(f"{len(adapters)} experiments with {method} cannot share a bank: peft's layers hold one")
         self._originals: dict[str, nn.Module] = {}
         self._query_tokens = backbone.hf.query_tokens
+        self._peft = PeftLayers(backbone.hf, adapters[0], self.placements[0].lora, seeds[0]) if method in PEFT else None
+        try:
+            self._allocate(seeds, dtype)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _allocate(self, seeds: Sequence[int], dtype: torch.dtype) -> None:
         self.slots = self._plan()
         P = max((slot.stop for slot in self.slots.values()), default=0)
-        self.values = torch.zeros(len(adapters), P, dtype=dtype, device=backbone.device)
+        self.values = torch.zeros(len(self.adapters), P, dtype=dtype, device=self._query_tokens.device)
         self.grads = torch.zeros_like(self.values)
         self._parameters: dict[str, nn.Parameter] = {}
         self._initialise(seeds)
@@ -97,15 +109,19 @@ class Bank:
         """Lay the union of all experiments' tensors into columns."""
         slots: dict[str, Slot] = {}
 
-        def add(name: str, shape: Sequence[int]) -> None:
+        def add(name: str, shape: Sequence[int], decays: bool = True) -> None:
             start = next(reversed(slots.values())).stop if slots else 0
             # The last feed-forward's text branch too: its gradient is zero, not absent, so torch's AdamW decays it.
-            slots[name] = Slot(name, start, tuple(shape), decays=len(shape) > 1)
+            slots[name] = Slot(name, start, tuple(shape), decays=decays and len(shape) > 1)
 
         add(places.QUERY_TOKENS, self._query_tokens.shape[1:])
         for name in self.placements[0].full:
             for suffix, parameter in self.backbone.hf.get_submodule(name).named_parameters(recurse=False):
                 add(f"{name}.{suffix}", parameter.shape)
+        if self._peft:
+            for name, parameter in self._peft.parameters.items():
+                add(name, parameter.shape, PEFT[self.adapters[0].method].decays)
+            return slots
         for name, rank in self._lora_ranks().items():
             linear = self.backbone.hf.get_submodule(name)
             add(f"{name}.{LORA_A}", (rank, linear.in_features))
@@ -125,13 +141,22 @@ class Bank:
     def _initialise(self, seeds: Sequence[int]) -> None:
         """Trained tensors start as the model's own; A Kaiming-uniform (a = √5), B zero.
 
-        AdaLoRA: A and B from N(0, 0.02²), E zero.
+        AdaLoRA: A and B from N(0, 0.02²), E zero. peft's layers: as peft starts them, but an A beside a B of zeros as
+        LoRA's, so that methods which start alike start from the same numbers.
         """
+        layers = self._peft.parameters if self._peft else {}
         for name, slot in self.slots.items():
-            if name == places.QUERY_TOKENS:
+            if name in layers:
+                layer, low, last = name.partition(PEFT_A)
+                drawn = low and not layers[f"{layer}{PEFT_B}{last}"].count_nonzero()
+                start = layers[name].detach()
+                self.tensor(0, name).copy_(_kaiming(start, seeds[0], layer) if drawn else start)
+            elif name == places.QUERY_TOKENS:
                 self.columns(self.values, slot).copy_(self._query_tokens.detach()[0])
             elif not name.endswith((LORA_A, LORA_B, LORA_E)):
                 self.columns(self.values, slot).copy_(self.backbone.hf.get_parameter(name).detach())
+        if self._peft:
+            return
         for k, (placed, seed) in enumerate(zip(self.placements, seeds, strict=True)):
             for name in placed.lora:
                 A, B = self.tensor(k, f"{name}.{LORA_A}"), self.tensor(k, f"{name}.{LORA_B}")
@@ -144,14 +169,19 @@ class Bank:
     # -------------------------------------------------------------- install
 
     def _install(self) -> None:
+        layers = self._peft.parameters if self._peft else {}
         for slot in self.slots.values():
+            if slot.name in layers:
+                layers[slot.name].data = self.tensor(0, slot.name)
+                layers[slot.name].grad = self.tensor(0, slot.name, self.grads)
+                continue
             parameter = nn.Parameter(self.columns(self.values, slot))
             parameter.grad = self.columns(self.grads, slot)
             self._parameters[slot.name] = parameter
         self.backbone.hf.query_tokens = self._parameters[places.QUERY_TOKENS]
         for name in self.placements[0].full:
             self._replace(name, self._trained(name))
-        for name in self._lora_ranks():
+        for name in self._lora_ranks() if self._peft is None else ():
             self._replace(name, self._adapted(name))
 
     def _trained(self, name: str) -> nn.Module:
@@ -192,10 +222,16 @@ class Bank:
             setattr(self.backbone.hf.get_submodule(parent), child, module)
         self._originals.clear()
         self.backbone.hf.query_tokens = self._query_tokens
+        if self._peft:
+            self._peft.remove()
 
     def keep(self, indices: Sequence[int]) -> None:
         """Keep only these experiments, in this order."""
         rows = list(indices)
+        if self._peft:
+            if rows != [0]:
+                raise ValueError(f"a bank of one experiment cannot keep {rows}")
+            return
         self.remove()
         self.adapters = [self.adapters[k] for k in rows]
         self.placements = [self.placements[k] for k in rows]

@@ -7,6 +7,8 @@ from torch import nn
 
 from blipfit.adapters import placement as places
 from blipfit.adapters.bank import MATRICES
+from blipfit.adapters.peft_methods import PeftLayers
+from blipfit.methods import PEFT
 from blipfit.recipe import AdapterPart, Family
 
 
@@ -21,6 +23,12 @@ def trained(model: nn.Module, family: Family, adapter: AdapterPart) -> dict[str,
 
     for name in placed.full:
         add(name, sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)))
+    if adapter.method in PEFT:
+        layers = PeftLayers(model, adapter, placed.lora)
+        layers.remove()
+        for name, parameter in layers.parameters.items():
+            add(name, parameter.numel())
+        return counts
     for name in placed.lora:
         linear: Any = model.get_submodule(name)
         values = int(adapter.method == "adalora")  # a singular value beside each pair of vectors

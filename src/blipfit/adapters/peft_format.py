@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipfit import run
+from blipfit.adapters import peft_methods
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
+from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone, fingerprint
 from blipfit.recipe import AdapterPart
 
@@ -34,7 +36,10 @@ def save(folder: Path, adapter: AdapterPart, state: Mapping[str, Tensor], base: 
     """
     adaptive = adapter.method == "adalora"
     state = _folded(state) if adaptive else state
-    lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
+    if adapter.method in PEFT:
+        lora = peft_methods.stored(adapter.method, state)
+    else:
+        lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
     header = {"adapter": adapter.model_dump_json(), "base": base, "seed": str(seed), "format": "pt"}
     if adaptive:
         sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values(lora)}
@@ -44,10 +49,8 @@ def save(folder: Path, adapter: AdapterPart, state: Mapping[str, Tensor], base: 
         temporary.mkdir()
         save_file(_movable({n: t for n, t in state.items() if n not in lora}), temporary / TRAINED_FILE, header)
         if stored:
-            save_file(
-                _movable({f"{_PREFIX}{name}.weight": tensor for name, tensor in stored.items()}),
-                temporary / LORA_FILE,
-            )
+            suffix = _suffix(adapter)
+            save_file(_movable({f"{_PREFIX}{name}{suffix}": t for name, t in stored.items()}), temporary / LORA_FILE)
             _peft_config(adapter, stored, base).save_pretrained(str(temporary))
     return digest(state)
 
@@ -61,7 +64,8 @@ def read(folder: Path) -> tuple[AdapterPart, dict[str, Tensor]]:
         state, lora = load_file(folder / TRAINED_FILE), {}
         if (folder / LORA_FILE).exists():
             lora = load_file(folder / LORA_FILE)
-            lora = {name.removeprefix(_PREFIX).removesuffix(".weight"): tensor for name, tensor in lora.items()}
+            suffix = _suffix(adapter)
+            lora = {name.removeprefix(_PREFIX).removesuffix(suffix): tensor for name, tensor in lora.items()}
         if adapter.method == "adalora":
             lora = _whole(lora, json.loads(header["layers"]), adapter.start_rank)
         state |= lora
@@ -103,6 +107,8 @@ def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
 def changes(adapter: AdapterPart, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
     """Whether an adapter makes another model of the base: some B (AdaLoRA: E) is not zero or some trained tensor
     moved."""
+    if adapter.method in PEFT:
+        return peft_methods.changes(before, after)
     gate, others = (LORA_E, (LORA_A, LORA_B)) if adapter.method == "adalora" else (LORA_B, (LORA_A,))
     return any(
         bool(tensor.count_nonzero())
@@ -118,7 +124,14 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return fingerprint(*(state[name] for name in sorted(state)))
 
 
+def _suffix(adapter: AdapterPart) -> str:
+    """What the file's names have beyond the bank's; tensors of peft's layers have peft's names already."""
+    return "" if adapter.method in PEFT else ".weight"
+
+
 def _peft_config(adapter: AdapterPart, lora: Mapping[str, Tensor], base: str):  # type: ignore[no-untyped-def]
+    if adapter.method in PEFT:
+        return peft_methods.saved_configuration(adapter, lora, base)
     from peft import LoraConfig
 
     layers = sorted({name.rpartition(".")[0] for name in lora})

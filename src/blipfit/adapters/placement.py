@@ -45,7 +45,7 @@ class Placement:
     """Exact module names of one experiment, by how they are trained."""
 
     lora: tuple[str, ...]
-    """Linear layers with LoRA beside them."""
+    """Linear layers with LoRA, or what the method has for it, beside them."""
     full: tuple[str, ...]
     """Modules (Linear, LayerNorm, Embedding) trained themselves: the always-trained and, if asked for, the Q-Former."""
 
@@ -118,6 +118,11 @@ def component(name: str) -> str:
     if name.startswith(VISION_NORM):
         return "vision layer norm"
     return "projection" if name.startswith(PROJECTION) else "vision"
+
+
+def feedforward(name: str) -> bool:
+    """Whether a layer is part of a feed-forward sublayer."""
+    return component(name) in ("qformer ffn", "llm ffn")
 
 
 def without_gradient(model: nn.Module) -> re.Pattern[str]:

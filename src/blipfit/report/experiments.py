@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from blipfit import data, grid
+from blipfit import data, grid, methods
 from blipfit import recipe as recipes
 from blipfit.adapters import count, placement
 from blipfit.errors import UserError
@@ -126,13 +126,14 @@ def description(recipe: Recipe, record: Mapping[str, Any]) -> list[Any]:
         recipe.to_yaml(),
         terminal.components(record["trained"], record["total"]),
         f"{record['trained_parameters']:,} of {record['total_parameters']:,} parameters are trained ({share:.2f} %)",
-        f"LoRA beside {len(lora)} layers" + (f", {lora[0]} … {lora[-1]}" if lora else ""),
+        f"{methods.title(recipe.adapter.method)} beside {len(lora)} layers"
+        + (f", {lora[0]} … {lora[-1]}" if lora else ""),
         f"trained themselves: {len(full)} modules, {', '.join(full[:3])}" + (" …" if len(full) > 3 else ""),
         f"memory on a GPU, estimated: {sum(memory.values()) / 2**30:.1f} GiB ({parts})",
     ]
     if record["without_gradient"]:
         lines.append(
-            f"{len(record['without_gradient'])} of the LoRA layers never get a gradient: the text branch of the "
+            f"{len(record['without_gradient'])} of the adapted layers never get a gradient: the text branch of the "
             "Q-Former's last feed-forward is not read. The published counts include them."
         )
     return lines

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from blipfit.methods import PEFT
 from blipfit.recipe import Recipe, TrainingPart
 
 # What may differ inside a bank; everything else is shared by its members.
@@ -24,6 +25,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
         recipe.distillation.model_dump_json(),
         recipe.adapter.qformer == "full",
         recipe.adapter.method,
+        recipe.title if recipe.adapter.method in PEFT else "",  # peft's layers hold one experiment
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from blipfit import grid, run
 from blipfit.adapters import peft_format
@@ -47,7 +47,7 @@ def write(
         run.write_json(folder.ranks_file, ranks)
     lines = [{"split": split, **record} for split, part in judged.items() for record in part.records]
     run.write_lines(folder.predictions_file, lines)
-    total = sum(p.numel() for p in backbone.hf.parameters()) + lora_parameters(state)
+    total = sum(p.numel() for p in backbone.hf.parameters()) + added_parameters(backbone.hf, state)
     trained = sum(counts.values())
     result = {
         "experiment": recipe.experiment,
@@ -78,8 +78,10 @@ def write(
     return result
 
 
-def lora_parameters(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for name, tensor in state.items() if "lora_" in name)
+def added_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """How many numbers of an experiment are beside the model's own parameters."""
+    own = {name for name, _ in model.named_parameters()}
+    return sum(tensor.numel() for name, tensor in state.items() if name not in own)
 
 
 def differences(recipe: Recipe) -> dict[str, Any] | None:
