@@ -37,11 +37,31 @@ from blipfit.training.pretrain_tasks import Mixture
 Log = Callable[[dict], None]
 
 
+# What the tokenizers are trained on, and what the Q-Former learns first.
+SEEING = (
+    *("count_all", "count_kind", "color", "shape", "exists", "relation", "bigger", "size"),
+    *("where", "shape_at", "color_at", "beside", "time", "scale"),
+)
 # Reasoning over two things is what takes longest, so it is asked most often.
 SLOW = ("relation", "size", "where", "count_kind", "beside", "count_all", "bigger")
-LOOKING = Mixture(asks=5, options=0.3, caption=0.0, named=4.0, hard=3.0, hard_skills=(*SLOW, "time", "scale"))
+LOOKING = Mixture(
+    asks=5, skills=SEEING, options=0.3, caption=0.0, named=4.0, hard=3.0, hard_skills=(*SLOW, "time", "scale")
+)
+# Then what several icons have to do with each other; other pictures than before show it.
+BLOCKS = ("end", "side", "times", "counts", "before", "all")
+PLANS = ("line", "pair", "pattern", "odd")
+RELATING = Mixture(asks=5, plans=PLANS, options=0.5, caption=0.0, named=4.0, hard=3.0, hard_skills=(*BLOCKS, *SLOW))
 TOGETHER = Mixture(
-    options=0.75, yes_no=1.2, caption=0.5, heads=1.0, named=4.0, blank=0.05, lookups=16, hard=3.0, hard_skills=SLOW
+    plans=PLANS,
+    options=0.75,
+    yes_no=1.2,
+    caption=0.5,
+    heads=1.0,
+    named=4.0,
+    blank=0.05,
+    lookups=16,
+    hard=3.0,
+    hard_skills=(*BLOCKS, *SLOW),
 )
 
 
@@ -52,6 +72,7 @@ class PretrainRecipe:
     version: int = 1
     seed: int = 20_260_101
     token_scenes: int = 6000
+    token_skills: tuple[str, ...] = (*SEEING, *icons.HELD_OUT)
     t5_pieces: int = 1152
     llama_pieces: int = 1408
     bert_pieces: int = 1024
@@ -63,6 +84,9 @@ class PretrainRecipe:
     queries: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
     looking: Mixture = LOOKING
     """What is asked of a picture in the Q-Former's own stage."""
+    relating: Schedule = field(default_factory=lambda: Schedule(steps=1500, batch=16, lr=1e-3))
+    related: Mixture = RELATING
+    """The second half of that stage: more skills."""
     words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))
     """The language model's stage without pictures; `batch` counts questions."""
     answers: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch=16, lr=1e-3))
@@ -83,7 +107,7 @@ RECIPE = PretrainRecipe()
 def train_tokenizers(recipe: PretrainRecipe, target: Path) -> None:
     """Train all four tokenizers on the icon world's texts and write them into the folders of the miniatures."""
     scenes = (icons.scene(recipe.seed - 1, index) for index in range(recipe.token_scenes))
-    texts = [text for scene in scenes for text in pretrain_texts.spelled(scene)]
+    texts = [text for scene in scenes for text in pretrain_texts.spelled(scene, recipe.token_skills)]
     texts += [" ".join(tiny_tokenizers.COMMON_WORDS)] * 10
     tokenizers: dict[tiny.Family, PreTrainedTokenizerBase] = {
         "t5": tiny_tokenizers.train_t5(texts, recipe.t5_pieces),
@@ -138,6 +162,29 @@ def train_queries(
     fit(queries, losses_at, recipe.queries, state, log, until=until)
 
 
+def train_relating(
+    recipe: PretrainRecipe, target: Path, tower: Path, queries: Path, state: Path, log: Log, until: int | None = None
+) -> None:
+    """Go on with the Q-Former in the state file `queries`, on more skills; the result lies in `state`."""
+    backbone = untrained("t5", target, tower, queries, seed=recipe.seed)
+    module = _with_heads(pretrain_queries.Queries(backbone.hf), queries)
+
+    def losses_at(step: int) -> dict[str, torch.Tensor]:
+        step += recipe.queries.steps  # other pictures
+        return pretrain_queries.losses(
+            backbone.hf, module, backbone.text.qformer, recipe.seed, step, recipe.relating.batch, recipe.related
+        )
+
+    fit(module, losses_at, recipe.relating, state, log, until=until)
+
+
+def _with_heads(queries: pretrain_queries.Queries, state: Path) -> pretrain_queries.Queries:
+    """The same with the heads that a state file holds."""
+    for name in ("answer", "cell", "named"):
+        getattr(queries, name).load_state_dict(_part(state, f"{name}."))
+    return queries
+
+
 def train_words(
     recipe: PretrainRecipe, family: tiny.Family, target: Path, state: Path, log: Log, until: int | None = None
 ) -> None:
@@ -175,8 +222,7 @@ def train_answers(
     torch.manual_seed(recipe.seed)
     backbone = untrained(family, target, before.tower, before.queries, before.words, seed=recipe.seed)
     trained = pretrain_answers.Trained(backbone)
-    for name in ("answer", "cell", "named"):
-        getattr(trained.queries, name).load_state_dict(_part(before.queries, f"{name}."))
+    _with_heads(trained.queries, before.queries)
 
     def losses_at(step: int) -> dict[str, torch.Tensor]:
         backbone.hf.train()
@@ -268,12 +314,14 @@ def pretrain_tiny(
     tower, queries = state / "tower.safetensors", state / "queries.safetensors"
     train_tower(recipe, target, tower, log("tower"))
     train_queries(recipe, target, tower, queries, log("queries"))
+    related = state / "related.safetensors"
+    train_relating(recipe, target, tower, queries, related, log("relating"))
     measured = {}
     for family in families:
         words = state / f"{family}-words.safetensors"
         train_words(recipe, family, target, words, log(f"{family} words"))
         train_answers(
-            recipe, family, target, Before(tower, queries, words), state / f"{family}.safetensors", log(family)
+            recipe, family, target, Before(tower, related, words), state / f"{family}.safetensors", log(family)
         )
         measured[family] = measure(family, target / tiny.NAMES[family], recipe.seed + 2)
         text = json.dumps(measured[family], indent=2) + "\n"

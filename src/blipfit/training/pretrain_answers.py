@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
 from blipfit.model.backbone import Backbone
 from blipfit.training.pretrain_queries import Queries, cells, head_losses
-from blipfit.training.pretrain_tasks import CAPTION, Mixture, emptied, lookups, tasks
+from blipfit.training.pretrain_tasks import CAPTION, Mixture, drawn, emptied, lookups, tasks
 from blipfit.training.pretrain_tower import pixels
 
 NEIGHBOUR = 4.0  # in the logits of attention
@@ -74,7 +73,7 @@ def _seen_losses(
     mixture: Mixture,
     rng: random.Random,
 ) -> dict[str, Tensor]:
-    scenes = [icons.scene(seed, step * pictures + row) for row in range(pictures)]
+    scenes = drawn(seed, step * pictures, pictures, mixture)
     images = pixels(scenes)
     seen = Seen(
         backbone.see(torch.cat([images, torch.zeros_like(images[:1])])),

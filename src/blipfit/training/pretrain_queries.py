@@ -17,7 +17,7 @@ from transformers import InstructBlipForConditionalGeneration, PreTrainedTokeniz
 from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
-from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, named_things, tasks
+from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, drawn, named_things, tasks
 from blipfit.training.pretrain_tower import SIDE, pixels, truth
 
 # What a cell holds: shape, colour and size of its icon, 0 where it is empty.
@@ -67,7 +67,7 @@ def losses(
 ) -> dict[str, Tensor]:
     """The loss of one step on fresh pictures."""
     rng = random.Random(f"{seed}/queries/{step}")
-    scenes = [icons.scene(seed, step * pictures + row) for row in range(pictures)]
+    scenes = drawn(seed, step * pictures, pictures, mixture)
     with torch.no_grad():
         hidden = hf.vision_model.embeddings(pixels(scenes))
         features = hf.vision_model.encoder(inputs_embeds=hidden).last_hidden_state

@@ -32,6 +32,9 @@ class Mixture:
 
     asks: int = 4
     """Tasks a picture."""
+    skills: tuple[str, ...] = icons.PRETRAINED
+    plans: tuple[str, ...] = ()
+    """Plans of every other picture, in turn; without any, all pictures are drawn as they come."""
     options: float = 0.7
     """Share of the questions that come with options; the rest is answered freely."""
     yes_no: float = 0.6
@@ -50,10 +53,19 @@ class Mixture:
     hard_skills: tuple[str, ...] = ("count_all", "count_kind", "relation", "where", "beside", "time", "scale")
 
 
+def drawn(seed: int, first: int, number: int, mixture: Mixture) -> list[icons.Scene]:
+    """So many scenes of that seed, from scene `first` on."""
+    plans = mixture.plans
+    return [
+        icons.scene(seed, index, plan=plans[index // 2 % len(plans)] if plans and index % 2 else None)
+        for index in range(first, first + number)
+    ]
+
+
 def tasks(scene: icons.Scene, mixture: Mixture, rng: random.Random) -> list[Prompted]:
     """At most `mixture.asks` things to be said about a picture."""
     pool: list[tuple[float, Prompted]] = []
-    for ask in icons.questions(scene, icons.PRETRAINED):
+    for ask in icons.questions(scene, mixture.skills):
         question = as_question(ask.question, ask.answer, ask.choices, ask.answer_index)
         freely = PROMPTS["vqa-v1"](as_question(ask.question, ask.answer))
         made = PROMPTS["iconqa-v1"](question) if rng.random() < mixture.options else freely

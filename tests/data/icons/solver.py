@@ -206,6 +206,25 @@ def _more(icons: list[Found], side: int, first: str, second: str) -> str:
     return max((first, second), key=lambda name: len(named(icons, name)))
 
 
+def _times(icons: list[Found], side: int, noun: str, number: str) -> str:
+    (value,) = (name for name, n in Counter(getattr(icon, noun) for icon in icons).items() if n == int(number))
+    return value
+
+
+def _beyond(icons: list[Found], side: int, way: str, name: str) -> str:
+    at = only(icons, name).middle[0]
+    return str(sum(icon.middle[0] < at if way == "left" else icon.middle[0] > at for icon in icons))
+
+
+def _numbers(icons: list[Found], side: int, one: str, first: str, two: str, second: str) -> str:
+    right = len(named(icons, first)) == int(one) and len(named(icons, second)) == int(two)
+    return "yes" if right else "no"
+
+
+def _all(icons: list[Found], side: int, name: str) -> str:
+    return "yes" if len(named(icons, name)) == len(icons) else "no"
+
+
 def _rare(icons: list[Found], side: int, noun: str) -> str:
     (value,) = (name for name, number in Counter(getattr(icon, noun) for icon in icons).items() if number == 1)
     return value
@@ -239,6 +258,15 @@ FORMS = (
         lambda icons, side, where: _single([i.color for i in icons if _quarter(i, side) == where]),
     ),
     (r"Which shape is just (left of|right of|above|below) the (.*)\?", _beside),
+    (r"Which shape is at the (left|right) end\?", lambda icons, side, end: _rank(icons, side, "first", end)),
+    (r"How many shapes are (left|right) of the (.*)\?", _beyond),
+    (r"Which (shape|color) is there (\d) times\?", _times),
+    (r"Are there (\d) (.*) and (\d) (.*)\?", _numbers),
+    (
+        r"Which (shape|color) is (\d) places? before the question mark\?",
+        lambda icons, _, noun, steps: getattr(icons[-int(steps)], noun),
+    ),
+    (r"Are all shapes (\w+)\?", _all),
     (r"Are there more (\w+) or (\w+) shapes\?", _more),
     (r"Are there more (\w+) or (\w+)\?", _more),
     (r"Which (shape|color) comes next\?", _next),

@@ -274,6 +274,73 @@ def _reading(scene: Scene, rng: random.Random) -> Drawn | None:
     return "What number is the arrow at?", str(scene.value), tuple(str(mark) for mark in range(LAST_MARK + 1))
 
 
+def _end(scene: Scene, rng: random.Random) -> Drawn | None:
+    side = rng.choice(("left", "right"))
+    answer = scene.icons[0 if side == "left" else -1].shape
+    return f"Which shape is at the {side} end?", answer, tuple(icon.shape for icon in scene.icons)
+
+
+def _side(scene: Scene, rng: random.Random) -> Drawn | None:
+    """How many stand on one side; at most two are asked for, because only a row of four has three there."""
+    number, side = rng.randrange(3), rng.choice(("left", "right"))
+    icon = scene.icons[number if side == "left" else -1 - number]
+    name = called(rng, icon, scene.icons)
+    return None if name is None else (f"How many shapes are {side} of the {name}?", str(number), ("0", "1", "2"))
+
+
+def _times(scene: Scene, rng: random.Random) -> Drawn | None:
+    """The one shape or colour that is there so many times, two to five."""
+    noun, pool = rng.choice((("shape", SHAPES), ("color", COLORS)))
+    seen = [icon.shape if noun == "shape" else icon.color for icon in scene.icons]
+    numbers = [seen.count(name) for name in dict.fromkeys(seen)]
+    fits = [
+        name
+        for name in dict.fromkeys(seen)
+        if 1 < seen.count(name) <= MOST_OF_A_KIND and numbers.count(seen.count(name)) == 1
+    ]
+    if not fits:
+        return None
+    name = rng.choice(fits)
+    return f"Which {noun} is there {seen.count(name)} times?", name, _seen_or_all(rng, seen, pool)
+
+
+def _counts(scene: Scene, rng: random.Random) -> Drawn | None:
+    """Whether two kinds are there in these numbers; a wrong one differs in one of them."""
+    by_shape = scene.focus[0] in SHAPES
+    seen = [icon.shape if by_shape else icon.color for icon in scene.icons]
+    numbers = [seen.count(name) for name in scene.focus]
+    answer = rng.choice(("yes", "no"))
+    if answer == "no":
+        wrong = rng.choice([n for n in range(1, MOST_OF_A_KIND + 1) if n not in numbers])
+        numbers[rng.randrange(2)] = wrong
+    parts = []
+    for name, number in zip(scene.focus, numbers, strict=True):
+        noun = name if by_shape else "shape"
+        parts.append(f"{number} {'' if by_shape else name + ' '}{plural(noun) if number != 1 else noun}")
+    return f"Are there {' and '.join(shuffled(rng, parts))}?", answer, ("yes", "no")
+
+
+def _before(scene: Scene, rng: random.Random) -> Drawn | None:
+    noun = "shape" if scene.focus[0] in SHAPES else "color"
+    steps = rng.randint(1, 3)
+    icon = scene.icons[-steps]
+    asked = f"Which {noun} is {steps} {'place' if steps == 1 else 'places'} before the question mark?"
+    return asked, icon.shape if noun == "shape" else icon.color, scene.focus
+
+
+def _all(scene: Scene, rng: random.Random) -> Drawn | None:
+    """Whether all are alike, in a scene where all are alike in colour and not in shape, or the other way round."""
+    shapes, colors = ({icon.shape for icon in scene.icons}, {icon.color for icon in scene.icons})
+    if (len(shapes) == 1) == (len(colors) == 1):
+        return None
+    one, many = (
+        (shapes, [i.color for i in scene.icons]) if len(shapes) == 1 else (colors, [i.shape for i in scene.icons])
+    )
+    answer = rng.choice(("yes", "no"))
+    name = next(iter(one)) if answer == "yes" else max(sorted(set(many)), key=many.count)
+    return f"Are all shapes {plural(name) if name in SHAPES else name}?", answer, ("yes", "no")
+
+
 def _compare(scene: Scene, rng: random.Random) -> Drawn | None:
     by_shape = scene.focus[0] in SHAPES
     seen = [icon.shape if by_shape else icon.color for icon in scene.icons]
@@ -331,6 +398,12 @@ SKILLS: dict[str, Skill] = {
     "beside": Skill(_beside, ("line", "grid", "few")),
     "time": Skill(_time, ("clock",)),
     "scale": Skill(_reading, ("scale",)),
+    "end": Skill(_end, ("line",)),
+    "side": Skill(_side, ("line",)),
+    "times": Skill(_times, ("total", "kind", "grid", "pair", "odd")),
+    "counts": Skill(_counts, ("pair",)),
+    "before": Skill(_before, ("pattern",)),
+    "all": Skill(_all, ("odd", "pattern")),
     "compare": Skill(_compare, ("pair",), held_out=True),
     "pattern": Skill(_pattern, ("pattern",), held_out=True),
     "ordinal": Skill(_ordinal, ("line",), held_out=True),
