@@ -5,7 +5,6 @@ Every guard stands for a way in which a model was silently wrong; docs/footguns.
 
 import contextlib
 import importlib.util
-import logging
 import os
 import ssl
 import urllib.error
@@ -126,8 +125,6 @@ def quantised(how: str, low: torch.dtype | None, device: torch.device) -> dict[s
         raise UserError(f"model.quantization={how} needs bitsandbytes: pip install 'blipfit[quant]'")
     from transformers import BitsAndBytesConfig
 
-    # It says with every layer that 8 bit computes in float16, and on a CPU which faster kernels it did not find.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if how == "8bit":
         chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)
     else:
