@@ -242,3 +242,18 @@ def test_ask_caption_and_search(blipfit, drawn: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "search.png").exists()
     assert "search.png" in out
     assert "missing" in mistake(blipfit("ask", "none.png", "What?", "--model", "tiny"))
+
+
+def test_ablation_and_ranks_of_runs(blipfit, drawn, tmp_path) -> None:
+    own = ("--model", "tiny", "--data", drawn, "--results", tmp_path, "--json")
+    own += ("--set", "training.max_epochs=1", "--set", "training.batch_size=8", "--set", "data.limit=16")
+    assert blipfit("train", "icons", "14", "18", *own)[0] == 0
+    code, out, _ = blipfit("ablation", tmp_path / "icons", "--json")
+    (record,) = json.loads(out)
+    assert (code, record["dataset"], record["experiments"]) == (0, "icons", 2)
+    found = {(e["kind"], e["what"]): e["runs"][0][:2] for e in record["effects"] if e["pairs"]}
+    assert found == {("instead", "qformer ffn"): ["18", "14"], ("instead", "qformer self_attn"): ["14", "18"]}
+    code, out, _ = blipfit("ablation", tmp_path / "icons")
+    assert (code, "in place of another sublayer" in out) == (0, True)
+    assert "give the folder of a data set's runs" in mistake(blipfit("ablation", tmp_path))
+    assert "was trained with lora" in mistake(blipfit("ranks", tmp_path / "icons" / "14", tmp_path / "icons" / "18"))

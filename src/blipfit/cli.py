@@ -268,14 +268,26 @@ def retain(
 
 @app.command()
 def ranks(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished AdaLoRA run.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished AdaLoRA runs.")],
     as_json: Json = False,
 ) -> None:
-    """Show which sublayers and layers kept AdaLoRA's ranks; draws RUN/ranks.png."""
+    """Show which sublayers and layers kept AdaLoRA's ranks, of several runs side by side; draws RUN/ranks.png."""
     from blipfit.report import ranks as report
 
-    record = report.examine(run)
-    _show(record, as_json, lambda: report.table(record))
+    records = [report.examine(run) for run in runs]
+    _show(records[0] if len(records) == 1 else records, as_json, lambda: report.shown(records))
+
+
+@app.command()
+def ablation(
+    folders: Annotated[list[Path], typer.Argument(metavar="RESULTS/DATASET…", help="Folders of finished runs.")],
+    as_json: Json = False,
+) -> None:
+    """Show what each sublayer, the rank and the language model do to the accuracy, from pairs of finished runs."""
+    from blipfit.report import ablation as report
+
+    records = report.examine(folders)
+    _show(records, as_json, lambda: report.table(records))
 
 
 @app.command()

@@ -7,9 +7,12 @@ import pytest
 from PIL import Image
 
 from blipfit import grid, run
+from blipfit.adapters.placement import component
 from blipfit.errors import UserError
 from blipfit.report import ranks, terminal
 from blipfit.run import Run
+from blipfit.training import loop
+from blipfit.training.workshop import Workshop
 
 HISTORY = {
     "layers": [
@@ -70,3 +73,34 @@ def test_an_unfinished_run_is_told(folder):
     Run(folder).result_file.unlink()
     with pytest.raises(UserError, match="is not finished"):
         ranks.examine(folder)
+
+
+def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
+    """Of two trainings, one of which has no rank in the Q-Former."""
+    own = ["adapter.method=adalora", "adapter.adalora.delta_t=2", "training.batch_size=2", "training.max_epochs=3"]
+    made = [grid.recipe("iconqa", n, str(small["t5"])).override(own) for n in (30, 2)]
+    made[1] = made[1].override(["adapter.qformer=[]", "training.learning_rate=5e-4"])
+    done = loop.train(made, iconqa, tmp_path, workshop=Workshop("cpu", store=tmp_path / "features"))
+    records = [ranks.examine(one.folder) for one in done]
+    assert [record["title"] for record in records] == ["iconqa/30", "iconqa/2"]
+    table, *pictures = ranks.shown(records)
+    assert [picture.rpartition("/")[2] for picture in pictures] == ["ranks.png", "ranks.png"]
+    terminal.console().print(table)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if len(row) == 3}
+    for number, one in enumerate(done):
+        kept = one.result()["ranks"]
+        assert found["ranks in all"][number] == str(sum(kept.values())) == str(records[number]["budget"])
+        assert found["rank of a layer, start → end"][number] == f"3 → {sum(kept.values()) / len(kept):.2f}"
+        for part in ("llm attn", "llm ffn", "qformer ffn"):
+            mine = [rank for layer, rank in kept.items() if component(layer) == part]
+            cell = found[part][number]
+            if mine:
+                assert cell.split()[:2] == [
+                    f"{sum(mine) / len(mine):.2f}",
+                    f"{100 * sum(mine) / sum(kept.values()):.0f}",
+                ]
+            else:
+                assert cell == "–"
+    assert found["llm attn"][1] == found["qformer ffn"][1] == "–"
+    assert len(ranks.shown(records[:1])) == 3

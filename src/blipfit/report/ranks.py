@@ -1,7 +1,7 @@
 """Where AdaLoRA's ranks went: tables by sublayer and layer, and a heat map over layers and over training."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def by_depth(layers: Mapping[str, int]) -> dict[str, dict[int, int]]:
 
 
 def table(record: Mapping[str, Any]) -> list[Any]:
-    """What `blipfit ranks` prints."""
+    """One run by sublayer and by layer."""
     first = Table(title=f"{record['title']}: ranks kept by sublayer", title_justify="left")
     first.add_column("sublayer")
     for name in ("layers", "at the start", "kept", "mean rank", "layers without any"):
@@ -84,7 +84,42 @@ def table(record: Mapping[str, Any]) -> list[Any]:
         second.add_column(str(number), justify="right")
     for kind, row in depths.items():
         second.add_row(kind, *(str(row.get(number, "")) for number in columns))
-    return [first, second, f"heat map: {record['picture']}"]
+    return [first, second, heat_map(record)]
+
+
+def shown(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What `blipfit ranks` prints: one run in full, several side by side."""
+    return table(records[0]) if len(records) == 1 else [*compared(records), *(heat_map(one) for one in records)]
+
+
+def compared(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Several runs by sublayer: the mean rank kept, and its share of all ranks kept, so that budgets compare."""
+    drawn = Table(title="ranks kept by sublayer: mean rank of a layer, share of all", title_justify="left")
+    drawn.add_column("sublayer")
+    for record in records:
+        drawn.add_column(record["title"], justify="right", overflow="fold")
+    for name in dict.fromkeys(name for record in records for name in record["sublayers"]):
+        drawn.add_row(name, *(_kept(record, name) for record in records))
+    drawn.add_section()
+    sums = [sum(record["ranks"].values()) for record in records]
+    drawn.add_row("ranks in all", *map(str, sums), style="bold")
+    starts = [
+        f"{record['start_rank']} → {kept / len(record['ranks']):.2f}"
+        for record, kept in zip(records, sums, strict=True)
+    ]
+    drawn.add_row("rank of a layer, start → end", *starts)
+    return [drawn]
+
+
+def _kept(record: Mapping[str, Any], name: str) -> str:
+    part = record["sublayers"].get(name)
+    if part is None:
+        return "–"
+    return f"{part['kept'] / part['layers']:.2f}   {100 * part['kept'] / sum(record['ranks'].values()):3.0f} %"
+
+
+def heat_map(record: Mapping[str, Any]) -> str:
+    return f"heat map: {record['picture']}"
 
 
 def draw(history: Mapping[str, Any], title: str, file: Path) -> None:
