@@ -41,6 +41,11 @@ PEFT: Mapping[str, PeftMethod] = {
 }
 
 
+def ranked(method: str) -> bool:
+    """Whether a method's tensors have a rank."""
+    return method in OWN or "rank" in PEFT[method].reads
+
+
 def title(method: str) -> str:
     """A method's written name."""
     return OWN[method] if method in OWN else PEFT[method].title

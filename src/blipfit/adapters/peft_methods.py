@@ -3,7 +3,6 @@
 A bank lays their tensors into its matrix like its own, so training, checkpoints and evaluation know no difference.
 """
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,8 +30,6 @@ class PeftLayers:
     def __init__(self, model: nn.Module, adapter: AdapterPart, layers: Sequence[str], seed: int = 0):
         from peft import get_peft_model_state_dict, inject_adapter_in_model
 
-        # peft imports it where it is installed, and it then says which faster kernels it did not find.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self._model = model
         self._originals: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
         spectral = PEFT[adapter.method].spectral

@@ -111,8 +111,7 @@ def experiment(recipe: Recipe, accuracy: float) -> Experiment:
     """An experiment's recipe taken apart; `accuracy` in percent."""
     adapter, training = recipe.adapter, recipe.training
     adapted = bool(adapter.llm) or adapter.qformer not in ("full", ())
-    peft = methods.PEFT.get(adapter.method)
-    ranked = adapted and (peft is None or "rank" in peft.reads)
+    ranked = adapted and methods.ranked(adapter.method)
     factors = {
         "qformer": "full" if adapter.qformer == "full" else frozenset(adapter.qformer),
         "llm": frozenset(adapter.llm),

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from blipfit import methods
 from blipfit.recipe import AdapterPart
 
 
@@ -43,7 +44,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def placement(adapter: AdapterPart | Mapping[str, Any]) -> str:
-    """One phrase for a placement: `QF full · LLM attn+ffn`."""
+    """One phrase for a placement, and for the method where it is not LoRA: `QF full · LLM attn+ffn · DoRA`."""
     values = adapter.model_dump() if isinstance(adapter, AdapterPart) else adapter
     qformer, llm = values["qformer"], values["llm"]
     parts = []
@@ -51,6 +52,8 @@ def placement(adapter: AdapterPart | Mapping[str, Any]) -> str:
         parts.append("QF full" if qformer == "full" else "QF " + "+".join(qformer))
     if llm:
         parts.append("LLM " + "+".join(llm) + _blocks(values.get("llm_layers")))
+    if parts and (method := values.get("method", "lora")) != "lora":
+        parts.append(methods.title(method))
     return " · ".join(parts) or "always-trained parts only"
 
 
@@ -112,7 +115,7 @@ def results(records: Sequence[Mapping[str, Any]], title: str = "") -> Table:
             record["dataset"],
             record["experiment"],
             placement(adapter),
-            str(adapter["rank"]) if has_lora else "–",
+            str(adapter["rank"]) if has_lora and methods.ranked(adapter.get("method", "lora")) else "–",
             score(metrics.get("val")),
             score(metrics.get("test")),
             f"{metrics['test']['chance']:.1f}" if "chance" in metrics.get("test", {}) else "–",
@@ -207,9 +210,8 @@ class TrainingDisplay:
         self._say(f"  {facts['prompt']!r} → {facts['target']!r}")
         for recipe, trained, changed in zip(recipes, facts["trained"], facts["differs"], strict=True):
             parts = ", ".join(f"{part} {number:,}" for part, number in trained.items())
-            self._say(
-                f"{recipe.title} on {recipe.model.name} ({placement(recipe.adapter)}, rank {recipe.adapter.rank})"
-            )
+            rank = f", rank {recipe.adapter.rank}" if methods.ranked(recipe.adapter.method) else ""
+            self._say(f"{recipe.title} on {recipe.model.name} ({placement(recipe.adapter)}{rank})")
             self._say(f"  trains {sum(trained.values()):,} parameters: {parts}")
             if changed:
                 told = ", ".join(f"{path} {old!r} → {new!r}" for path, (old, new) in changed.items())
