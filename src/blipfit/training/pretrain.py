@@ -28,8 +28,9 @@ from transformers import (
 from blipfit.data import icons
 from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
-from blipfit.model import tiny, tiny_tokenizers
+from blipfit.model import loading, tiny, tiny_tokenizers
 from blipfit.model.backbone import Backbone
+from blipfit.recipe import ModelPart
 from blipfit.training import pretrain_answers, pretrain_check, pretrain_queries, pretrain_texts, pretrain_tower
 from blipfit.training.pretrain_loop import Schedule, fit, json_lines
 from blipfit.training.pretrain_tasks import Mixture
@@ -48,8 +49,8 @@ LOOKING = Mixture(
     asks=5, skills=SEEING, options=0.3, caption=0.0, named=4.0, hard=3.0, hard_skills=(*SLOW, "time", "scale")
 )
 # Then what several icons have to do with each other; other pictures than before show it.
-BLOCKS = ("end", "side", "times", "counts", "before", "all")
-PLANS = ("line", "pair", "pattern", "odd")
+BLOCKS = ("end", "side", "times", "before", "all")
+PLANS = ("line", "pattern", "pair", "odd")
 RELATING = Mixture(asks=5, plans=PLANS, options=0.5, caption=0.0, named=4.0, hard=3.0, hard_skills=(*BLOCKS, *SLOW))
 TOGETHER = Mixture(
     plans=PLANS,
@@ -84,12 +85,12 @@ class PretrainRecipe:
     queries: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
     looking: Mixture = LOOKING
     """What is asked of a picture in the Q-Former's own stage."""
-    relating: Schedule = field(default_factory=lambda: Schedule(steps=1500, batch=16, lr=1e-3))
+    relating: Schedule = field(default_factory=lambda: Schedule(steps=1500, batch=16, lr=1.5e-3))
     related: Mixture = RELATING
     """The second half of that stage: more skills."""
     words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))
     """The language model's stage without pictures; `batch` counts questions."""
-    answers: Schedule = field(default_factory=lambda: Schedule(steps=1200, batch=16, lr=1e-3))
+    answers: Schedule = field(default_factory=lambda: Schedule(steps=1000, batch=16, lr=1e-3))
     """The stage of Q-Former and language model together; `batch` counts pictures."""
     together: Mixture = TOGETHER
     gently: float = 0.2
@@ -323,17 +324,15 @@ def pretrain_tiny(
         train_answers(
             recipe, family, target, Before(tower, related, words), state / f"{family}.safetensors", log(family)
         )
-        measured[family] = measure(family, target / tiny.NAMES[family], recipe.seed + 2)
+        measured[family] = measure(target / tiny.NAMES[family], recipe.seed + 2)
         text = json.dumps(measured[family], indent=2) + "\n"
         (target / tiny.NAMES[family] / "measured.json").write_text(text, encoding="utf-8")
     return measured
 
 
-def measure(family: tiny.Family, folder: Path, seed: int) -> dict:
+def measure(folder: Path, seed: int) -> dict:
     """What a finished miniature is judged by (`pretrain_check.measure`), read back from its folder."""
-    parts = InstructBlipProcessor.from_pretrained(folder)
-    hf = InstructBlipForConditionalGeneration.from_pretrained(folder)
-    return pretrain_check.measure(_backbone(hf, parts, family), seed)
+    return pretrain_check.measure(loading.load(ModelPart(name=str(folder))), seed)
 
 
 def _backbone(hf: InstructBlipForConditionalGeneration, parts: InstructBlipProcessor, family: tiny.Family) -> Backbone:

@@ -289,35 +289,20 @@ def _side(scene: Scene, rng: random.Random) -> Drawn | None:
 
 
 def _times(scene: Scene, rng: random.Random) -> Drawn | None:
-    """The one shape or colour that is there so many times, two to five."""
+    """The one shape or colour that is there so many times, one to five."""
     noun, pool = rng.choice((("shape", SHAPES), ("color", COLORS)))
     seen = [icon.shape if noun == "shape" else icon.color for icon in scene.icons]
     numbers = [seen.count(name) for name in dict.fromkeys(seen)]
     fits = [
         name
         for name in dict.fromkeys(seen)
-        if 1 < seen.count(name) <= MOST_OF_A_KIND and numbers.count(seen.count(name)) == 1
+        if seen.count(name) <= MOST_OF_A_KIND and numbers.count(seen.count(name)) == 1
     ]
     if not fits:
         return None
     name = rng.choice(fits)
-    return f"Which {noun} is there {seen.count(name)} times?", name, _seen_or_all(rng, seen, pool)
-
-
-def _counts(scene: Scene, rng: random.Random) -> Drawn | None:
-    """Whether two kinds are there in these numbers; a wrong one differs in one of them."""
-    by_shape = scene.focus[0] in SHAPES
-    seen = [icon.shape if by_shape else icon.color for icon in scene.icons]
-    numbers = [seen.count(name) for name in scene.focus]
-    answer = rng.choice(("yes", "no"))
-    if answer == "no":
-        wrong = rng.choice([n for n in range(1, MOST_OF_A_KIND + 1) if n not in numbers])
-        numbers[rng.randrange(2)] = wrong
-    parts = []
-    for name, number in zip(scene.focus, numbers, strict=True):
-        noun = name if by_shape else "shape"
-        parts.append(f"{number} {'' if by_shape else name + ' '}{plural(noun) if number != 1 else noun}")
-    return f"Are there {' and '.join(shuffled(rng, parts))}?", answer, ("yes", "no")
+    asked = f"Which {noun} is there {seen.count(name)} {'time' if seen.count(name) == 1 else 'times'}?"
+    return asked, name, _seen_or_all(rng, seen, pool)
 
 
 def _before(scene: Scene, rng: random.Random) -> Drawn | None:
@@ -400,8 +385,7 @@ SKILLS: dict[str, Skill] = {
     "scale": Skill(_reading, ("scale",)),
     "end": Skill(_end, ("line",)),
     "side": Skill(_side, ("line",)),
-    "times": Skill(_times, ("total", "kind", "grid", "pair", "odd")),
-    "counts": Skill(_counts, ("pair",)),
+    "times": Skill(_times, ("total", "kind", "grid", "pair")),
     "before": Skill(_before, ("pattern",)),
     "all": Skill(_all, ("odd", "pattern")),
     "compare": Skill(_compare, ("pair",), held_out=True),
