@@ -1,18 +1,20 @@
 """The shipped miniatures: real checkpoints, small, and they really see."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor, InstructBlipForConditionalGeneration, InstructBlipProcessor
 
 from blipfit.data import icons
 from blipfit.model import tiny, tiny_tokenizers
 from blipfit.model.loading import load
 from blipfit.recipe import ModelPart
-from blipfit.training import pretrain_check
+from blipfit.training import pretrain, pretrain_check
 
 FAMILIES: tuple[tiny.Family, ...] = ("t5", "vicuna")
 SENTENCE = "Context: {} Question: {Which café is 1/2° warmer?} Options: {(a) zebra\n(b) 3 × 4\n} Answer:"
@@ -117,14 +119,28 @@ def test_placeholders_take_the_visual_tokens(family, processor):
     assert text.removeprefix(prompt.prompt).strip().endswith(prompt.target)
 
 
-def test_it_ranks_what_it_was_taught(backbone):
-    judged = pretrain_check.judge(backbone, pretrain_check.fresh(901, icons.PRETRAINED, 280))
-    assert judged.accuracy >= 0.78
+@pytest.mark.parametrize("generate", [False, True])
+def test_it_answers_what_it_was_taught(backbone, generate):
+    judged = pretrain_check.judge(backbone, pretrain_check.fresh(901, icons.PRETRAINED, 285), generate=generate)
+    assert judged.accuracy >= 0.85
+
+
+def test_it_answers_in_mmes_wording(backbone):
+    scores = pretrain_check.mme(backbone, 902, 60)
+    assert set(scores) == set(icons.SUBTASKS)
+    assert min(scores.values()) >= 140, scores
+
+
+def test_the_recipe_that_made_it_is_the_one_in_the_repository(family):
+    config = json.loads((tiny.folder(family) / "config.json").read_text(encoding="utf-8"))
+    assert config["blipfit"]["recipe"] == pretrain.RECIPE.hash()
+    with safe_open(tiny.folder(family) / "model.safetensors", "pt") as file:
+        assert file.metadata()["recipe"] == pretrain.RECIPE.hash()
 
 
 @pytest.mark.parametrize("see", ["blank", "swapped"])
 def test_without_the_right_picture_it_guesses(backbone, see):
-    judged = pretrain_check.judge(backbone, pretrain_check.fresh(903, icons.PRETRAINED, 280), see=see)
+    judged = pretrain_check.judge(backbone, pretrain_check.fresh(903, icons.PRETRAINED, 285), see=see)
     assert abs(judged.accuracy - judged.chance) <= 0.09
 
 
