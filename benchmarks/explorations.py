@@ -20,7 +20,7 @@ from blipfit.recipe import Family
 from blipfit.report import evaluations, terminal
 from blipfit.training.loop import train
 
-OVERRIDES = ("training.learning_rate=2e-3", "training.max_epochs=5")
+OVERRIDES = ("training.learning_rate=2e-3", "training.max_epochs=3")
 PAIRS, PICTURES, ASKED = 3000, 200, 1400
 FOUND, TOP, FEWEST = 200, 5, 5
 SEEDS = (11, 12, 13)

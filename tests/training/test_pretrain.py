@@ -28,7 +28,9 @@ TOY = replace(
     tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
     queries=Schedule(steps=8, batch=4, lr=1e-3, warmup=2),
     words=Schedule(steps=5, batch=8, lr=1e-3, warmup=2),
+    relating=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
     answers=Schedule(steps=5, batch=4, lr=1e-3, warmup=2),
+    last=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
 )
 
 
@@ -137,9 +139,25 @@ def test_interrupted_equals_straight(made):
     pretrain.train_answers(TOY, "t5", target, states["t5"], straight, silent, checked=0)
     pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, until=3, checked=0)
     pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, checked=0)
-    one, other = load_file(straight), load_file(stopped)
+    one, other = (load_file(path.with_stem(f"{path.stem}-last")) for path in (straight, stopped))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_everything_in_one_call_and_again_nothing(tmp_path):
+    told = []
+    arguments = {"families": ("t5",), "questions": 38, "pictures": 2, "checked": 0}
+    measured = pretrain.pretrain_tiny(tmp_path, TOY, listen=told.append, **arguments)
+    stages = list(dict.fromkeys(record["stage"] for record in told))
+    assert stages == ["tower", "queries", "relating", "t5 words", "t5"]
+    assert measured == {"t5": json.loads((tmp_path / "t5.json").read_text(encoding="utf-8"))}
+    assert measured["t5"]["questions"] == 38
+    assert set(measured["t5"]["by_skill"]) == set(icons.PRETRAINED)
+    weights = (tmp_path / "tiny-t5" / "model.safetensors").read_bytes()
+    told.clear()
+    assert pretrain.pretrain_tiny(tmp_path, TOY, listen=told.append, **arguments) == measured
+    assert told == []
+    assert (tmp_path / "tiny-t5" / "model.safetensors").read_bytes() == weights
 
 
 def test_the_tower_stays_frozen(made):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,12 @@ TOGETHER = Mixture(
 )
 
 
+# At last what was weakest after that: whether so many are there, letters in one's own words, and the slowest skills.
+LAST = replace(
+    TOGETHER, counts=6.0, lookups=32, hard=4.0, hard_skills=("before", "beside", "times", "count_all", "count_kind")
+)
+
+
 @dataclass(frozen=True)
 class PretrainRecipe:
     """Everything that decides the miniatures' weights; its hash is recorded in every checkpoint."""
@@ -95,6 +101,9 @@ class PretrainRecipe:
     together: Mixture = TOGETHER
     gently: float = 0.2
     """Fraction of the rate at which the Q-Former, which knows its work by then, learns beside the language model."""
+    last: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=16, lr=1e-3))
+    lasting: Mixture = LAST
+    last_gently: float = 0.5
 
     def hash(self) -> str:
         """The first 16 hexadecimal digits of SHA-256 over the recipe as sorted JSON."""
@@ -225,23 +234,28 @@ def train_answers(
     trained = pretrain_answers.Trained(backbone)
     _with_heads(trained.queries, before.queries)
 
-    def losses_at(step: int) -> dict[str, torch.Tensor]:
-        backbone.hf.train()
-        return pretrain_answers.losses(backbone, trained, recipe.seed, step, recipe.answers.batch, recipe.together)
+    first = 0
+    for schedule, mixture, gently, file in (
+        (recipe.answers, recipe.together, recipe.gently, state),
+        (recipe.last, recipe.lasting, recipe.last_gently, state.with_stem(f"{state.stem}-last")),
+    ):
 
-    def check() -> dict:
-        return quick_check(backbone, recipe.seed + 1, checked) if checked else {}
+        def losses_at(step: int, schedule: Schedule = schedule, mixture: Mixture = mixture, first: int = first) -> dict:
+            backbone.hf.train()
+            step += first  # other pictures
+            return pretrain_answers.losses(backbone, trained, recipe.seed, step, schedule.batch, mixture)
 
-    fit(
-        trained,
-        losses_at,
-        recipe.answers,
-        state,
-        log,
-        check=check,
-        until=until,
-        gently={"queries.": recipe.gently},
-    )
+        fit(
+            trained,
+            losses_at,
+            schedule,
+            file,
+            log,
+            check=lambda: quick_check(backbone, recipe.seed + 1, checked) if checked else {},
+            until=None if until is None else max(0, until - first),
+            gently={"queries.": gently},
+        )
+        first += schedule.steps
     tiny.save(backbone.hf, target / tiny.NAMES[family], {"recipe": recipe.hash(), "stage": "answers"})
 
 
@@ -291,12 +305,15 @@ def pretrain_tiny(
     recipe: PretrainRecipe = RECIPE,
     families: Sequence[tiny.Family] = ("t5", "vicuna"),
     listen: Log = lambda record: None,
+    questions: int = 1400,
+    pictures: int = 200,
+    checked: int = 280,
 ) -> dict[tiny.Family, dict]:
     """Make the miniatures in `target`: `tiny-clip` and one folder a family, `log.jsonl` with the curve.
 
     Starting the same command again continues; what `target/state` holds of another recipe is refused (`UserError`).
-    Returns what each family answers right on fresh pictures (`pretrain_check.measure`), and writes it beside its
-    weights as `measured.json`.
+    Returns what each family answers right on so many fresh `questions` and, in MME's wording, `pictures`
+    (`pretrain_check.measure`), and writes it as `FAMILY.json`. The curve is checked on `checked` questions.
     """
     state = target / "state"
     _claim(state, recipe)
@@ -321,18 +338,17 @@ def pretrain_tiny(
     for family in families:
         words = state / f"{family}-words.safetensors"
         train_words(recipe, family, target, words, log(f"{family} words"))
-        train_answers(
-            recipe, family, target, Before(tower, related, words), state / f"{family}.safetensors", log(family)
-        )
-        measured[family] = measure(target / tiny.NAMES[family], recipe.seed + 2)
+        before, done = Before(tower, related, words), state / f"{family}.safetensors"
+        train_answers(recipe, family, target, before, done, log(family), checked=checked)
+        measured[family] = measure(target / tiny.NAMES[family], recipe.seed + 2, questions, pictures)
         text = json.dumps(measured[family], indent=2) + "\n"
-        (target / tiny.NAMES[family] / "measured.json").write_text(text, encoding="utf-8")
+        (target / f"{family}.json").write_text(text, encoding="utf-8")
     return measured
 
 
-def measure(folder: Path, seed: int) -> dict:
+def measure(folder: Path, seed: int, questions: int = 1400, pictures: int = 200) -> dict:
     """What a finished miniature is judged by (`pretrain_check.measure`), read back from its folder."""
-    return pretrain_check.measure(loading.load(ModelPart(name=str(folder))), seed)
+    return pretrain_check.measure(loading.load(ModelPart(name=str(folder))), seed, questions, pictures)
 
 
 def _backbone(hf: InstructBlipForConditionalGeneration, parts: InstructBlipProcessor, family: tiny.Family) -> Backbone:

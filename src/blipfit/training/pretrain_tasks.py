@@ -38,6 +38,8 @@ class Mixture:
     options: float = 0.7
     """Share of the questions that come with options; the rest is answered freely."""
     yes_no: float = 0.6
+    counts: float = 1.0
+    """Of the yes/no pairs, how often those about a count: times `yes_no`."""
     caption: float = 0.8
     heads: float = 0.5
     """Weight of the Q-Former's heads beside the language model's loss."""
@@ -72,7 +74,8 @@ def tasks(scene: icons.Scene, mixture: Mixture, rng: random.Random) -> list[Prom
         pool.append((mixture.hard if ask.skill in mixture.hard_skills else 1.0, made))
     for pair in icons.yes_no(scene):
         yes = rng.random() < 0.5
-        pool.append((mixture.yes_no, Prompted(pair.yes if yes else pair.no, "Yes" if yes else "No", ())))
+        weight = mixture.yes_no * (mixture.counts if pair.subtask == "count" else 1)
+        pool.append((weight, Prompted(pair.yes if yes else pair.no, "Yes" if yes else "No", ())))
     told = pretrain_texts.caption(scene, rng)
     pool.append((mixture.caption, PROMPTS["caption-v1"](as_question("", told))))
     return _drawn([item for item in pool if item[0] > 0], mixture.asks, rng)
