@@ -18,8 +18,8 @@ from blipfit.training.loop import train
 
 EXPERIMENTS = (28, 32)
 """LoRA in the whole Q-Former; LoRA in the Q-Former and the language model. Both rank 8, on the T5 miniature."""
-SIZES = {"train": 1600, "val": 100, "test": 300}
-OVERRIDES = ("training.max_epochs=3", "training.learning_rate=2e-3")
+SIZES = {"train": 3200, "val": 100, "test": 300}
+OVERRIDES = ("training.max_epochs=5", "training.learning_rate=2e-3")
 SHOWN = ("compare", "ordinal", "pattern")
 
 
