@@ -17,7 +17,7 @@ from blipfit.recipe import Recipe
 from blipfit.training import plan
 from blipfit.training.step import Stepper
 
-STEPS, JUDGED = 6, 64
+STEPS, JUDGED = 20, 64
 
 
 def run(rounds: int = 3, experiments: int = 16) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(rounds: int = 3, experiments: int = 16) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
-        icons.prepare(data, train=256, val=JUDGED, test=16)
+        icons.prepare(data, train=16 * STEPS, val=JUDGED, test=16)
         for family, first in (("t5", 13), ("vicuna", 45)):
             recipes = [grid.recipe("icons", first + i, "tiny") for i in range(experiments)]
             found[family] = _family(recipes, data, Path(folder) / "store", rounds)

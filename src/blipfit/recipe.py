@@ -177,8 +177,9 @@ class TrainingPart(Part):
     """Questions a forward pass."""
     accumulation: int = Field(default=1, ge=1)
     """Forward passes an optimiser step; the effective batch is batch_size × accumulation."""
-    group_by_length: bool = True
-    """Draw each batch from questions of like length, so that little is spent on padding; `false`: at random."""
+    group_by_length: bool = False
+    """Draw each batch from questions of like length, so that little is spent on padding. Where length tells the kind of
+    question, batches are then of one kind, and training suffers."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """Start value; falls linearly per epoch: lr × (1 − epoch / max_epochs)."""
     weight_decay: float = Field(default=0.05, ge=0)

@@ -150,7 +150,7 @@ def test_the_recorded_numbers_are_those_of_the_files(recipe, train, family, smal
 
 def test_the_best_epoch_is_what_is_tested(recipe, train):
     own = ("training.max_epochs=4", "training.learning_rate=0.03", "training.patience=4")
-    (run,) = train([recipe(31, *own, "training.group_by_length=false")])
+    (run,) = train([recipe(31, *own)])
     result = run.result()
     accuracies = [line["val_accuracy"] for line in result["history"]]
     assert len(set(accuracies)) > 1

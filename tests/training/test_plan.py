@@ -41,7 +41,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(grouped):
 
 def test_grouped_batches_hold_little_padding_and_still_change_with_the_epoch():
     lengths = [random.Random(i).randint(10, 60) for i in range(800)]
-    training = TrainingPart(batch_size=16)
+    training = TrainingPart(batch_size=16, group_by_length=True)
 
     def padded(batches):
         return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
@@ -78,7 +78,7 @@ def test_the_grid_falls_into_banks_of_equal_questions():
     "change",
     [
         "training.seed=1",
-        "training.group_by_length=false",
+        "training.group_by_length=true",
         "training.batch_size=8",
         "training.accumulation=2",
         "training.dropout=false",
