@@ -5,7 +5,6 @@ memory (on a GPU: the allocator's) rises above the loaded model; predicted, what
 weights.
 """
 
-import json
 import resource
 import subprocess
 import sys
@@ -40,8 +39,7 @@ def run() -> dict[str, Any]:
             print(f"\n{family} miniature: memory beyond the loaded model, MiB")
             found[family] = {}
             for size in SIZES:
-                command = [sys.executable, "-m", "benchmarks.memory", str(data), str(first), str(size)]
-                row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                row = {what: _apart(what, data, first, size) for what in ("measured", "predicted")}
                 found[family][str(size)] = row
                 print(
                     f"  {size:>3} at once  predicted {row['predicted'] / 2**20:7.1f}  measured "
@@ -52,13 +50,23 @@ def run() -> dict[str, Any]:
     return found
 
 
-def one(data: Path, first: int, size: int) -> dict[str, int]:
-    """In a fresh process: train, look at the peak, then ask what the plan would have said."""
+def _apart(what: str, data: Path, first: int, size: int) -> int:
+    """`one` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", what, str(data), str(first), str(size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def one(what: str, data: Path, first: int, size: int) -> int:
+    """Bytes beyond the loaded model: `measured` in training, or `predicted` by the plan's trial."""
     recipes = [grid.recipe("icons", first + i * max(SIZES) // size, "tiny") for i in range(size)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = loading.load(recipes[0].model, device=device)
     train = material.read(backbone, recipes[0].data, data, "train")
     sight = Sight.from_backbone(backbone, "off")
+    if what == "predicted":
+        told = trial.measure(backbone, recipes, train, sight)
+        assert told is not None
+        return told.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
     batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
     seen = [
@@ -72,11 +80,8 @@ def one(data: Path, first: int, size: int) -> dict[str, int]:
     for number, batch in enumerate(batches):
         stepper.step(batch, seen[number], 0, number)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
-    stepper.bank.remove()
-    del stepper, best
-    told = trial.measure(backbone, recipes, train, sight)
-    assert told is not None
-    return {"measured": peak - before, "predicted": told.memory - sum(weight_bytes(backbone.hf).values())}
+    del best
+    return peak - before
 
 
 def _peak() -> int:
@@ -85,4 +90,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(one(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))

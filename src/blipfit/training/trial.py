@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Trial:
     seconds: float
     """Of one optimiser step of the whole bank, the median of a few."""
     memory: int
-    """Bytes at the peak: on a GPU the allocator's, elsewhere weights, bank and what backward keeps."""
+    """Bytes at the peak. On a GPU the allocator's; elsewhere the weights and the more of two: the bank with what
+    backward keeps, or (Linux) how far the process's resident memory rose."""
     judge_seconds: float
     """Of judging one question after an epoch for the whole bank."""
 
@@ -42,9 +44,10 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
+    resident = _Resident()
     try:
         stepper = Stepper(backbone, recipes, material.encoded)
-        return _measured(stepper, material, sight)
+        return _measured(stepper, material, sight, resident)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -55,7 +58,7 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
             torch.cuda.empty_cache()
 
 
-def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
+def _measured(stepper: Stepper, material: Material, sight: Sight, resident: "_Resident") -> Trial:
     training = stepper.training
     batches = plan.effective_batches(material.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
@@ -79,8 +82,9 @@ def _measured(stepper: Stepper, material: Material, sight: Sight) -> Trial:
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
+    memory = _memory(stepper, kept.bytes, resident.risen())
     each = _judge_seconds(stepper, material, sight)
-    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], _memory(stepper, kept.bytes), each)
+    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], memory, each)
 
 
 def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
@@ -94,16 +98,39 @@ def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
     return (time.perf_counter() - started) / len(some)
 
 
-def _memory(stepper: Stepper, activations: int) -> int:
+def _memory(stepper: Stepper, activations: int, risen: int) -> int:
     if stepper.backbone.device.type == "cuda":
         return torch.cuda.max_memory_allocated(stepper.backbone.device)
     weights = sum(p.numel() * p.element_size() for p in stepper.backbone.hf.parameters())
-    return weights + MATRICES * stepper.bank.values.nbytes + activations
+    return weights + max(MATRICES * stepper.bank.values.nbytes + activations, risen)
 
 
 def _wait(backbone: Backbone) -> None:
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)
+
+
+class _Resident:
+    """How far this process's resident memory rises from now on; 0 where the system does not tell.
+
+    Linux forgets the peak so far when asked to, without any right beyond one's own process.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = self._peak()
+        except OSError:
+            pass
+
+    def risen(self) -> int:
+        return max(0, self._peak() - self._before) if self._before else 0
+
+    @staticmethod
+    def _peak() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 class _Kept:
