@@ -31,6 +31,7 @@ TOY = replace(
     relating=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
     answers=Schedule(steps=5, batch=4, lr=1e-3, warmup=2),
     last=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
+    reading=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
 )
 
 
@@ -139,7 +140,7 @@ def test_interrupted_equals_straight(made):
     pretrain.train_answers(TOY, "t5", target, states["t5"], straight, silent, checked=0)
     pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, until=3, checked=0)
     pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, checked=0)
-    one, other = (load_file(path.with_stem(f"{path.stem}-last")) for path in (straight, stopped))
+    one, other = (load_file(path.with_stem(f"{path.stem}-reading")) for path in (straight, stopped))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -72,6 +72,10 @@ LAST = replace(
 )
 
 
+# The Q-Former stays as it is now, and the language model learns to trust it.
+READING = replace(LAST, misread=0.5)
+
+
 @dataclass(frozen=True)
 class PretrainRecipe:
     """Everything that decides the miniatures' weights; its hash is recorded in every checkpoint."""
@@ -104,6 +108,8 @@ class PretrainRecipe:
     last: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=16, lr=1e-3))
     lasting: Mixture = LAST
     last_gently: float = 0.5
+    reading: Schedule = field(default_factory=lambda: Schedule(steps=500, batch=16, lr=1e-3))
+    read: Mixture = READING
 
     def hash(self) -> str:
         """The first 16 hexadecimal digits of SHA-256 over the recipe as sorted JSON."""
@@ -238,7 +244,9 @@ def train_answers(
     for schedule, mixture, gently, file in (
         (recipe.answers, recipe.together, recipe.gently, state),
         (recipe.last, recipe.lasting, recipe.last_gently, state.with_stem(f"{state.stem}-last")),
+        (recipe.reading, recipe.read, 0.0, state.with_stem(f"{state.stem}-reading")),
     ):
+        trained.queries.requires_grad_(gently > 0)
 
         def losses_at(step: int, schedule: Schedule = schedule, mixture: Mixture = mixture, first: int = first) -> dict:
             backbone.hf.train()

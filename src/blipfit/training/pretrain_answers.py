@@ -6,7 +6,7 @@ Q-Former's stage stay on beside it, at a smaller weight, because they teach the 
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
 from blipfit.model.backbone import Backbone
 from blipfit.training.pretrain_queries import Queries, cells, head_losses
-from blipfit.training.pretrain_tasks import CAPTION, Mixture, drawn, emptied, lookups, tasks
+from blipfit.training.pretrain_tasks import CAPTION, Mixture, drawn, emptied, lookups, misread, tasks
 from blipfit.training.pretrain_tower import pixels
 
 NEIGHBOUR = 4.0  # in the logits of attention
@@ -89,7 +89,7 @@ def _seen_losses(
     for name, wanted in (("answers", False), ("captions", True)):
         chosen = [(row, made) for row, made in asked if (made.prompt == CAPTION) is wanted]
         if chosen:
-            total, number, head = _weighted(backbone, trained, seen, chosen, mixture)
+            total, number, head = _weighted(backbone, trained, seen, chosen, mixture, rng)
             language[name], weight, heads = total, weight + number, heads + head * len(chosen) / len(asked)
     return {**{name: total / weight for name, total in language.items()}, "heads": heads}
 
@@ -110,12 +110,20 @@ class Seen:
 
 
 def _weighted(
-    backbone: Backbone, trained: Trained, seen: Seen, chosen: list[tuple[int, Prompted]], mixture: Mixture
+    backbone: Backbone,
+    trained: Trained,
+    seen: Seen,
+    chosen: list[tuple[int, Prompted]],
+    mixture: Mixture,
+    rng: random.Random,
 ) -> tuple[Tensor, float, Tensor]:
     """Weighted sum of the tokens' losses, the sum of the weights, and the weighted loss of the Q-Former's heads."""
     made = [one for _, one in chosen]
     rows = torch.tensor([row for row, _ in chosen])
     encoded = backbone.text.encode(made)
+    if mixture.misread:
+        other = backbone.text.encode([misread(one, rng) if rng.random() < mixture.misread else one for one in made])
+        encoded = [replace(two, qformer=one.qformer) for one, two in zip(encoded, other, strict=True)]
     batch = backbone.text.targets(encoded)
     queried, halfway = trained.queries(seen.features[rows], batch.qformer_ids_BT, batch.qformer_mask_BT)
     logits = backbone.target_logits(trained.projection(queried), batch)[0]

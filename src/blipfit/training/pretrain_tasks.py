@@ -21,7 +21,8 @@ ANSWERS = (
     *TIMES,
 )
 HELD_OUT_WORDS = set("first second third fourth from next come comes different other others more fewer most".split())  # noqa: SIM905
-WORDS = [*ANSWERS, *ANSWERS, *(word for word in COMMON_WORDS if word not in HELD_OUT_WORDS)]
+OTHER_WORDS = [word for word in COMMON_WORDS if word not in HELD_OUT_WORDS]
+WORDS = [*ANSWERS, *ANSWERS, *OTHER_WORDS]
 SINGULAR = {name: shape for shape in icons.SHAPES for name in (shape, plural(shape))}
 CAPTION = PROMPTS["caption-v1"](as_question("", "")).prompt
 
@@ -47,6 +48,9 @@ class Mixture:
     """Weight of a third head: which cells hold the first, and which the second thing that the question names."""
     blank: float = 0.0
     """Share of the questions with options that are asked of an empty picture; any option is then the answer."""
+    misread: float = 0.0
+    """Share of the questions that the Q-Former reads as they are and the language model as random words before the
+    options: it learns to take the answer from the visual tokens, whatever is asked."""
     lookups: int = 0
     """Questions a step, without a picture and for the language model alone, that name the right option themselves:
     they teach which letter belongs to a known answer."""
@@ -105,6 +109,16 @@ def lookups(number: int, rng: random.Random) -> list[Prompted]:
         question = rng.choice(("Which option is {}?", "Choose {}.", "{}?")).format(choices[at])
         made.append(PROMPTS["iconqa-v1"](as_question(question, choices[at], choices, at)))
     return made
+
+
+def misread(made: Prompted, rng: random.Random) -> Prompted:
+    """The same prompt with other words for the question; one without a question comes back as it is."""
+    before, asked, rest = made.prompt.partition("Question: ")
+    if not asked:
+        return made
+    kept = rest[rest.index("Options:") :] if "Options:" in rest else "Short answer:"
+    words = " ".join(rng.choices(OTHER_WORDS, k=rng.randint(3, 10)))
+    return replace(made, prompt=f"{before}{asked}{words}? {kept}")
 
 
 def emptied(made: Prompted, rng: random.Random) -> Prompted:
