@@ -193,6 +193,21 @@ def test_no_held_out_skill_is_ever_asked():
             assert not any(question in made.prompt for question in held_out)
 
 
+def test_a_misread_question_keeps_its_options_and_its_answer():
+    rng = random.Random(0)
+    for index in range(200):
+        for made in pretrain_tasks.tasks(icons.scene(7, index), Mixture(asks=9), rng):
+            other = pretrain_tasks.misread(made, rng)
+            assert (other.target, other.candidates) == (made.target, made.candidates)
+            if "Question: " in made.prompt:
+                assert other.prompt != made.prompt
+                ends = [text[text.index("?") + 1 :] for text in (made.prompt, other.prompt)]
+                assert ends[0] == ends[1]
+                assert not pretrain_tasks.HELD_OUT_WORDS & set(other.prompt.replace("?", "").split())
+            else:
+                assert other == made
+
+
 def test_free_channels_hold_no_embedding(made):
     weights = load_file(made[1]["t5"].tower)
     positions = weights["weight.vision.embeddings.position_embedding"][0]
