@@ -75,7 +75,7 @@ def _recovered(
         model=ModelPart(name=str(to)),
         data=DataPart(name="own", prompt="instruction-v1", images="stored"),
         adapter=AdapterPart(qformer="full"),
-        training=TrainingPart(batch_size=16, learning_rate=5e-4, max_epochs=epochs, patience=epochs, seed=seed),
+        training=TrainingPart(batch_size=16, learning_rate=2e-4, max_epochs=epochs, patience=epochs, seed=seed),
         judging=JudgingPart(method="generation", decoding="short-answer"),
         distillation=DistillationPart(teacher=model if teach else None),
     )
