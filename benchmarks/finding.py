@@ -14,7 +14,6 @@ from blipfit import data as datasets
 from blipfit import grid
 from blipfit.recipe import Recipe
 from blipfit.report import demonstration, terminal
-from blipfit.run import Run, read_lines
 from blipfit.training.loop import train
 
 SEEDS = (42, 43, 44)
@@ -44,20 +43,13 @@ def run(root: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
             found = record["experiments"].setdefault(result["experiment"], {"test": [], "seconds": []})
             found["test"].append(result["metrics"]["test"]["accuracy"])
             found["seconds"].append(result["seconds"])
-            found.setdefault("by_skill", []).append(_by_skill(data, one))
+            found.setdefault("by_skill", []).append(result["metrics"]["test"]["by"]["skill"])
             found["trained"], found["share"] = result["trained_parameters"], result["trained_share"]
             record["chance"] = result["metrics"]["test"]["chance"]
     for name, found in record["experiments"].items():
         print(f"{name:16} {statistics.mean(found['test']):.1f} {found['test']} {found['trained']:,}", flush=True)
     measure.keep("finding", record)
     return record
-
-
-def _by_skill(data: Path, one: Run) -> dict[str, float]:
-    """Test accuracy in per cent on every skill."""
-    questions = datasets.load("icons", data, "test")
-    records = [record for record in read_lines(one.predictions_file) if record["split"] == "test"]
-    return demonstration.by_skill(questions, records)
 
 
 def recipes(seed: int) -> list[Recipe]:

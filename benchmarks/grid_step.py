@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
@@ -26,16 +24,16 @@ def run(rounds: int = 3, experiments: int = 16) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
         icons.prepare(data, train=16 * STEPS, val=JUDGED, test=16)
-        for family, first in (("t5", 13), ("vicuna", 45)):
+        for family, first in measure.LORA:
             recipes = [grid.recipe("icons", first + i, "tiny") for i in range(experiments)]
             found[family] = _family(recipes, data, Path(folder) / "store", rounds)
             _tell(family, found[family])
-    measure.keep("grid-step-cpu" if not torch.cuda.is_available() else "grid-step-gpu", found)
+    measure.keep(f"grid-step-{measure.KIND}", found)
     return found
 
 
 def _family(recipes: list[Recipe], data: Path, store: Path, rounds: int) -> dict[str, Any]:
-    backbone = loading.load(recipes[0].model, device="cuda" if torch.cuda.is_available() else "cpu")
+    backbone = loading.load(recipes[0].model, device=measure.DEVICE)
     train = material.read(backbone, recipes[0].data, data, "train")
     val = material.read(backbone, recipes[0].data, data, "val")
     middle = recipes[len(recipes) // 2]

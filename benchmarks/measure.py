@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# A family's sixteen experiments with LoRA begin here.
+LORA = (("t5", 13), ("vicuna", 45))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KIND = "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def wait() -> None:

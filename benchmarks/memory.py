@@ -16,8 +16,7 @@ import psutil
 import torch
 
 from benchmarks import measure
-from benchmarks.growth import SIZES
-from blipfit import grid
+from benchmarks.growth import SIZES, spread
 from blipfit.data import icons
 from blipfit.evaluation import material
 from blipfit.model import loading
@@ -35,7 +34,7 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
         icons.prepare(data, train=128, val=16, test=16)
-        for family, first in (("t5", 13), ("vicuna", 45)):
+        for family, first in measure.LORA:
             print(f"\n{family} miniature: memory beyond the loaded model, MiB")
             found[family] = {}
             for size in SIZES:
@@ -46,7 +45,7 @@ def run() -> dict[str, Any]:
                     f"{row['measured'] / 2**20:7.1f}  ratio {row['predicted'] / row['measured']:.2f}",
                     flush=True,
                 )
-    measure.keep("memory-cpu" if not torch.cuda.is_available() else "memory-gpu", found)
+    measure.keep(f"memory-{measure.KIND}", found)
     return found
 
 
@@ -58,9 +57,8 @@ def _apart(what: str, data: Path, first: int, size: int) -> int:
 
 def one(what: str, data: Path, first: int, size: int) -> int:
     """Bytes beyond the loaded model: `measured` in training, or `predicted` by the plan's trial."""
-    recipes = [grid.recipe("icons", first + i * max(SIZES) // size, "tiny") for i in range(size)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = loading.load(recipes[0].model, device=device)
+    recipes = spread(first, size)
+    backbone = loading.load(recipes[0].model, device=measure.DEVICE)
     train = material.read(backbone, recipes[0].data, data, "train")
     sight = Sight.from_backbone(backbone, "off")
     if what == "predicted":
@@ -73,13 +71,13 @@ def one(what: str, data: Path, first: int, size: int) -> int:
         [sight.features([train.questions[i] for i in micro]) for micro in plan.micro_batches(batch, training)]
         for batch in batches
     ]
-    before = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else psutil.Process().memory_info().rss
     stepper = Stepper(backbone, recipes, train.encoded)
     best = stepper.bank.values.clone()  # as training has it
     stepper.train_mode()
     for number, batch in enumerate(batches):
         stepper.step(batch, seen[number], 0, number)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
+    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else _peak()
     del best
     return peak - before
 

@@ -1,7 +1,7 @@
 """`blipfit demo`: a miniature InstructBLIP learns what it could not do, before your eyes."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from rich.table import Table
 
 from blipfit import data, grid, run
 from blipfit.data.images import open_image
-from blipfit.data.question import Question
 from blipfit.evaluation import evaluate, material, ranking
 from blipfit.model import loading
 from blipfit.recipe import Recipe
@@ -63,7 +62,6 @@ def run_demo(folder: Path, device: torch.device, seed: int = 42) -> dict[str, An
         pictures.contact_sheet(images, captions).save(temporary, format="PNG")
     return {
         "before": before,
-        "by_skill": {name: by_skill(test.questions, records) for name, records in answers.items()},
         "results": records,
         "pictures": str(sheet),
         "folders": [str(one.folder) for one in runs],
@@ -77,15 +75,15 @@ def ending(record: Mapping[str, Any]) -> list[Any]:
     table.add_column("model")
     for name in ("accuracy", "trained parameters", "share", "time"):
         table.add_column(name, justify="right")
-    before, by_skill = record["before"], record["by_skill"]
-    skills = list(by_skill["base"])
+    before = record["before"]
+    skills = sorted(before["by"]["skill"])
     kinds = Table(title="the same, by kind of question (per cent)", title_justify="left")
     kinds.add_column("model")
     for skill in skills:
         kinds.add_column(skill, justify="right")
-    for name, found in by_skill.items():
-        label = "miniature as shipped" if name == "base" else f"experiment {name}"
-        kinds.add_row(label, *(f"{found[skill]:.0f}" for skill in skills))
+    tuned = {f"experiment {result['experiment']}": result["metrics"]["test"] for result in record["results"]}
+    for label, metrics in {"miniature as shipped": before, **tuned}.items():
+        kinds.add_row(label, *(f"{metrics['by']['skill'][skill]['accuracy']:.0f}" for skill in skills))
     table.add_row("chance", f"{before['chance']:.1f}", "", "", "")
     table.add_row("miniature as shipped", terminal.percent(before), "0", "", "")
     for result in record["results"]:
@@ -107,14 +105,6 @@ def ending(record: Mapping[str, Any]) -> list[Any]:
         "  blipfit prepare scienceqa --from hub --to data/scienceqa",
         "  blipfit train scienceqa 28",
     ]
-
-
-def by_skill(questions: Sequence[Question], records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy in per cent on every skill."""
-    rows: dict[str, list[bool]] = {}
-    for question, one in zip(questions, records, strict=True):
-        rows.setdefault(question.tags["skill"], []).append(one["correct"])
-    return {skill: 100 * sum(found) / len(found) for skill, found in sorted(rows.items())}
 
 
 def _said(records: list[dict[str, Any]], picked: list[int]) -> str:

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     CLIPProcessor,
-    InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     PreTrainedTokenizerBase,
 )
@@ -169,13 +168,7 @@ def train_queries(
     torch.manual_seed(recipe.seed)
     backbone = untrained("t5", target, tower, seed=recipe.seed)
     queries = pretrain_queries.Queries(backbone.hf)
-
-    def losses_at(step: int) -> dict[str, torch.Tensor]:
-        return pretrain_queries.losses(
-            backbone.hf, queries, backbone.text.qformer, recipe.seed, step, recipe.queries.batch, recipe.looking
-        )
-
-    fit(queries, losses_at, recipe.queries, state, log, until=until)
+    _fit_queries(recipe, backbone, queries, recipe.queries, recipe.looking, 0, state, log, until)
 
 
 def train_relating(
@@ -184,14 +177,28 @@ def train_relating(
     """Go on with the Q-Former in the state file `queries`, on more skills; the result lies in `state`."""
     backbone = untrained("t5", target, tower, queries, seed=recipe.seed)
     module = _with_heads(pretrain_queries.Queries(backbone.hf), queries)
+    _fit_queries(recipe, backbone, module, recipe.relating, recipe.related, recipe.queries.steps, state, log, until)
+
+
+def _fit_queries(
+    recipe: PretrainRecipe,
+    backbone: Backbone,
+    queries: pretrain_queries.Queries,
+    schedule: Schedule,
+    mixture: Mixture,
+    first: int,
+    state: Path,
+    log: Log,
+    until: int | None,
+) -> None:
+    """Train the Q-Former by itself; its pictures are those from step `first` on."""
 
     def losses_at(step: int) -> dict[str, torch.Tensor]:
-        step += recipe.queries.steps  # other pictures
         return pretrain_queries.losses(
-            backbone.hf, module, backbone.text.qformer, recipe.seed, step, recipe.relating.batch, recipe.related
+            backbone.hf, queries, backbone.text.qformer, recipe.seed, first + step, schedule.batch, mixture
         )
 
-    fit(module, losses_at, recipe.relating, state, log, until=until)
+    fit(queries, losses_at, schedule, state, log, until=until)
 
 
 def _with_heads(queries: pretrain_queries.Queries, state: Path) -> pretrain_queries.Queries:
@@ -288,7 +295,9 @@ def untrained(
         hf.query_tokens.data.copy_(_part(queries, "query_tokens")[""])
     if words is not None:
         hf.language_model.load_state_dict(_part(words, ""), strict=False)  # tied copies are not in the file
-    return _backbone(hf, parts, family)
+    start = loading.decoder_start(hf, family)
+    text = TextEncoder(parts.qformer_tokenizer, parts.tokenizer, family, start)
+    return Backbone(hf, text, family, tiny.NAMES[family])
 
 
 def _part(state: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -357,13 +366,6 @@ def pretrain_tiny(
 def measure(folder: Path, seed: int, questions: int = 1400, pictures: int = 200) -> dict:
     """What a finished miniature is judged by (`pretrain_check.measure`), read back from its folder."""
     return pretrain_check.measure(loading.load(ModelPart(name=str(folder))), seed, questions, pictures)
-
-
-def _backbone(hf: InstructBlipForConditionalGeneration, parts: InstructBlipProcessor, family: tiny.Family) -> Backbone:
-    start = 0 if family == "t5" else parts.tokenizer.bos_token_id
-    return Backbone(
-        hf, TextEncoder(parts.qformer_tokenizer, parts.tokenizer, family, start), family, tiny.NAMES[family]
-    )
 
 
 def _claim(state: Path, recipe: PretrainRecipe) -> None:
