@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blipfit.adapters.bank import LORA_A, LORA_B
@@ -85,3 +86,26 @@ def _padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+
+def train(hf, backbone, batches, optimiser, steps) -> list[float]:
+    """Loss of every step of `hf` with a torch optimiser, over the batches (questions, pixels) in turn."""
+    losses = []
+    for step in range(steps):
+        encoded, pixels = batches[step % len(batches)]
+        optimiser.zero_grad()
+        loss, _ = forward(hf, backbone, pixels, [(e.qformer, e.prompt_cut, e.target) for e in encoded])
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def with_trained(backbone, file, encoded, pixels):
+    """Logits at the labels of these questions, after the always-trained tensors of `file` took their places."""
+    for name, tensor in load_file(file).items():
+        parameter = backbone.hf.get_parameter(name)
+        parameter.copy_(tensor.view_as(parameter))
+    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    return torch.cat(forward(backbone.hf, backbone, pixels, rows)[1])

@@ -127,14 +127,7 @@ def _peft_run(folder, adapter, rate, start, steps, walk):
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
-    losses = []
-    for step in range(steps):
-        encoded, pixels = walk.batches[step % 3]
-        optimiser.zero_grad()
-        loss, _ = reference.forward(hf, backbone, pixels, [(e.qformer, e.prompt_cut, e.target) for e in encoded])
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    losses = reference.train(hf, backbone, walk.batches, optimiser, steps)
     return torch.tensor(losses, dtype=torch.float64), trained
 
 

@@ -100,10 +100,7 @@ def test_peft_loads_it(backbone, small, tmp_path, adapter):
     rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
     with torch.no_grad():
         half = torch.cat(reference.forward(hf, fresh, pixels, rows)[1])
-        for name, tensor in load_file(tmp_path / "adapter" / "trained.safetensors").items():
-            parameter = hf.get_parameter(name)
-            parameter.copy_(tensor.view_as(parameter))
-        theirs = torch.cat(reference.forward(hf, fresh, pixels, rows)[1])
+    theirs = reference.with_trained(fresh, tmp_path / "adapter" / "trained.safetensors", encoded, pixels)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (half - theirs).abs().max() > 1e-2  # peft alone cannot carry the query tokens and their like
 
@@ -282,12 +279,7 @@ def test_peft_loads_adalora(backbone, small, tmp_path):
     bank.remove()
     fresh = checkpoints.load(small[backbone.family])
     PeftModel.from_pretrained(fresh.hf, str(tmp_path / "adapter"))
-    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
-    with torch.no_grad():
-        for name, tensor in load_file(tmp_path / "adapter" / "trained.safetensors").items():
-            parameter = fresh.hf.get_parameter(name)
-            parameter.copy_(tensor.view_as(parameter))
-        theirs = torch.cat(reference.forward(fresh.hf, fresh, pixels, rows)[1])
+    theirs = reference.with_trained(fresh, tmp_path / "adapter" / "trained.safetensors", encoded, pixels)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
