@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig, T5Config
 
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch
-from blipfit.model import cost, shapes
+from blipfit.model import cost, onednn, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
 
@@ -68,6 +68,14 @@ def eager(backbone: Backbone) -> Backbone:
     return backbone
 
 
+def _product(x: torch.Size, weight: torch.Size, *rest, **more) -> int:
+    return 2 * x.numel() * weight[0]
+
+
+# The counter knows torch's own products only.
+ONEDNN = {torch.ops.mkldnn._linear_pointwise: _product} if onednn.usable(torch.ones(1)) else {}
+
+
 def batches(backbone: Backbone, lengths: Lengths) -> tuple[TargetBatch, CandidateBatch, PromptBatch]:
     def ids(rows: int, tokens: int) -> torch.Tensor:
         return torch.randint(10, 50, (rows, tokens))
@@ -93,7 +101,7 @@ def counted(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def count(name, stage, *inputs, **options):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             output = stage(*inputs, **options)
         found[name] = counter.get_total_flops()
         return output
@@ -130,7 +138,8 @@ PUBLISHED = [
 def test_published_models(name, text, answer, see, query, language):
     found = cost.flops(shapes.on_meta(name).config, Lengths(text, text, answer))
     assert found["see"] / 1e9 == pytest.approx(see, rel=0.01)
-    assert found["query"] / 1e9 == pytest.approx(query, rel=0.03)
+    # A little less than theirs: the text's rows after the last layer's attention are not computed.
+    assert found["query"] / 1e9 == pytest.approx(query, rel=0.04)
     assert found["answer"] / 1e9 == pytest.approx(language, rel=0.01)
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blipfit.model import onednn
+
 
 class BankLoRA(nn.Module):
     """A frozen linear layer with one LoRA an experiment beside it: `y_k = W x + scale_k · B_k A_k x`.
@@ -38,11 +40,16 @@ class BankLoRA(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         K = self.scale.shape[0]
-        x_KRI, y_KRO = x.reshape(K, -1, x.shape[-1]), y.view(K, -1, y.shape[-1])
+        x_KRI = x.reshape(K, -1, x.shape[-1])
         A = self.lora_A if self.lora_E is None else self.lora_A * self.lora_E
         scaled_B = self.lora_B * self.scale[:, None, None]
+        if type(self.base) is nn.Linear and onednn.usable(x):
+            inside = A[self.span], scaled_B[self.span]
+            y = onednn.low_rank(x_KRI, self.base.weight, self.base.bias, *inside, self.span)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        y = self.base(x)
+        y_KRO = y.view(K, -1, y.shape[-1])
         if self.span == slice(0, K):  # a slice of everything would cost a copy in backward
             return torch.baddbmm(y_KRO, torch.bmm(x_KRI, A.mT), scaled_B.mT).view_as(y)
         low = torch.bmm(x_KRI[self.span], A[self.span].mT)
@@ -60,7 +67,9 @@ class BankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         K = self.weight.shape[0]
         x_KRI = x.reshape(K, -1, x.shape[-1])
-        if self.bias is None:
+        if onednn.usable(x):
+            y = onednn.bank(x_KRI, self.weight, self.bias)
+        elif self.bias is None:
             y = torch.bmm(x_KRI, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.unsqueeze(1), x_KRI, self.weight.mT)

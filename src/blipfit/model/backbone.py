@@ -5,6 +5,8 @@
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch, TextEncoder
+from blipfit.model import onednn
 from blipfit.recipe import Family
 
 
@@ -49,9 +52,12 @@ class Backbone:
         """K: how many experiments the installed bank holds."""
         return self.hf.query_tokens.shape[0]
 
-    def autocast(self) -> Any:
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """The 16-bit type where one was chosen, and on a CPU oneDNN's matrix products."""
         enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled)
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled), onednn.products():
+            yield
 
     # ------------------------------------------------------------------ see
 
@@ -67,22 +73,23 @@ class Backbone:
         """Image features + instruction → visual tokens `K·B × Q × D_language`."""
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]
-        with self.autocast():
+        with self.arithmetic():
             features = hf.vision_model.post_layernorm(over_bank(features_BPD.to(hf.query_tokens.dtype), K))
             queries_KQD = hf.query_tokens
             queries = queries_KQD.unsqueeze(1).expand(-1, B, -1, -1).reshape(K * B, *queries_KQD.shape[1:])
             Q = queries.shape[1]
             ids = over_bank(batch.qformer_ids_BT, K)
             mask = torch.cat([batch.qformer_mask_BT.new_ones(B, Q), batch.qformer_mask_BT], dim=1)
-            hidden = hf.qformer(
-                input_ids=ids,
-                attention_mask=over_bank(mask, K),
-                # One row each: a banked position embedding must know whose rows they are.
-                position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
-                query_embeds=queries,
-                encoder_hidden_states=features,
-            ).last_hidden_state
-            return hf.language_projection(hidden[:, :Q])
+            with _queries_only(hf.qformer.encoder.layer[-1], Q):
+                hidden = hf.qformer(
+                    input_ids=ids,
+                    attention_mask=over_bank(mask, K),
+                    # One row each: a banked position embedding must know whose rows they are.
+                    position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+                    query_embeds=queries,
+                    encoder_hidden_states=features,
+                ).last_hidden_state
+            return hf.language_projection(hidden)
 
     # --------------------------------------------------------------- answer
 
@@ -96,7 +103,7 @@ class Backbone:
     def target_logits(self, visual: Tensor, batch: TargetBatch) -> Tensor:
         """Logits `K × N × V` at the label positions only."""
         K = visual.shape[0] // batch.text_ids_BT.shape[0]
-        with self.autocast():
+        with self.arithmetic():
             front, mask = self._front(visual, batch)
             if self.family == "t5":
                 memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
@@ -118,7 +125,7 @@ class Backbone:
         B = batch.text_ids_BT.shape[0]
         K = visual.shape[0] // B
         rows = (torch.arange(K, device=visual.device)[:, None] * B + batch.question_M).flatten()
-        with self.autocast():
+        with self.arithmetic():
             score = self._score_t5 if self.family == "t5" else self._score_causal
             sums = score(visual, batch, rows, K)
         return CandidateScores(sums.view(K, -1), batch.candidate_mask_MA.sum(1))
@@ -131,7 +138,7 @@ class Backbone:
         """
         # Published copies disagree about these ids in their configurations, so the tokenizer's are given.
         ids = {"eos_token_id": self.text.llm.eos_token_id, "pad_token_id": self.text.llm.pad_token_id}
-        with self.autocast():
+        with self.arithmetic():
             front, mask = self._front(visual, batch)
             if self.family == "vicuna":
                 front, mask = _left_padded(front, mask)
@@ -201,6 +208,17 @@ class Backbone:
         logits = _full(self.language.lm_head(hidden))
         token = -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         return (token * mask).sum(1)
+
+
+@contextmanager
+def _queries_only(last: Any, Q: int) -> Iterator[None]:
+    """Within it, the Q-Former's last layer goes on with the queries alone after its self-attention: the text's rows
+    would be computed and thrown away."""
+    cut = last.attention.output.register_forward_pre_hook(lambda module, rows: tuple(row[:, :Q] for row in rows))
+    try:
+        yield
+    finally:
+        cut.remove()
 
 
 def over_bank(rows: Tensor, K: int) -> Tensor:

@@ -64,7 +64,8 @@ def query(config: Any, T: int) -> int:
     cross = _linear(Q, 2 * D**2) + _linear(P, 2 * D * E) + _products(Q, P, D)
     crossings = -(-c.num_hidden_layers // c.cross_attention_frequency)
     projection = _linear(Q, D * config.text_config.hidden_size)
-    return c.num_hidden_layers * (attention + feed_forward) + crossings * cross + projection
+    unread = _linear(T, D**2 + 2 * D * c.intermediate_size)  # the text after the last layer's attention
+    return c.num_hidden_layers * (attention + feed_forward) - unread + crossings * cross + projection
 
 
 def answer(config: Any, T: int, A: int) -> int:

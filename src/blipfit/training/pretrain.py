@@ -45,16 +45,33 @@ SEEING = (
 # Reasoning over two things is what takes longest, so it is asked most often.
 SLOW = ("relation", "size", "where", "count_kind", "beside", "count_all", "bigger")
 LOOKING = Mixture(
-    asks=5, skills=SEEING, options=0.3, caption=0.0, named=4.0, hard=3.0, hard_skills=(*SLOW, "time", "scale")
+    asks=5,
+    skills=SEEING,
+    options=0.3,
+    counts=4.0,
+    caption=0.0,
+    named=4.0,
+    hard=3.0,
+    hard_skills=(*SLOW, "time", "scale"),
 )
 # Then what several icons have to do with each other; other pictures than before show it.
-BLOCKS = ("end", "side", "times", "before", "all")
+BLOCKS = ("end", "side", "flank", "times", "mark", "all")
 PLANS = ("line", "pattern", "pair", "odd")
-RELATING = Mixture(asks=5, plans=PLANS, options=0.5, caption=0.0, named=4.0, hard=3.0, hard_skills=(*BLOCKS, *SLOW))
+RELATING = Mixture(
+    asks=5,
+    plans=PLANS,
+    options=0.5,
+    counts=4.0,
+    caption=0.0,
+    named=4.0,
+    hard=3.0,
+    hard_skills=(*BLOCKS, *SLOW),
+)
 TOGETHER = Mixture(
     plans=PLANS,
     options=0.75,
     yes_no=1.2,
+    counts=3.0,
     caption=0.5,
     heads=1.0,
     named=4.0,
@@ -67,7 +84,11 @@ TOGETHER = Mixture(
 
 # At last what was weakest after that: whether so many are there, letters in one's own words, and the slowest skills.
 LAST = replace(
-    TOGETHER, counts=6.0, lookups=32, hard=4.0, hard_skills=("before", "beside", "times", "count_all", "count_kind")
+    TOGETHER,
+    counts=6.0,
+    lookups=32,
+    hard=4.0,
+    hard_skills=("flank", "mark", "beside", "times", "count_all", "count_kind"),
 )
 
 
@@ -79,10 +100,10 @@ READING = replace(LAST, misread=0.5)
 class PretrainRecipe:
     """Everything that decides the miniatures' weights; its hash is recorded in every checkpoint."""
 
-    version: int = 1
+    version: int = 2
     seed: int = 20_260_101
     token_scenes: int = 6000
-    token_skills: tuple[str, ...] = (*SEEING, *icons.HELD_OUT)
+    token_skills: tuple[str, ...] = (*SEEING, *BLOCKS, *icons.HELD_OUT)
     t5_pieces: int = 1152
     llama_pieces: int = 1408
     bert_pieces: int = 1024
@@ -94,7 +115,7 @@ class PretrainRecipe:
     queries: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
     looking: Mixture = LOOKING
     """What is asked of a picture in the Q-Former's own stage."""
-    relating: Schedule = field(default_factory=lambda: Schedule(steps=1500, batch=16, lr=1.5e-3))
+    relating: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
     related: Mixture = RELATING
     """The second half of that stage: more skills."""
     words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blipfit.model import onednn
+
 Losses = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,7 +77,8 @@ def fit(
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["part"]
-        losses = losses_at(step)
+        with onednn.products():
+            losses = losses_at(step)
         total = sum(losses.values(), torch.zeros(()))
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {step} is not finite: {losses}")

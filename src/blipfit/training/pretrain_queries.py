@@ -18,10 +18,8 @@ from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import Prompted
 from blipfit.training.pretrain_tasks import ANSWERS, CAPTION, Mixture, drawn, named_things, tasks
-from blipfit.training.pretrain_tower import SIDE, pixels, truth
+from blipfit.training.pretrain_tower import PARTS, SIDE, pixels, truth
 
-# What a cell holds: shape, colour and size of its icon, 0 where it is empty.
-PARTS = [len(icons.SHAPES) + 1, len(icons.COLORS) + 1, 3]
 NAMED = 2  # a question names two things at most
 
 
@@ -112,7 +110,7 @@ def named_cells(asked: list[Prompted], held: Tensor) -> Tensor:
 
 
 def cells(scenes: list[icons.Scene]) -> Tensor:
-    """Shape, colour and size in every cell, [B, 16, 3]; 0 where nothing stands."""
+    """Shape (or the question mark), colour and size in every cell, [B, 16, 3]; 0 where nothing stands."""
     step = SIDE // BOARD
     patches = truth(scenes)["icon"].view(len(scenes), SIDE, SIDE, 3)
     return patches[:, ::step, ::step].flatten(1, 2)

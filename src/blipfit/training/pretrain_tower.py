@@ -26,6 +26,9 @@ from blipfit.training import pretrain_texts
 SIDE = tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 MOST = 6  # counts above this are one class
 READINGS = 24 + 11  # half hours of a clock, then marks of a number line
+# What a patch shows: a shape or the question mark, a colour and a size; 0 is nothing.
+PARTS = (len(SHAPES) + 2, len(COLORS) + 1, 3)
+QUESTION_MARK = len(SHAPES) + 1
 FREE = 2  # channels without embeddings, see above
 CONSTANT = 1000.0
 
@@ -40,7 +43,7 @@ class Tower(nn.Module):
         self.text_projection, self.visual_projection = clip.text_projection, clip.visual_projection
         self.logit_scale = clip.logit_scale
         width = tiny.WIDTH
-        self.icon = nn.Linear(width, (len(SHAPES) + 1) + (len(COLORS) + 1) + 3)
+        self.icon = nn.Linear(width, sum(PARTS))
         self.where = nn.Linear(width, 2 * SIDE)
         self.board = nn.Linear(width, (len(SHAPES) + len(COLORS) + 1) * (MOST + 1))
         self.reading = nn.Linear(width, READINGS)
@@ -62,10 +65,9 @@ class Tower(nn.Module):
         logits = self.logit_scale.exp().clamp(max=100) * images @ texts.T  # [B, texts]
         target = torch.arange(len(images))
         contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(images)].T, target)
-        shape, color, size = self.icon(patches).split([len(SHAPES) + 1, len(COLORS) + 1, 3], dim=-1)
         named = sum(
             F.cross_entropy(part.flatten(0, 1), truth["icon"][..., index].flatten())
-            for index, part in enumerate((shape, color, size))
+            for index, part in enumerate(self.icon(patches).split(PARTS, dim=-1))
         )
         board = self.board(whole).view(len(whole), -1, MOST + 1).flatten(0, 1)
         return {
@@ -114,6 +116,9 @@ def truth(scenes: list[Scene]) -> dict[str, Tensor]:
             board[row, shape] += 1
             board[row, len(SHAPES) + color] += 1
             board[row, -1] += 1
+        if scene.open_cell is not None:
+            top, left = (cell * at for at in scene.open_cell)
+            icon[row, top : top + cell, left : left + cell, 0] = QUESTION_MARK
         if scene.value is not None:
             reading[row] = scene.value + (24 if scene.kind == "scale" else 0)
             board[row] = -100
@@ -143,7 +148,7 @@ def check(tower: Tower, tokenizer: PreTrainedTokenizerBase, seed: int, pictures:
     images, captions, real = batch(scenes, tokenizer, 1, seed)
     tower.eval()
     seen = tower.vision.post_layernorm(tower.features(images))
-    icon = tower.icon(seen[:, 1:]).split([len(SHAPES) + 1, len(COLORS) + 1, 3], dim=-1)
+    icon = tower.icon(seen[:, 1:]).split(PARTS, dim=-1)
     covered = real["icon"][..., 0] > 0
     right = torch.stack([part.argmax(-1) for part in icon], dim=-1) == real["icon"]
     board = tower.board(seen[:, 0]).view(pictures, -1, MOST + 1).argmax(-1)

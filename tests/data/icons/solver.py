@@ -193,7 +193,7 @@ def _extreme(icons: list[Found], side: int, which: str, first: str, second: str)
 def _next(icons: list[Found], side: int, noun: str) -> str:
     """Continue with the shortest unit that explains all that is there, repeated at least once."""
     seen = [getattr(icon, noun) for icon in icons]
-    fits = (n for n in (2, 3) if all(a == b for a, b in zip(seen, seen[n:], strict=False)))
+    fits = (n for n in (2, 3, 4) if all(a == b for a, b in zip(seen, seen[n:], strict=False)))
     return seen[len(seen) - next(fits)]
 
 
@@ -214,6 +214,11 @@ def _times(icons: list[Found], side: int, noun: str, number: str) -> str:
 def _beyond(icons: list[Found], side: int, way: str, name: str) -> str:
     at = only(icons, name).middle[0]
     return str(sum(icon.middle[0] < at if way == "left" else icon.middle[0] > at for icon in icons))
+
+
+def _flank(icons: list[Found], side: int, number: str, way: str) -> str:
+    line = sorted(icons, key=lambda icon: icon.left, reverse=way == "right")
+    return line[int(number)].shape
 
 
 def _all(icons: list[Found], side: int, name: str) -> str:
@@ -252,14 +257,15 @@ FORMS = (
         r"What color is the shape in the (.*)\?",
         lambda icons, side, where: _single([i.color for i in icons if _quarter(i, side) == where]),
     ),
+    (
+        r"Which (shape|color) is just (left of|above) the question mark\?",
+        lambda icons, _, noun, way: getattr(icons[-1 if way == "left of" else -4], noun),  # lines of four
+    ),
     (r"Which shape is just (left of|right of|above|below) the (.*)\?", _beside),
     (r"Which shape is at the (left|right) end\?", lambda icons, side, end: _rank(icons, side, "first", end)),
+    (r"Which shape has (\d) shapes? on its (left|right)\?", _flank),
     (r"How many shapes are (left|right) of the (.*)\?", _beyond),
     (r"Which (shape|color) is there (\d) times?\?", _times),
-    (
-        r"Which (shape|color) is (\d) places? before the question mark\?",
-        lambda icons, _, noun, steps: getattr(icons[-int(steps)], noun),
-    ),
     (r"Are all shapes (\w+)\?", _all),
     (r"Are there more (\w+) or (\w+) shapes\?", _more),
     (r"Are there more (\w+) or (\w+)\?", _more),

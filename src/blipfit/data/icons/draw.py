@@ -198,9 +198,8 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
     picture = Image.new("RGB", (size, size), PAPER[scene.background])
     for icon in scene.icons:
         _paste(picture, icon, size)
-    if scene.plan == "pattern":
-        step = len(scene.icons)
-        row, col = scene.icons[0].row + step // BOARD, step % BOARD
+    if scene.open_cell is not None:
+        row, col = scene.open_cell
         place = (round(col * size / BOARD), round(row * size / BOARD))
         picture.paste(INK, place, _question_mark(round(size / BOARD)))
     return picture

@@ -64,8 +64,15 @@ class Scene:
     @property
     def picture(self) -> tuple:
         """All that is seen: two scenes of the same value are drawn alike."""
-        hint = len(self.icons) if self.plan == "pattern" else 0  # the question mark at the open place
-        return self.kind, self.background, frozenset(self.icons), self.value, self.look, hint
+        return self.kind, self.background, frozenset(self.icons), self.value, self.look, self.open_cell
+
+    @property
+    def open_cell(self) -> tuple[int, int] | None:
+        """Row and column of the question mark at the end of a pattern; None in every other picture."""
+        if self.plan != "pattern":
+            return None
+        step = len(self.icons)
+        return self.icons[0].row + step // BOARD, step % BOARD
 
     def lot(self, purpose: str) -> random.Random:
         """A random stream of this scene's own, one for each purpose."""
@@ -191,14 +198,13 @@ def _odd(rng: random.Random) -> dict:
 
 
 def _line(rng: random.Random) -> dict:
-    """A row of three or four icons that share neither shape nor colour."""
-    count = rng.randint(3, 4)
-    cells = _block(rng, 1, count)
-    kinds = zip(rng.sample(SHAPES, count), rng.sample(COLORS, count), strict=True)
+    """A row of four icons that share neither shape nor colour."""
+    cells = _block(rng, 1, BOARD)
+    kinds = zip(rng.sample(SHAPES, BOARD), rng.sample(COLORS, BOARD), strict=True)
     return {"icons": tuple(Icon(*kind, *cell) for kind, cell in zip(kinds, cells, strict=True))}
 
 
-PATTERNS = ("ab", "abc", "aab", "abb")
+PATTERNS = ("ab", "aabb", "abba", "abcd")
 
 
 def _pattern(rng: random.Random) -> dict:
@@ -206,8 +212,8 @@ def _pattern(rng: random.Random) -> dict:
     unit = rng.choice(PATTERNS)
     pool, free = rng.choice(((SHAPES, COLORS), (COLORS, SHAPES)))
     names = rng.sample(pool, len(set(unit)))
-    sequence = [names["abc".index(unit[step % len(unit)])] for step in range(9)]
-    length = rng.randint(2 * len(unit) if len(unit) == 2 else 5, 7)
+    sequence = [names["abcd".index(unit[step % len(unit)])] for step in range(2 * BOARD)]
+    length = rng.randint(len(unit) + 2 if len(unit) > 2 else 5, 2 * BOARD - 1)
     look, top = rng.choice(free), rng.randint(0, BOARD - 2)
     icons = []
     for step in range(length):

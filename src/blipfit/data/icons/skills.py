@@ -281,11 +281,20 @@ def _end(scene: Scene, rng: random.Random) -> Drawn | None:
 
 
 def _side(scene: Scene, rng: random.Random) -> Drawn | None:
-    """How many stand on one side; at most two are asked for, because only a row of four has three there."""
-    number, side = rng.randrange(3), rng.choice(("left", "right"))
+    """How many stand on one side, none to three."""
+    number, side = rng.randrange(len(scene.icons)), rng.choice(("left", "right"))
     icon = scene.icons[number if side == "left" else -1 - number]
     name = called(rng, icon, scene.icons)
-    return None if name is None else (f"How many shapes are {side} of the {name}?", str(number), ("0", "1", "2"))
+    pool = tuple(map(str, range(len(scene.icons))))
+    return None if name is None else (f"How many shapes are {side} of the {name}?", str(number), pool)
+
+
+def _flank(scene: Scene, rng: random.Random) -> Drawn | None:
+    """The one that has so many on that side."""
+    number, side = rng.randrange(len(scene.icons)), rng.choice(("left", "right"))
+    icon = scene.icons[number if side == "left" else -1 - number]
+    asked = f"Which shape has {number} {'shape' if number == 1 else 'shapes'} on its {side}?"
+    return asked, icon.shape, tuple(other.shape for other in scene.icons)
 
 
 def _times(scene: Scene, rng: random.Random) -> Drawn | None:
@@ -305,12 +314,16 @@ def _times(scene: Scene, rng: random.Random) -> Drawn | None:
     return asked, name, _seen_or_all(rng, seen, pool)
 
 
-def _before(scene: Scene, rng: random.Random) -> Drawn | None:
+def _mark(scene: Scene, rng: random.Random) -> Drawn | None:
+    """What stands beside the question mark of a pattern, as far as something does."""
+    assert scene.open_cell is not None
     noun = "shape" if scene.focus[0] in SHAPES else "color"
-    steps = rng.randint(1, 3)
-    icon = scene.icons[-steps]
-    asked = f"Which {noun} is {steps} {'place' if steps == 1 else 'places'} before the question mark?"
-    return asked, icon.shape if noun == "shape" else icon.color, scene.focus
+    row, col = scene.open_cell
+    side = rng.choice(("left of", "above"))
+    down, right = STEPS[side]
+    found = [icon for icon in scene.icons if (icon.row, icon.col) == (row + down, col + right)]
+    asked = f"Which {noun} is just {side} the question mark?"
+    return (asked, found[0].shape if noun == "shape" else found[0].color, scene.focus) if found else None
 
 
 def _all(scene: Scene, rng: random.Random) -> Drawn | None:
@@ -385,8 +398,9 @@ SKILLS: dict[str, Skill] = {
     "scale": Skill(_reading, ("scale",)),
     "end": Skill(_end, ("line",)),
     "side": Skill(_side, ("line",)),
-    "times": Skill(_times, ("total", "kind", "grid", "pair")),
-    "before": Skill(_before, ("pattern",)),
+    "flank": Skill(_flank, ("line",)),
+    "times": Skill(_times, ("total", "kind", "grid", "pair", "odd")),
+    "mark": Skill(_mark, ("pattern",)),
     "all": Skill(_all, ("odd", "pattern")),
     "compare": Skill(_compare, ("pair",), held_out=True),
     "pattern": Skill(_pattern, ("pattern",), held_out=True),

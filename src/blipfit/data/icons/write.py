@@ -23,7 +23,7 @@ from blipfit.errors import UserError
 
 SETTINGS = "icons.json"
 TYPE = "choose_txt"  # the one of IconQA's three question types that this world has
-VERSION = 2  # raise it when the same seed gives other pictures or questions than before
+VERSION = 3  # raise it when the same seed gives other pictures or questions than before
 
 
 def prepare(

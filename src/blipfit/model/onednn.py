@@ -1,0 +1,137 @@
+"""Matrix products of fp32 layers on a CPU through oneDNN, where torch's own would go through MKL.
+
+Both compute the same in fp32. MKL takes its AVX2 code on processors that are not Intel's, oneDNN takes AVX-512: about
+twice as fast at the shapes of a bank (`benchmarks`, grid_step). torch reaches oneDNN by an operator without a backward
+pass, so it is given here. Everything else, and every processor for which torch was built without oneDNN, goes the
+ordinary way.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a product with `x` can go through oneDNN in fp32."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _present()
+
+
+@cache
+def _present() -> bool:
+    """Whether this torch has the operator as it is called here; it is not part of torch's documented interface."""
+    try:
+        found = product(torch.eye(2), torch.ones(3, 2))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool(found.equal(torch.ones(2, 3)))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b` for x `… × I` and W `O × I`, without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """`product` with gradients, for what asks for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            product(grad, weight.t()) if for_x else None,
+            product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+class _Bank(torch.autograd.Function):
+    """K linear layers, all trained; see `bank`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_KRI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_KRI, weight_KOI)
+        biases = [None] * len(x_KRI) if bias_KO is None else list(bias_KO)
+        return torch.stack([product(x, w, b) for x, w, b in zip(x_KRI, weight_KOI, biases, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_KRO: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:  # type: ignore[override]
+        x_KRI, weight_KOI = ctx.saved_tensors
+        grad_KRO = grad_KRO.contiguous()
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.stack([product(grad, w.t()) for grad, w in zip(grad_KRO, weight_KOI, strict=True)])
+        weights = torch.stack([product(grad.t(), x.t()) for grad, x in zip(grad_KRO, x_KRI, strict=True)])
+        return x_grad, weights, grad_KRO.sum(1) if ctx.needs_input_grad[2] else None
+
+
+def bank(x_KRI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
+    """`y_k = x_k W_kᵀ + b_k`, `K × R × O`, with gradients for all three."""
+    return _Bank.apply(x_KRI, weight_KOI, bias_KO)  # type: ignore[no-any-return]
+
+
+class _LowRank(torch.autograd.Function):
+    """A frozen linear layer with a low-rank product an experiment beside it; see `low_rank`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice
+    ) -> Tensor:
+        inside = x_KRI[span]
+        low_KRr = torch.stack([product(x, A) for x, A in zip(inside, A_KrI, strict=True)])
+        ctx.span = span
+        ctx.save_for_backward(inside, weight, A_KrI, B_KOr, low_KRr)
+        y_KRO = product(x_KRI, weight, bias)
+        y_KRO[span].baddbmm_(low_KRr, B_KOr.mT)
+        return y_KRO
+
+    @staticmethod
+    def backward(ctx: Any, grad_KRO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]
+        inside, weight, A_KrI, B_KOr, low_KRr = ctx.saved_tensors
+        grad_KRO = grad_KRO.contiguous()
+        above = grad_KRO[ctx.span]
+        below_KRr = torch.stack([product(grad, B.t()) for grad, B in zip(above, B_KOr, strict=True)])
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = product(grad_KRO, weight.t())
+            x_grad[ctx.span].baddbmm_(below_KRr, A_KrI)
+        return x_grad, None, None, torch.bmm(below_KRr.mT, inside), torch.bmm(above.mT, low_KRr), None
+
+
+def low_rank(
+    x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice = slice(None)
+) -> Tensor:
+    """`y_k = x_k Wᵀ + b + x_k A_kᵀ B_kᵀ`, `K × R × O`, with gradients for x, A and B.
+
+    Only the experiments in `span` have A and B; for the others it is `x_k Wᵀ + b`.
+    """
+    if len(A_KrI) == 0:
+        return _Linear.apply(x_KRI, weight, bias)  # type: ignore[no-any-return]
+    return _LowRank.apply(x_KRI, weight, bias, A_KrI, B_KOr, span)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def products() -> Iterator[None]:
+    """Within it, `F.linear` and so every linear layer goes through oneDNN where `usable`."""
+    linear = F.linear
+
+    def through(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        fits = usable(x) and weight.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0
+        return _Linear.apply(x, weight, bias) if fits else linear(x, weight, bias)
+
+    F.linear = through  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = linear  # type: ignore[assignment]
