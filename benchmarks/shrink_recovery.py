@@ -37,17 +37,19 @@ SIZES: dict[str, dict[str, int]] = {
 """By their share of the Q-Former's parameters in per cent."""
 
 
-def run(model: str, sizes: list[str], seeds: list[int], epochs: int, teach: bool, root: Path) -> dict[str, Any]:
+def run(
+    model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float, teach: bool, root: Path
+) -> dict[str, Any]:
     """Shrink, recover and judge every size with every seed; returns and keeps all results of the model so far."""
     name = f"shrink-recovery-{Path(model).name}"
     found = _kept(name)
     folders = _data(root / "data")
     sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
     (base,) = retention.answers([model], sets, "cpu")
-    found |= {"model": Path(model).name, "epochs": epochs, "original": _told(base)}
+    found |= {"model": Path(model).name, "epochs": epochs, "rate": rate, "original": _told(base)}
     for size in sizes:
         for seed in seeds:
-            row = _recovered(model, size, seed, epochs, teach, root, folders, sets, base)
+            row = _recovered(model, size, seed, epochs, rate, teach, root, folders, sets, base)
             found.setdefault("runs", {})[f"{size}/{seed}" + ("/taught" if teach else "")] = row
             measure.keep(name, found)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
@@ -59,6 +61,7 @@ def _recovered(
     size: str,
     seed: int,
     epochs: int,
+    rate: float,
     teach: bool,
     root: Path,
     folders: dict[str, Path],
@@ -75,7 +78,7 @@ def _recovered(
         model=ModelPart(name=str(to)),
         data=DataPart(name="own", prompt="instruction-v1", images="stored"),
         adapter=AdapterPart(qformer="full"),
-        training=TrainingPart(batch_size=16, learning_rate=2e-4, max_epochs=epochs, patience=epochs, seed=seed),
+        training=TrainingPart(batch_size=16, learning_rate=rate, max_epochs=epochs, patience=epochs, seed=seed),
         judging=JudgingPart(method="generation", decoding="short-answer"),
         distillation=DistillationPart(teacher=model if teach else None),
     )
@@ -98,14 +101,14 @@ def _recovered(
 def _data(root: Path) -> dict[str, Path]:
     """Icons to judge and calibrate on, MME's form to judge on, and own data to recover on; drawn apart."""
     places = {name: root / name for name in ("icons", "mme", "taught", "own")}
-    icons.prepare(places["icons"], train=3000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
+    icons.prepare(places["icons"], train=6000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
     icons.write_mme(places["mme"], 100, seed=78)
-    icons.write_mme(places["taught"], 125, seed=79)
+    icons.write_mme(places["taught"], 400, seed=79)
     if not places["own"].exists():
         places["own"].mkdir()
         asked = prompt("iconqa-v1")
         for split in ("train", "val", "test"):
-            rows = [(q.image, asked(q)) for q in datasets.load("icons", places["icons"], split)[:3000]]
+            rows = [(q.image, asked(q)) for q in datasets.load("icons", places["icons"], split)]
             lines = [{"image": str(image), "question": p.prompt, "answer": p.target} for image, p in rows]
             if split == "train":
                 taught = datasets.load("mme", places["taught"], "test")
@@ -133,9 +136,18 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="31")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--teach", action="store_true", help="distil from the original")
     parser.add_argument("--root", type=Path)
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        run(options.model, options.sizes.split(","), seeds, options.epochs, options.teach, options.root or Path(folder))
+        run(
+            options.model,
+            options.sizes.split(","),
+            seeds,
+            options.epochs,
+            options.rate,
+            options.teach,
+            options.root or Path(folder),
+        )

@@ -35,7 +35,8 @@ class Walk:
 
     def __init__(self, model: Path | Backbone, adapter: AdapterPart, seed: int = 0, dtype=torch.float32):
         self.backbone = model if isinstance(model, Backbone) else checkpoints.load(model)
-        self.backbone.hf.to(dtype)
+        if dtype != torch.float32:  # quantised weights cannot be cast
+            self.backbone.hf.to(dtype)
         self.bank = Bank(self.backbone, [adapter], [seed], dtype)
         self.optimiser = BankAdamW(self.bank, [TrainingPart(learning_rate=RATE)])
         encoded, pixels = reference.ask(self.backbone, 6), reference.pictures(self.backbone, 6).to(dtype)

@@ -6,7 +6,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,13 @@ class Backbone:
 
     # ---------------------------------------------------------------- query
 
-    def query(self, features_BPD: Tensor, batch: PromptBatch | TargetBatch | CandidateBatch) -> Tensor:
-        """Image features + instruction → visual tokens `K·B × Q × D_language`."""
+    def query(
+        self, features_BPD: Tensor, batch: PromptBatch | TargetBatch | CandidateBatch, every_row: bool = False
+    ) -> Tensor:
+        """Image features + instruction → visual tokens `K·B × Q × D_language`.
+
+        `every_row`: also what nobody reads, the text in the last layer, for who watches the layers.
+        """
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]
         with self.arithmetic():
@@ -80,7 +85,7 @@ class Backbone:
             Q = queries.shape[1]
             ids = over_bank(batch.qformer_ids_BT, K)
             mask = torch.cat([batch.qformer_mask_BT.new_ones(B, Q), batch.qformer_mask_BT], dim=1)
-            with _queries_only(hf.qformer.encoder.layer[-1], Q):
+            with nullcontext() if every_row else _queries_only(hf.qformer.encoder.layer[-1], Q):
                 hidden = hf.qformer(
                     input_ids=ids,
                     attention_mask=over_bank(mask, K),
@@ -89,7 +94,7 @@ class Backbone:
                     query_embeds=queries,
                     encoder_hidden_states=features,
                 ).last_hidden_state
-            return hf.language_projection(hidden)
+            return hf.language_projection(hidden[:, :Q])
 
     # --------------------------------------------------------------- answer
 

@@ -54,10 +54,10 @@ def measure(backbone: Backbone, method: Method, questions: Calibration | None) -
     with _Sites(backbone.hf, gradients=method == "taylor") as sites:
         for features, batch in questions:
             if method == "taylor":
-                backbone.losses(backbone.query(features, batch), batch).sum().backward()
+                backbone.losses(backbone.query(features, batch, every_row=True), batch).sum().backward()
             else:
                 with torch.no_grad():
-                    backbone.query(features, batch)
+                    backbone.query(features, batch, every_row=True)
             sites.collect(_mask(batch.qformer_mask_BT, backbone.hf.config.num_query_tokens))
     return (_taylor if method == "taylor" else _activation)(backbone.hf, sites.seen)
 
