@@ -16,6 +16,7 @@ import torch
 from benchmarks import measure
 from blipfit import data as datasets
 from blipfit.data import icons
+from blipfit.data.icons import write
 from blipfit.data.prompts import prompt
 from blipfit.evaluation import retention
 from blipfit.model import cost as costs
@@ -28,7 +29,7 @@ from blipfit.training.workshop import Workshop
 SIZES: dict[str, dict[str, int]] = {
     "79": {"hidden": 112, "heads": 4, "intermediate": 224},
     "52": {"hidden": 96, "heads": 3, "intermediate": 128},
-    "31": {"hidden": 64, "heads": 2, "intermediate": 128},
+    "34": {"hidden": 64, "heads": 2, "intermediate": 160},
     "20": {"hidden": 48, "heads": 2, "intermediate": 96},
     "11": {"hidden": 32, "heads": 1, "intermediate": 64},
     "7": {"hidden": 32, "heads": 2, "intermediate": 64, "layers": 2},
@@ -46,10 +47,11 @@ def run(
     folders = _data(root / "data")
     sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
     (base,) = retention.answers([model], sets, "cpu")
-    found |= {"model": Path(model).name, "epochs": epochs, "rate": rate, "original": _told(base)}
+    found["model"] = Path(model).name
     for size in sizes:
         for seed in seeds:
             row = _recovered(model, size, seed, epochs, rate, teach, root, folders, sets, base)
+            row |= {"epochs": epochs, "rate": rate, "taught": teach, "world": write.VERSION, "original": _told(base)}
             found.setdefault("runs", {})[f"{size}/{seed}" + ("/taught" if teach else "")] = row
             measure.keep(name, found)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
@@ -133,7 +135,7 @@ def _kept(name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="tiny-t5")
-    parser.add_argument("--sizes", default="31")
+    parser.add_argument("--sizes", default="34")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)

@@ -9,8 +9,19 @@ from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, Ba
 K, R, IN, OUT = 3, 5, 4, 6
 
 
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+# fp32 may go through oneDNN, fp64 never does.
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def _parameter(*shape: int, dtype=torch.float64) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, dtype=dtype))
+
+
+def _gradients_agree(ours: torch.Tensor, theirs: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+    direction = torch.randn_like(theirs)
+    found, wanted = (torch.autograd.grad(y, leaves, direction, retain_graph=True) for y in (ours, theirs))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +31,19 @@ def _seed():
         yield
 
 
+@TYPES
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("middle", [(), (7,)])
-def test_linear(biased, middle):
-    weight, bias = _parameter(K, OUT, IN), _parameter(K, OUT) if biased else None
-    x = torch.randn(K * R, *middle, IN, dtype=torch.float64)
+def test_linear(biased, middle, dtype):
+    weight = _parameter(K, OUT, IN, dtype=dtype)
+    bias = _parameter(K, OUT, dtype=dtype) if biased else None
+    x = torch.randn(K * R, *middle, IN, dtype=dtype, requires_grad=True)
     y = BankLinear(weight, bias)(x)
-    for k, (own, out) in enumerate(zip(x.chunk(K), y.chunk(K), strict=True)):
-        torch.testing.assert_close(out, nn.functional.linear(own, weight[k], bias[k] if bias is not None else None))
+    parts = [
+        nn.functional.linear(own, weight[k], bias[k] if bias is not None else None) for k, own in enumerate(x.chunk(K))
+    ]
+    torch.testing.assert_close(y, torch.cat(parts))
+    _gradients_agree(y, torch.cat(parts), [x, weight] + ([bias] if bias is not None else []))
 
 
 @pytest.mark.parametrize("k_fold", [1, K])
@@ -53,19 +69,23 @@ def test_embedding(k_fold):
         torch.testing.assert_close(table.grad[k], alone.grad)
 
 
+@TYPES
+@pytest.mark.parametrize(("rank", "adaptive"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("has", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0)])
-def test_lora_of_some_experiments(has):
-    base = nn.Linear(IN, OUT, dtype=torch.float64).requires_grad_(False)
-    A, B = _parameter(K, 2, IN), _parameter(K, OUT, 2)
-    scale = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) * torch.tensor(has)
+def test_lora_of_some_experiments(has, rank, adaptive, dtype):
+    base = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
+    A, B = _parameter(K, rank, IN, dtype=dtype), _parameter(K, OUT, rank, dtype=dtype)
+    E = _parameter(K, rank, 1, dtype=dtype) if adaptive else None
+    scale = torch.tensor([0.5, 2.0, 3.0], dtype=dtype) * torch.tensor(has)
     last = K - has[::-1].index(1)
-    layer = BankLoRA(base, A, B, scale, slice(has.index(1), last))
-    x = torch.randn(K * R, 7, IN, dtype=torch.float64)
+    layer = BankLoRA(base, A, B, scale, slice(has.index(1), last), E)
+    x = torch.randn(K * R, 7, IN, dtype=dtype, requires_grad=True)
     y = layer(x)
-    y.square().sum().backward()
     assert layer.weight is base.weight
-    for k, (own, out) in enumerate(zip(x.chunk(K), y.chunk(K), strict=True)):
-        expected = base(own) + scale[k] * (own @ A[k].T @ B[k].T)
-        torch.testing.assert_close(out, expected)
-        assert bool(A.grad[k].any()) == bool(has[k])
+    down = A if E is None else A * E
+    parts = [base(own) + scale[k] * (own @ down[k].T @ B[k].T) for k, own in enumerate(x.chunk(K))]
+    torch.testing.assert_close(y, torch.cat(parts))
+    _gradients_agree(y, torch.cat(parts), [x, A, B] + ([E] if E is not None else []))
+    y.square().sum().backward()
+    assert [bool(grad.any()) for grad in A.grad] == [bool(there) for there in has]
     assert base.weight.grad is None

@@ -219,7 +219,13 @@ class Backbone:
 def _queries_only(last: Any, Q: int) -> Iterator[None]:
     """Within it, the Q-Former's last layer goes on with the queries alone after its self-attention: the text's rows
     would be computed and thrown away."""
-    cut = last.attention.output.register_forward_pre_hook(lambda module, rows: tuple(row[:, :Q] for row in rows))
+
+    def kept(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        rows = [value[:, :Q] for value in (*given, *named.values())]
+        assert len(rows) == 2, "what attention found, and what went in"
+        return tuple(rows[: len(given)]), dict(zip(named, rows[len(given) :], strict=True))
+
+    cut = last.attention.output.register_forward_pre_hook(kept, with_kwargs=True)
     try:
         yield
     finally:

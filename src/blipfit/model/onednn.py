@@ -1,34 +1,57 @@
 """Matrix products of fp32 layers on a CPU through oneDNN, where torch's own would go through MKL.
 
-Both compute the same in fp32. MKL takes its AVX2 code on processors that are not Intel's, oneDNN takes AVX-512: about
-twice as fast at the shapes of a bank (`benchmarks`, grid_step). torch reaches oneDNN by an operator without a backward
-pass, so it is given here. Everything else, and every processor for which torch was built without oneDNN, goes the
-ordinary way.
+Both compute the same in fp32. On a processor that is not Intel's MKL takes its AVX2 code, oneDNN takes AVX-512: about
+twice as fast at the shapes of a bank (`python -m benchmarks.products`). torch reaches oneDNN by an operator without a
+backward pass, so it is given here. Everything else, and every other machine, goes the ordinary way.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+_linear = F.linear
+_lock = threading.Lock()
+_inside = threading.local()
+_entered = 0
+"""How many contexts are open, of all threads."""
 
 
 def usable(x: Tensor) -> bool:
-    """Whether a product with `x` can go through oneDNN in fp32."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _present()
+    """Whether a product with `x` should go through oneDNN."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and pays()
+    )
 
 
 @cache
-def _present() -> bool:
-    """Whether this torch has the operator as it is called here; it is not part of torch's documented interface."""
-    try:
-        found = product(torch.eye(2), torch.ones(3, 2))
+def pays() -> bool:
+    """Whether this machine has the operator, and AVX-512 that MKL does not use."""
+    backends = torch.backends
+    if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
+        return False
+    if backends.cpu.get_cpu_capability() != "AVX512" or _intel():
+        return False
+    try:  # it is not part of torch's documented interface
+        x = torch.ones(3, 2, dtype=torch.float32, device="cpu")
+        return bool(product(x, x[:2]).equal(torch.full((3, 2), 2.0, dtype=torch.float32, device="cpu")))
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool(found.equal(torch.ones(2, 3)))
+
+
+def _intel() -> bool:
+    told = Path("/proc/cpuinfo")
+    return told.exists() and "GenuineIntel" in told.read_text(encoding="utf-8", errors="ignore")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,15 +146,29 @@ def low_rank(
 
 @contextmanager
 def products() -> Iterator[None]:
-    """Within it, `F.linear` and so every linear layer goes through oneDNN where `usable`."""
-    linear = F.linear
-
-    def through(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        fits = usable(x) and weight.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0
-        return _Linear.apply(x, weight, bias) if fits else linear(x, weight, bias)
-
-    F.linear = through  # type: ignore[assignment]
+    """Within it, in this thread, `F.linear` and so every linear layer goes through oneDNN where `usable`."""
+    depth = getattr(_inside, "depth", 0)
+    _inside.depth = depth + 1
+    _enter(1)
     try:
         yield
     finally:
-        F.linear = linear  # type: ignore[assignment]
+        _inside.depth = depth
+        _enter(-1)
+
+
+def _enter(change: int) -> None:
+    """The function is replaced while any thread is inside."""
+    global _entered
+    with _lock:
+        _entered += change
+        F.linear = _through if _entered else _linear  # type: ignore[assignment]
+
+
+def _through(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the place of `F.linear`."""
+    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.dim() == 2
+    if not (ordinary and getattr(_inside, "depth", 0) and usable(input)):
+        return _linear(input, weight, bias)
+    rows = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return rows.view(*input.shape[:-1], len(weight))  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blipfit.model import onednn
 from blipfit.model.backbone import Backbone
 from blipfit.model.calibration import Calibration
 from blipfit.model.selection import Selection, query_scale
@@ -51,7 +52,8 @@ def repair(original: Backbone, small: Any, selection: Selection, questions: Cali
         kept = selection.queries.to(original.device)
         target = [visual[:, kept] for visual in _visual(exact, questions)]
         before = lost(_visual(cut, questions), target)
-        _Repair(exact, cut, selection, questions).run(target)
+        with onednn.products():  # as the target was computed
+            _Repair(exact, cut, selection, questions).run(target)
         return {"before": before, "after": lost(_visual(cut, questions), target)}
 
 

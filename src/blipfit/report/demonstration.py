@@ -16,8 +16,8 @@ from blipfit.recipe import Recipe
 from blipfit.report import pictures, terminal
 from blipfit.training.loop import train
 
-EXPERIMENTS = (28, 32)
-"""LoRA in the whole Q-Former; LoRA in the Q-Former and the language model. Both rank 8, on the T5 miniature."""
+EXPERIMENTS = (60, 64)
+"""LoRA in the whole Q-Former; LoRA in the Q-Former and the language model. Both rank 8, on the Vicuna miniature."""
 SIZES = {"train": 3200, "val": 100, "test": 300}
 OVERRIDES = ("training.max_epochs=6", "training.patience=6", "training.learning_rate=2e-3")
 SHOWN = ("odd", "compare", "ordinal")
@@ -38,7 +38,7 @@ def run_demo(folder: Path, device: torch.device, seed: int = 42) -> dict[str, An
     test = material.read(backbone, chosen[0].data, source, "test")
     picked = [next(i for i, q in enumerate(test.questions) if q.tags["skill"] == skill) for skill in SHOWN]
     images = [open_image(test.questions[i].image) for i in picked]
-    screen.print("Three pictures, each with a kind of question that this miniature InstructBLIP was never taught:\n")
+    screen.print("Three pictures, each with a kind of question that this miniature InstructBLIP was never asked:\n")
     if screen.is_terminal:
         screen.print(pictures.in_terminal(images))
     answers = {"base": evaluate.answers(backbone, chosen[0], test, evaluate.judging_sight(backbone, chosen[0]))}
