@@ -128,8 +128,7 @@ def test_it_answers_what_it_was_taught(backbone, generate):
 def test_it_answers_in_mmes_wording(backbone):
     scores = pretrain_check.mme(backbone, 902, 60)
     assert set(scores) == set(icons.SUBTASKS)
-    # Counting and saying whether it is that many is the weakest thing taught; 100 is what guessing gives.
-    assert all(score >= (110 if subtask == "count" else 140) for subtask, score in scores.items()), scores
+    assert all(score >= 140 for score in scores.values()), scores  # 100 is what guessing gives
 
 
 def test_the_recipe_that_made_it_is_the_one_in_the_repository(family):
@@ -147,8 +146,7 @@ def test_without_the_right_picture_it_guesses(backbone, see):
 
 def test_held_out_skills_are_near_chance(backbone):
     judged = pretrain_check.judge(backbone, pretrain_check.fresh(904, icons.HELD_OUT, 280))
-    # Below chance rather than above: asked for the odd one, both name what is common.
-    assert -0.16 <= judged.accuracy - judged.chance <= 0.1
+    assert abs(judged.accuracy - judged.chance) <= 0.1
 
 
 def test_clip_tells_a_true_caption_from_a_false_one():

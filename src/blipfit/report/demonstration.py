@@ -19,7 +19,7 @@ from blipfit.training.loop import train
 EXPERIMENTS = (60, 64)
 """LoRA in the whole Q-Former; LoRA in the Q-Former and the language model. Both rank 8, on the Vicuna miniature."""
 SIZES = {"train": 3200, "val": 100, "test": 300}
-OVERRIDES = ("training.max_epochs=6", "training.patience=6", "training.learning_rate=2e-3")
+OVERRIDES = ("training.max_epochs=4", "training.patience=4", "training.learning_rate=2e-3")
 SHOWN = ("odd", "compare", "ordinal")
 
 
