@@ -13,7 +13,7 @@ from blipfit.model import onednn
 SHAPES = ((1, 720, 128, 128), (16, 720, 128, 128), (16, 720, 128, 256), (4, 1600, 768, 768), (4, 1600, 2048, 2048))
 
 
-def run(rounds: int = 7) -> dict[str, Any]:
+def run(rounds: int = 15) -> dict[str, Any]:
     """Forward and backward of a frozen layer with LoRA of rank 8 beside it, both ways in turn."""
     if not onednn.pays():
         raise SystemExit("oneDNN has nothing to give on this machine: torch's own products are used")
