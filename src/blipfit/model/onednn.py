@@ -1,8 +1,9 @@
 """Matrix products of fp32 layers on a CPU through oneDNN, where torch's own would go through MKL.
 
 Both compute the same in fp32. On a processor that is not Intel's MKL takes its AVX2 code, oneDNN takes AVX-512: a layer
-with LoRA beside it, forward and backward, is 1.4 to 1.9 times as fast (`python -m benchmarks.products`). torch reaches oneDNN by an operator without a
-backward pass, so it is given here. Everything else, and every other machine, goes the ordinary way.
+with LoRA beside it, forward and backward, is 1.4 to 1.9 times as fast (`python -m benchmarks.products`). torch reaches
+oneDNN by an operator without a backward pass, so it is given here. Everything else, and every other machine, goes the
+ordinary way.
 """
 
 import threading
