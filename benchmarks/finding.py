@@ -19,7 +19,7 @@ from blipfit.training.loop import train
 SEEDS = (42, 43, 44)
 LORA = ("28", "32", "60", "64")
 FULL = ("baseline", "baseline-vicuna")
-# Fully trained, the demo's learning rate destroys the Q-Former; this is the published one.
+# Fully trained, the demo's learning rate destroys the Q-Former; the published 2e-5 is for a model far wider.
 FULL_RATE = "training.learning_rate=5e-4"
 
 

@@ -138,8 +138,10 @@ PUBLISHED = [
 def test_published_models(name, text, answer, see, query, language):
     found = cost.flops(shapes.on_meta(name).config, Lengths(text, text, answer))
     assert found["see"] / 1e9 == pytest.approx(see, rel=0.01)
-    # A little less than theirs: the text's rows after the last layer's attention are not computed.
-    assert found["query"] / 1e9 == pytest.approx(query, rel=0.04)
+    unread = (
+        2 * text * (768**2 + 2 * 768 * 3072)
+    )  # the text after the last layer's attention, which is not computed here
+    assert (found["query"] + unread) / 1e9 == pytest.approx(query, rel=0.03)
     assert found["answer"] / 1e9 == pytest.approx(language, rel=0.01)
 
 

@@ -60,6 +60,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def _each(x_KRI: Tensor, weight_KOI: Tensor) -> Tensor:
+    """`product` of every experiment, `K × R × O`."""
+    return torch.stack([product(x, weight) for x, weight in zip(x_KRI, weight_KOI, strict=True)])
+
+
 class _Linear(torch.autograd.Function):
     """`product` with gradients, for what asks for them."""
 
@@ -95,8 +100,8 @@ class _Bank(torch.autograd.Function):
         grad_KRO = grad_KRO.contiguous()
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = torch.stack([product(grad, w.t()) for grad, w in zip(grad_KRO, weight_KOI, strict=True)])
-        weights = torch.stack([product(grad.t(), x.t()) for grad, x in zip(grad_KRO, x_KRI, strict=True)])
+            x_grad = _each(grad_KRO, weight_KOI.mT)
+        weights = _each(grad_KRO.mT, x_KRI.mT)
         return x_grad, weights, grad_KRO.sum(1) if ctx.needs_input_grad[2] else None
 
 
@@ -113,7 +118,7 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice
     ) -> Tensor:
         inside = x_KRI[span]
-        low_KRr = torch.stack([product(x, A) for x, A in zip(inside, A_KrI, strict=True)])
+        low_KRr = _each(inside, A_KrI)
         ctx.span = span
         ctx.save_for_backward(inside, weight, A_KrI, B_KOr, low_KRr)
         y_KRO = product(x_KRI, weight, bias)
@@ -125,7 +130,7 @@ class _LowRank(torch.autograd.Function):
         inside, weight, A_KrI, B_KOr, low_KRr = ctx.saved_tensors
         grad_KRO = grad_KRO.contiguous()
         above = grad_KRO[ctx.span]
-        below_KRr = torch.stack([product(grad, B.t()) for grad, B in zip(above, B_KOr, strict=True)])
+        below_KRr = _each(above, B_KOr.mT)
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = product(grad_KRO, weight.t())

@@ -44,29 +44,13 @@ SEEING = (
 )
 # Reasoning over two things is what takes longest, so it is asked most often.
 SLOW = ("relation", "size", "where", "count_kind", "beside", "count_all", "bigger")
-LOOKING = Mixture(
-    asks=5,
-    skills=SEEING,
-    options=0.3,
-    counts=4.0,
-    caption=0.0,
-    named=4.0,
-    hard=3.0,
-    hard_skills=(*SLOW, "time", "scale"),
-)
+# The Q-Former's own stages: no captions, and counts in MME's wording as often as the rest.
+ALONE = Mixture(asks=5, counts=4.0, caption=0.0, named=4.0, hard=3.0)
+LOOKING = replace(ALONE, skills=SEEING, options=0.3, hard_skills=(*SLOW, "time", "scale"))
 # Then what several icons have to do with each other; other pictures than before show it.
 BLOCKS = ("end", "side", "flank", "times", "mark", "all")
 PLANS = ("line", "pattern", "pair", "odd")
-RELATING = Mixture(
-    asks=5,
-    plans=PLANS,
-    options=0.5,
-    counts=4.0,
-    caption=0.0,
-    named=4.0,
-    hard=3.0,
-    hard_skills=(*BLOCKS, *SLOW),
-)
+RELATING = replace(ALONE, plans=PLANS, options=0.5, hard_skills=(*BLOCKS, *SLOW))
 TOGETHER = Mixture(
     plans=PLANS,
     options=0.75,
