@@ -1,6 +1,8 @@
 """Timing two sides of a comparison fairly, and keeping what was measured."""
 
+import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -33,15 +35,55 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def alternately(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternately(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable[[], Any]], float] = seconds
+) -> dict[str, list[float]]:
     """Run every side once to warm up, then all of them in turn, `rounds` times; seconds by side."""
     for action in sides.values():
         action()
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, action in sides.items():
-            taken[name].append(seconds(action))
+            taken[name].append(clock(action))
     return taken
+
+
+class Apart:
+    """Actions in a process of their own, so that one side's settings and leftovers do not help or hinder another's.
+
+    `build(*arguments)` is called there and returns the actions; here each action runs its own there and returns the
+    seconds that it took.
+    """
+
+    def __init__(self, build: Callable[..., Mapping[str, Callable[[], object]]], *arguments: Any):
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, there = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(there, build, arguments), daemon=True)
+        self._process.start()
+        there.close()  # the other end's death is noticed then
+        self.actions = {name: functools.partial(self._ask, name) for name in self._pipe.recv()}
+
+    def _ask(self, name: str) -> float:
+        self._pipe.send(name)
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, build: Callable[..., Mapping[str, Callable[[], object]]], arguments: Any) -> None:
+    actions = build(*arguments)
+    pipe.send(list(actions))
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(seconds(actions[name]))
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:

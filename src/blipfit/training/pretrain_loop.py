@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blipfit.model import onednn
+from blipfit.model import heap, onednn
 
 Losses = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,6 +74,7 @@ def fit(
     step = _restore(state, module, optimizer, parameters) if state.exists() else 0
     end, began = min(schedule.steps, schedule.steps if until is None else until), time.monotonic()
     sums: dict[str, list[float]] = {}
+    heap.keep()
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["part"]

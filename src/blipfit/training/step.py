@@ -9,7 +9,7 @@ from blipfit.adapters.adalora import Allocator
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.dropout import shared_dropout
 from blipfit.data.batches import Encoded, TargetBatch
-from blipfit.model import processes
+from blipfit.model import heap, processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.training import distillation, plan
@@ -20,6 +20,8 @@ class Stepper:
     """A bank of K experiments with its optimiser, taking steps on one list of questions."""
 
     def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
+        if backbone.device.type == "cpu":
+            heap.keep()
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training

@@ -12,6 +12,7 @@ from torch import Tensor
 from blipfit.adapters.bank import MATRICES
 from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
+from blipfit.model import heap
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
@@ -117,6 +118,7 @@ class _Resident:
     """
 
     def __init__(self) -> None:
+        heap.give_back()  # what a trial before freed would not be counted otherwise
         self._before = 0
         try:
             Path("/proc/self/clear_refs").write_text("5")

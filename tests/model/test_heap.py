@@ -1,0 +1,44 @@
+"""Freed memory stays with the process until it is given back."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from blipfit.model import heap
+
+FAULTS = """
+import resource, sys, torch
+from blipfit.model import heap
+if sys.argv[1] == "keep":
+    assert heap.keep()
+for _ in range(20):  # its holes settle first
+    torch.ones(8 * 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(8 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+heap.give_back()
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="only glibc lets a process keep its memory")
+def test_kept_memory_is_not_asked_for_again():
+    def run(how):
+        command = [sys.executable, "-c", FAULTS, how]
+        return map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+    (kept, kept_size), (ordinary, ordinary_size) = run("keep"), run("ordinarily")
+    assert ordinary > 1000  # 160 MB in pages of 4 kB would be 40 960; a system with huge pages has fewer
+    assert kept < ordinary / 10
+    assert kept_size < ordinary_size + 10 * 1024, "given back"
+
+
+def test_elsewhere_nothing_is_done():
+    with mock.patch.object(sys, "platform", "darwin"):
+        assert heap._glibc.__wrapped__() is None
+    with mock.patch.object(heap, "_glibc", return_value=None):
+        assert heap.keep.__wrapped__() is False
+        heap.give_back()
