@@ -5,27 +5,25 @@ memory (on a GPU: the allocator's) rises above the loaded model; predicted, what
 weights.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks import measure
 from benchmarks.growth import SIZES, spread
 from blipfit.data import icons
 from blipfit.evaluation import material
-from blipfit.model import loading
+from blipfit.model import heap, loading
 from blipfit.model.cost import weight_bytes
 from blipfit.model.sight import Sight
 from blipfit.training import plan, trial
 from blipfit.training.step import Stepper
 
-STEPS = 4
+STEPS = 20
 
 
 def run() -> dict[str, Any]:
@@ -33,7 +31,7 @@ def run() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
-        icons.prepare(data, train=128, val=16, test=16)
+        icons.prepare(data, train=16 * STEPS, val=16, test=16)
         for family, first in measure.LORA:
             print(f"\n{family} miniature: memory beyond the loaded model, MiB")
             found[family] = {}
@@ -67,24 +65,18 @@ def one(what: str, data: Path, first: int, size: int) -> int:
         return told.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
     batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
-    seen = [
-        [sight.features([train.questions[i] for i in micro]) for micro in plan.micro_batches(batch, training)]
-        for batch in batches
-    ]
-    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else psutil.Process().memory_info().rss
+    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else heap.forget_peak()
+    if not before:
+        raise SystemExit("only Linux tells how much memory a process took")
     stepper = Stepper(backbone, recipes, train.encoded)
     best = stepper.bank.values.clone()  # as training has it
     stepper.train_mode()
     for number, batch in enumerate(batches):
-        stepper.step(batch, seen[number], 0, number)
-    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else _peak()
+        micros = plan.micro_batches(batch, training)
+        stepper.step(batch, [sight.features([train.questions[i] for i in micro]) for micro in micros], 0, number)
+    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else heap.peak()
     del best
     return peak - before
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

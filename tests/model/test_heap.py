@@ -42,3 +42,11 @@ def test_elsewhere_nothing_is_done():
     with mock.patch.object(heap, "_glibc", return_value=None):
         assert heap.keep.__wrapped__() is False
         heap.give_back()
+
+
+@pytest.mark.skipif(not heap.peak(), reason="only Linux tells")
+def test_the_peak_since_it_was_forgotten():
+    there = heap.forget_peak()
+    bytearray(b"1" * 50_000_000)
+    assert heap.peak() - there > 50_000_000
+    assert heap.forget_peak() < there + 25_000_000

@@ -1,8 +1,9 @@
-"""The process's memory on a CPU: kept while training, given back on request."""
+"""The process's memory on a CPU: kept while training, given back on request, its peak."""
 
 import ctypes
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # The numbers of two settings, from glibc's malloc.h.
@@ -25,6 +26,28 @@ def give_back() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def peak() -> int:
+    """Bytes: the most that was ever resident of this process, or since `forget_peak`; 0 where nobody tells."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def forget_peak() -> int:
+    """Give back what nothing uses and let `peak` begin anew; what it begins from, 0 where it cannot be forgotten.
+
+    Linux forgets when asked to, without any right beyond one's own process.
+    """
+    give_back()  # what is taken from there again would not be seen to rise
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return peak()
 
 
 @cache

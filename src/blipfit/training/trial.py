@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,10 +44,10 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
-    resident = _Resident()
+    before = heap.forget_peak()
     try:
         stepper = Stepper(backbone, recipes, material.encoded)
-        return _measured(stepper, material, sight, resident)
+        return _measured(stepper, material, sight, before)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -59,7 +58,7 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
             torch.cuda.empty_cache()
 
 
-def _measured(stepper: Stepper, material: Material, sight: Sight, resident: "_Resident") -> Trial:
+def _measured(stepper: Stepper, material: Material, sight: Sight, before: int) -> Trial:
     training = stepper.training
     batches = plan.effective_batches(material.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
@@ -83,7 +82,7 @@ def _measured(stepper: Stepper, material: Material, sight: Sight, resident: "_Re
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
-    memory = _memory(stepper, kept.bytes, resident.risen())
+    memory = _memory(stepper, kept.bytes, heap.peak() - before if before else 0)
     each = _judge_seconds(stepper, material, sight)
     return Trial(stepper.bank.K, sorted(times)[len(times) // 2], memory, each)
 
@@ -109,30 +108,6 @@ def _memory(stepper: Stepper, activations: int, risen: int) -> int:
 def _wait(backbone: Backbone) -> None:
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)
-
-
-class _Resident:
-    """How far this process's resident memory rises from now on; 0 where the system does not tell.
-
-    Linux forgets the peak so far when asked to, without any right beyond one's own process.
-    """
-
-    def __init__(self) -> None:
-        heap.give_back()  # what a trial before freed would not be counted otherwise
-        self._before = 0
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._before = self._peak()
-        except OSError:
-            pass
-
-    def risen(self) -> int:
-        return max(0, self._peak() - self._before) if self._before else 0
-
-    @staticmethod
-    def _peak() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 class _Kept:
