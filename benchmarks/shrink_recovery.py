@@ -1,8 +1,9 @@
 """What a shrunk miniature keeps after recovery training, from most of its Q-Former to a few per cent.
 
-Each size is shrunk, then its Q-Former is trained with the ordinary loop on what the original was taught: questions of
-the icon world in its prompt and MME's yes/no questions. Judged is both, on fresh pictures. Results are kept after
-every run, so that what was stopped is continued.
+Each size is shrunk, then its Q-Former is trained with the ordinary loop to see as the original does, on pictures and
+questions like those that the original was taught: the icon world's in its prompt and MME's yes/no questions. Labels are
+not used. Judged is both, on fresh pictures, by the whole model. Results are kept after every run, so that what was
+stopped is continued.
 """
 
 import argparse
@@ -38,9 +39,7 @@ SIZES: dict[str, dict[str, int]] = {
 """By their share of the Q-Former's parameters in per cent."""
 
 
-def run(
-    model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float, teach: bool, root: Path
-) -> dict[str, Any]:
+def run(model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float, root: Path) -> dict[str, Any]:
     """Shrink, recover and judge every size with every seed; returns and keeps all results of the model so far."""
     name = f"shrink-recovery-{Path(model).name}"
     found = _kept(name)
@@ -50,9 +49,9 @@ def run(
     found["model"] = Path(model).name
     for size in sizes:
         for seed in seeds:
-            row = _recovered(model, size, seed, epochs, rate, teach, root, folders, sets, base)
-            row |= {"epochs": epochs, "rate": rate, "taught": teach, "world": write.VERSION, "original": _told(base)}
-            found.setdefault("runs", {})[f"{size}/{seed}" + ("/taught" if teach else "")] = row
+            row = _recovered(model, size, seed, epochs, rate, root, folders, sets, base)
+            row |= {"epochs": epochs, "rate": rate, "world": write.VERSION, "original": _told(base)}
+            found.setdefault("runs", {})[f"{size}/{seed}"] = row
             measure.keep(name, found)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
     return found
@@ -64,7 +63,6 @@ def _recovered(
     seed: int,
     epochs: int,
     rate: float,
-    teach: bool,
     root: Path,
     folders: dict[str, Path],
     sets: Any,
@@ -76,13 +74,15 @@ def _recovered(
         device = torch.device("cpu")
         shrinking.run(model, sizes, "taylor", "icons", folders["icons"], 256, 0, to, device)
     recipe = Recipe(
-        experiment=f"{to.name}-{seed}" + ("-taught" if teach else ""),
+        experiment=f"{to.name}-{seed}",
         model=ModelPart(name=str(to)),
         data=DataPart(name="own", prompt="instruction-v1", images="stored"),
         adapter=AdapterPart(qformer="full"),
-        training=TrainingPart(batch_size=16, learning_rate=rate, max_epochs=epochs, patience=epochs, seed=seed),
+        training=TrainingPart(
+            batch_size=64, learning_rate=rate, max_epochs=epochs, patience=epochs, seed=seed, dropout=False
+        ),
         judging=JudgingPart(method="generation", decoding="short-answer"),
-        distillation=DistillationPart(teacher=model if teach else None),
+        distillation=DistillationPart(teacher=model, labels=0, answers=0),
     )
     workshop = Workshop("cpu", root / "features")
     (one,) = train([recipe], folders["own"], root / "results", device="cpu", workshop=workshop)
@@ -103,9 +103,9 @@ def _recovered(
 def _data(root: Path) -> dict[str, Path]:
     """Icons to judge and calibrate on, MME's form to judge on, and own data to recover on; drawn apart."""
     places = {name: root / name for name in ("icons", "mme", "taught", "own")}
-    icons.prepare(places["icons"], train=6000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
+    icons.prepare(places["icons"], train=16000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
     icons.write_mme(places["mme"], 100, seed=78)
-    icons.write_mme(places["taught"], 400, seed=79)
+    icons.write_mme(places["taught"], 800, seed=79)
     if not places["own"].exists():
         places["own"].mkdir()
         asked = prompt("iconqa-v1")
@@ -137,9 +137,8 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", default="tiny-t5")
     parser.add_argument("--sizes", default="34")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--teach", action="store_true", help="distil from the original")
     parser.add_argument("--root", type=Path)
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -150,6 +149,5 @@ if __name__ == "__main__":
             seeds,
             options.epochs,
             options.rate,
-            options.teach,
             options.root or Path(folder),
         )

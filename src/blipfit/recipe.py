@@ -214,6 +214,8 @@ class JudgingPart(Part):
 
 
 class DistillationPart(Part):
+    """Where labels and answers weigh nothing, only seeing is learned: the language model is left out of training."""
+
     teacher: str | None = None
     """An original that a smaller model also learns from: its name or folder, or a finished run of it."""
     visual: float = Field(default=1.0, ge=0)

@@ -55,6 +55,19 @@ def test_losses_by_hand(small, family, smaller):
     torch.testing.assert_close(learned[0], 0.5 * ordinary[0] + 2 * divergence + 3 * distance, rtol=1e-4, atol=1e-4)
 
 
+def test_who_only_learns_to_see_needs_no_language_model(small, family, smaller):
+    student = checkpoints.load(smaller)
+    teacher = distillation.teacher(recipe(smaller, small[family], visual=3, labels=0, answers=0), student)
+    _, features, batch = lesson(student)
+    with torch.no_grad():
+        visual, wanted = student.query(features, batch), teacher.backbone.query(features, batch)
+        del student.language, teacher.backbone.language
+        learned, told = teacher.losses(student, visual, features, batch)
+    kept = wanted[:, teacher.queries]
+    torch.testing.assert_close(told[0], F.mse_loss(visual, kept) / kept.var() * len(batch.labels_N))
+    torch.testing.assert_close(learned, 3 * told)
+
+
 def test_an_original_that_teaches_itself_has_nothing_to_teach(backbone, small, family):
     teacher = distillation.teacher(recipe(small[family], small[family], labels=0), backbone)
     _, features, batch = lesson(backbone)

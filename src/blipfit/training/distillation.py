@@ -32,26 +32,30 @@ class Teacher:
 
         `visual`: the student's visual tokens `K·B × Q × D`. The distance of visual tokens is their mean squared
         difference in parts of the teacher's variance, times N; that of answers is KL(teacher ‖ student) at every
-        label position.
+        label position. Where neither labels nor answers count, the language models do not run, and what is told is
+        the distance of visual tokens.
         """
-        K = student.experiments
+        K, N = student.experiments, len(batch.labels_N)
         with torch.no_grad():
             wanted = self.backbone.query(features, batch)
-            taught_NV = self.backbone.target_logits(wanted, batch)[0].float()
+        if self.part.visual:
+            mine, its = visual.unflatten(0, (K, -1)).float(), wanted[:, self.queries].float()
+            apart_K = N * (mine - its).square().mean((1, 2, 3)) / its.var()
+            if not (self.part.labels or self.part.answers):
+                return self.part.visual * apart_K, apart_K
         logits_KNV = student.target_logits(visual, batch).float()
-        N = len(batch.labels_N)
         labels = batch.labels_N.expand(K, N)
         ordinary_K = F.cross_entropy(logits_KNV.transpose(1, 2), labels, reduction="none").sum(1)
         learned_K = self.part.labels * ordinary_K
+        if self.part.visual:
+            learned_K = learned_K + self.part.visual * apart_K
         if self.part.answers:
+            with torch.no_grad():
+                taught_NV = self.backbone.target_logits(wanted, batch)[0].float()
             said = F.log_softmax(logits_KNV, dim=-1)
             taught = F.log_softmax(taught_NV, dim=-1).expand_as(said)
-            apart_K = F.kl_div(said, taught, reduction="none", log_target=True).sum((1, 2))
-            learned_K = learned_K + self.part.answers * apart_K
-        if self.part.visual:
-            wanted = wanted[:, self.queries].float()
-            apart_K = (visual.unflatten(0, (K, -1)).float() - wanted).square().mean((1, 2, 3)) / wanted.var()
-            learned_K = learned_K + self.part.visual * N * apart_K
+            diverged_K = F.kl_div(said, taught, reduction="none", log_target=True).sum((1, 2))
+            learned_K = learned_K + self.part.answers * diverged_K
         return learned_K, ordinary_K
 
 

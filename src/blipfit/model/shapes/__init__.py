@@ -32,16 +32,23 @@ def on_meta(name: str) -> Any:
 
 def of_config(config: Any) -> Any:
     """The model of a configuration on the meta device."""
+    from blipfit.model import loading
+
+    with torch.device("meta"), loading.quiet():
+        return untrained(config)
+
+
+def untrained(config: Any) -> Any:
+    """The model of a configuration as transformers begins it, on torch's current device and in its default type."""
     from transformers import InstructBlipForConditionalGeneration
 
     from blipfit.model import loading
 
-    with torch.device("meta"), loading.quiet():
-        model = InstructBlipForConditionalGeneration(config)
-        if loading.family_of(config) == "t5":
-            # Flan-T5's head is a matrix of its own; transformers builds it on the input embedding.
-            language: Any = model.language_model
-            language.lm_head.weight = torch.nn.Parameter(torch.empty_like(language.shared.weight))
+    model = InstructBlipForConditionalGeneration(config)
+    if loading.family_of(config) == "t5":
+        # Flan-T5's head is a matrix of its own; transformers builds it on the input embedding.
+        language: Any = model.language_model
+        language.lm_head.weight = torch.nn.Parameter(torch.zeros_like(language.shared.weight))
     return model
 
 

@@ -1,0 +1,206 @@
+"""The published sizes with random weights on one GPU: `python -m benchmarks.full_size`.
+
+Needs torch, transformers and peft, no weights and no data. Questions are shaped like ScienceQA's: batches of 16, 106
+tokens of text, answers of 5, four candidates. Sides: a bank of 8 with stored features against Hugging Face's Trainer
+with peft on the same model; ranking against one question at a time; and how much of a measured matrix product's rate a
+bank's steps reach. `--rehearse` does the same with the miniatures, anywhere, to see that it runs.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks import measure
+from benchmarks.peers import OriginalPeer, TrainerPeer
+from blipfit import grid
+from blipfit.data.batches import Encoded
+from blipfit.data.question import Question
+from blipfit.evaluation import ranking
+from blipfit.evaluation.material import Material
+from blipfit.model import cost, loading, shapes
+from blipfit.model.backbone import Backbone
+from blipfit.model.sight import Sight
+from blipfit.recipe import ModelPart, Recipe
+from blipfit.training import plan
+from blipfit.training.step import Stepper
+
+FULL = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
+TEXT, ANSWER, CANDIDATES = 106, 5, 4
+BANK, STEPS, JUDGED = 8, 5, 32
+
+
+def run(rehearse: bool, rounds: int = 3) -> dict[str, Any]:
+    """Both families; a family that does not fit is told so and left out."""
+    device = torch.device(measure.DEVICE)
+    found: dict[str, Any] = {"rehearsal": rehearse, "matrix_rate": _rate(device)}
+    print(f"matrix product: {found['matrix_rate'] / 1e12:.2f} TFLOP/s", flush=True)
+    for family, first in measure.LORA:
+        tiny = f"tiny-{family}"
+        with tempfile.TemporaryDirectory() as folder:
+            recipes = [grid.recipe("scienceqa", first + 2 * i, tiny) for i in range(BANK)]
+            backbone = _built(tiny if rehearse else FULL[family], tiny, device)
+            found[family] = _family(backbone, recipes, Path(folder), found["matrix_rate"], rounds)
+            _tell(family, found[family])
+    measure.keep(f"full-size-{'rehearsal' if rehearse else measure.KIND}", found)
+    return found
+
+
+def _built(name: str, tiny: str, device: torch.device) -> Backbone:
+    """A model of that shape with random weights, in the types that loading gives a checkpoint."""
+    text = loading.load(ModelPart(name=tiny)).text
+    config = shapes.on_meta(name).config
+    family = loading.family_of(config)
+    low = loading.low_precision("auto", device)
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(low or kind)
+    try:
+        with device, loading.quiet():
+            hf = shapes.untrained(config)
+    finally:
+        torch.set_default_dtype(kind)
+    torch.nn.init.normal_(hf.query_tokens, std=0.02)
+    for part in (hf.qformer, hf.language_projection, hf.vision_model.post_layernorm):
+        part.float()
+    hf.query_tokens.data = hf.query_tokens.data.float()
+    loading.prepare(hf, family, name)
+    hf.requires_grad_(False).eval()
+    return Backbone(hf, text, family, name, autocast=low)
+
+
+def _material(backbone: Backbone, picture: Path, count: int) -> Material:
+    """Questions of random tokens about one picture."""
+    draws = random.Random(0)
+    read, spoken = backbone.hf.config.qformer_config.vocab_size, backbone.hf.config.text_config.vocab_size
+
+    def tokens(number: int, vocabulary: int) -> list[int]:
+        ordinary = [i for i in range(5, min(vocabulary, 30_000)) if i != backbone.hf.config.image_token_index]
+        return draws.choices(ordinary, k=number)
+
+    encoded = []
+    for _ in range(count):
+        prompt, answers = tokens(TEXT, spoken), [tokens(ANSWER, spoken) for _ in range(CANDIDATES)]
+        encoded.append(Encoded(tokens(TEXT, read), prompt, prompt, answers[0], answers))
+    questions = [Question(str(i), picture, "", "") for i in range(count)]
+    return Material(questions, [], encoded)
+
+
+def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float, rounds: int) -> dict[str, Any]:
+    picture = folder / "picture.png"
+    Image.effect_noise((224, 224), 64).convert("RGB").save(picture)
+    training = recipes[0].training
+    train = _material(backbone, picture, training.batch_size * training.accumulation * STEPS)
+    val = _material(backbone, picture, JUDGED)
+    sight = Sight.from_backbone(backbone, "stored", folder / "store")
+    sight.prepare(train.questions)
+    batches = plan.effective_batches(train.lengths, training, 0)
+
+    def steps(size: int) -> None:
+        stepper = Stepper(backbone, recipes[:size], train.encoded)
+        stepper.train_mode()
+        try:
+            for number, batch in enumerate(batches):
+                micros = plan.micro_batches(batch, training)
+                losses, _ = stepper.step(
+                    batch, [sight.features([train.questions[i] for i in m]) for m in micros], 0, number
+                )
+            losses.tolist()
+        finally:
+            stepper.bank.remove()
+            backbone.hf.eval()
+
+    def judge(size: int) -> None:
+        stepper = Stepper(backbone, recipes[:size], val.encoded)
+        try:
+            ranking.rank(backbone, val.encoded, lambda rows: sight.features([val.questions[i] for i in rows]), 16)
+        finally:
+            stepper.bank.remove()
+
+    size = _largest(steps)
+    single = recipes[BANK // 2]  # one experiment alone takes as long as another
+    sides = {"trainer_peft": _trainer(backbone, single, train), "bank": lambda: steps(size)}
+    taken = measure.alternately(sides, rounds)
+    sides.clear()  # the Trainer's copy of the model goes before the next comes
+    sides = {"original_ranking": _original(backbone, single, val), "bank_ranking": lambda: judge(size)}
+    judged = measure.alternately(sides, rounds)
+    each = {"trainer_peft": taken["trainer_peft"], "bank": [t / size for t in taken["bank"]]}
+    each |= {"original_ranking": judged["original_ranking"], "bank_ranking": [t / size for t in judged["bank_ranking"]]}
+    work = _work(backbone.hf.config) * len(train)
+    return {
+        "experiments": size,
+        "steps": STEPS,
+        "judged": JUDGED,
+        "seconds_each": each,
+        "against_trainer": measure.ratio(each["trainer_peft"], each["bank"]),
+        "ranking": measure.ratio(each["original_ranking"], each["bank_ranking"]),
+        "utilisation": sorted(work / seconds / rate for seconds in each["bank"]),
+        "peak_bytes": torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else None,
+    }
+
+
+def _trainer(backbone: Backbone, recipe: Recipe, material: Material) -> Callable[[], None]:
+    peer = TrainerPeer(backbone, recipe, material, bf16=backbone.autocast_dtype is not None)
+    return lambda: peer.train(STEPS)
+
+
+def _original(backbone: Backbone, recipe: Recipe, material: Material) -> Callable[[], None]:
+    peer = OriginalPeer(backbone, recipe, material)
+
+    def rank() -> None:
+        with torch.autocast(backbone.device.type, backbone.autocast_dtype, enabled=backbone.autocast_dtype is not None):
+            peer.rank(range(JUDGED))
+
+    return rank
+
+
+def _work(config: Any) -> int:
+    """FLOPs of training on one question: forward, and as many for what comes back through frozen layers."""
+    return 2 * (cost.query(config, TEXT) + cost.answer(config, TEXT, ANSWER))
+
+
+def _largest(steps: Callable[[int], None]) -> int:
+    """The largest bank that memory holds."""
+    size = BANK
+    while size > 1:
+        try:
+            steps(size)
+            return size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            size //= 2
+    return 1
+
+
+def _rate(device: torch.device) -> float:
+    """FLOPs a second of a large matrix product in the type of the frozen layers."""
+    wide = 8192 if device.type == "cuda" else 1024
+    dtype = loading.low_precision("auto", device) or torch.float32
+    a = torch.randn(wide, wide, dtype=dtype, device=device)
+    taken = measure.alternately({"product": lambda: [a @ a for _ in range(10)]}, 5)["product"]
+    return 10 * 2 * wide**3 / min(taken)
+
+
+def _tell(family: str, found: dict[str, Any]) -> None:
+    each = found["seconds_each"]
+    print(f"\n{family}, {found['experiments']} experiments in a bank, an experiment's share:")
+    for name, times in each.items():
+        unit, what = (JUDGED, "question") if name.endswith("ranking") else (STEPS, "step")
+        print(f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {what}")
+    print(f"  training against Trainer + peft:  {measure.told(found['against_trainer'])}")
+    print(f"  ranking against the original:     {measure.told(found['ranking'])}")
+    print(f"  of the matrix product's rate:     {100 * found['utilisation'][-1]:.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rehearse", action="store_true", help="with the miniatures")
+    options = parser.parse_args()
+    if not (options.rehearse or torch.cuda.is_available()):
+        sys.exit("no GPU here; --rehearse runs the same with the miniatures")
+    run(options.rehearse)
