@@ -42,19 +42,19 @@ SIZES: dict[str, dict[str, int]] = {
 def run(model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float, root: Path) -> dict[str, Any]:
     """Shrink, recover and judge every size with every seed; returns and keeps all results of the model so far."""
     name = f"shrink-recovery-{Path(model).name}"
-    found = _kept(name)
     folders = _data(root / "data")
     sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
     (base,) = retention.answers([model], sets, "cpu")
-    found["model"] = Path(model).name
     for size in sizes:
         for seed in seeds:
             row = _recovered(model, size, seed, epochs, rate, root, folders, sets, base)
             row |= {"epochs": epochs, "rate": rate, "world": write.VERSION, "original": _told(base)}
+            found = _kept(name)  # another process may have added to it meanwhile
+            found["model"] = Path(model).name
             found.setdefault("runs", {})[f"{size}/{seed}"] = row
             measure.keep(name, found)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
-    return found
+    return _kept(name)
 
 
 def _recovered(

@@ -71,6 +71,25 @@ def test_baselines(name, family, batch):
     assert sum(count.trained(model, family, r.adapter).values()) == QFORMER_FULL[family]
 
 
+def test_recovery_learns_from_what_the_folder_was_made_from(tmp_path):
+    (tmp_path / grid.SHRUNK).write_text('{"from": "tiny-t5"}')
+    r = grid.recipe("icons", "recover", str(tmp_path))
+    assert (r.title, r.model.name, r.adapter.qformer) == ("icons/recover", str(tmp_path), "full")
+    assert (r.distillation.teacher, r.distillation.labels, r.distillation.answers) == ("tiny-t5", 0, 0)
+    assert r.distillation.visual > 0
+    assert not r.training.dropout
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", "{}"])
+def test_what_was_not_shrunk_cannot_recover(record, tmp_path):
+    if record is not None:
+        (tmp_path / grid.SHRUNK).write_text(record)
+    with pytest.raises(UserError, match=r"recover needs a folder that `blipfit shrink` made"):
+        grid.recipe("icons", "recover", str(tmp_path))
+    with pytest.raises(UserError, match=r"recover needs a folder"):
+        grid.recipe("icons", "recover")
+
+
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
 def test_trained_parameters_of_the_modules_equal_the_published(family):
     model = shapes.on_meta(grid.MODELS[family])

@@ -4,8 +4,10 @@ Source: Kim et al., "Parameter-Efficient Fine-tuning of InstructBLIP for Visual 
 NeurIPS 2023; Findings of EMNLP 2024) and its 128 configuration files, which this module replaces by arithmetic.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from blipfit.errors import UserError
@@ -14,6 +16,7 @@ from blipfit.recipe import (
     QFORMER_PARTS,
     AdapterPart,
     DataPart,
+    DistillationPart,
     Family,
     JudgingPart,
     LanguagePart,
@@ -40,6 +43,10 @@ PROMPTS = {
 MIRRORED_MATTERS = ("icons", "rewardbench")
 OPEN = ("rewardbench",)
 BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
+
+RECOVERY = "recover"
+SHRUNK = "shrink.json"
+"""What `blipfit shrink` leaves in a folder: what the model was made from, and what of it was kept."""
 
 PLACES = ("qformer", "first", "middle", "last", "all")
 """Explorations: LoRA in the whole Q-Former and in no, the first, middle, last third, or all blocks of the language
@@ -96,14 +103,16 @@ def locate(experiment: int) -> tuple[Family, Row, int]:
 
 
 def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Recipe:
-    """The published recipe of an experiment of the grid, or of a baseline; or an exploration.
+    """The published recipe of an experiment of the grid, or of a baseline; or an exploration, or a recovery.
 
-    `experiment` is 1–64, `baseline` (Flan-T5-XL), `baseline-vicuna` or a name in `EXPLORATIONS`. `model` replaces the
-    published checkpoint; `tiny` is the miniature of the experiment's family. Data sets that were not published follow
-    the rules without the exceptions.
+    `experiment` is 1–64, `baseline` (Flan-T5-XL), `baseline-vicuna`, `recover` or a name in `EXPLORATIONS`. `model`
+    replaces the published checkpoint; `tiny` is the miniature of the experiment's family. Data sets that were not
+    published follow the rules without the exceptions.
     """
     if experiment in EXPLORATIONS:
         return explore(str(experiment), dataset, model)
+    if experiment == RECOVERY:
+        return recover(dataset, model)
     if dataset not in PROMPTS:
         raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(PROMPTS)}")
     if experiment in BASELINES:
@@ -151,6 +160,26 @@ def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -
     return like.model_copy(update={"experiment": name, "adapter": adapter, "training": training})
 
 
+def recover(dataset: str, model: str | None) -> Recipe:
+    """A shrunk Q-Former learns to see as the original does: all of it trained, without labels or dropout.
+
+    `model` is a folder that `blipfit shrink` made; the original named there teaches. Batches are large, because the
+    language model has no part in it, and training goes on to the end.
+    """
+    try:
+        record = json.loads((Path(model or "").expanduser() / SHRUNK).read_text(encoding="utf-8"))
+        original = str(record["from"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{RECOVERY} needs a folder that `blipfit shrink` made: --model DIR (with {SHRUNK} in it)"
+        ) from None
+    like = recipe(dataset, "baseline", model)
+    rounds = like.training.max_epochs
+    training = TrainingPart(batch_size=64, learning_rate=1e-3, max_epochs=rounds, patience=rounds, dropout=False)
+    teaching = DistillationPart(teacher=original, labels=0, answers=0)
+    return like.model_copy(update={"experiment": RECOVERY, "training": training, "distillation": teaching})
+
+
 def _third(depths: Sequence[int], place: str) -> tuple[int, ...]:
     """The first, middle or last third of the blocks of every stack, at least one, counted through all stacks."""
     chosen: list[int] = []
@@ -182,6 +211,6 @@ def _number(experiment: int | str) -> int:
     except ValueError:
         raise UserError(
             f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}, "
-            f"and there are {', '.join(EXPLORATIONS)}"
+            f"and there are {RECOVERY} and {', '.join(EXPLORATIONS)}"
         ) from None
     return number

@@ -57,7 +57,7 @@ def experiments(text: str) -> list[str]:
         low, dash, high = part.partition("-")
         if part == "all":
             names += map(str, grid.IDS)
-        elif part in grid.BASELINES or part in grid.EXPLORATIONS:
+        elif part in (*grid.BASELINES, *grid.EXPLORATIONS, grid.RECOVERY):
             names.append(part)
         elif dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= grid.IDS[-1]:
             names += map(str, range(int(low), int(high) + 1))

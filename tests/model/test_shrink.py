@@ -11,6 +11,7 @@ from transformers import InstructBlipForConditionalGeneration, InstructBlipProce
 
 import checkpoints
 import reference
+from blipfit import grid
 from blipfit.errors import UserError
 from blipfit.model import calibration, importance, loading, repair, rewrite, selection, shrink, shrink_size
 from blipfit.model.shrink_size import Size
@@ -148,7 +149,7 @@ def test_the_folder_is_an_ordinary_checkpoint(backbone, small, family, questions
     assert plain.query_tokens.equal(hf.query_tokens)
     processor = InstructBlipProcessor.from_pretrained(tmp_path / "smaller", backend="pil")
     assert processor.num_query_tokens == size.queries
-    told = json.loads((tmp_path / "smaller" / shrink.RECORD).read_text())
+    told = json.loads((tmp_path / "smaller" / grid.SHRUNK).read_text())
     assert told["kept"]["channels"] == sorted(told["kept"]["channels"])
     assert len(told["kept"]["channels"]) == 24
 

@@ -1,5 +1,7 @@
 """Learning from the original: what the losses are, and that a smaller model comes nearer to it."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +135,14 @@ def test_trained_by_the_loop_with_a_run_as_teacher(small, family, smaller, iconq
     assert run.result()["recipe"]["distillation"]["teacher"] == str(original.folder)
     (again,) = train([chosen.override(["distillation.teacher=null"])], iconqa, tmp_path / "alone", device="cpu")
     assert again.result()["adapter_sha256"] != run.result()["adapter_sha256"]
+
+
+def test_the_recipe_of_a_recovery(small, family, smaller, iconqa, tmp_path):
+    recovery = grid.recipe("iconqa", "recover", str(smaller)).override([*SHORT, "training.learning_rate=0.01"])
+    assert recovery.distillation.teacher == str(small[family])
+    (run,) = train([recovery], iconqa, tmp_path / "results")
+    assert run.state() == "finished"
+    assert json.loads(run.log_file.read_text().splitlines()[0])["loss"] > 0
 
 
 def test_who_cannot_teach(small, family, smaller, tmp_path):

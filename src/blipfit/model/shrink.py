@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from blipfit.errors import UserError
+from blipfit.grid import SHRUNK
 from blipfit.model import importance, rewrite, selection, shrink_size
 from blipfit.model.backbone import Backbone
 from blipfit.model.calibration import Calibration
@@ -14,8 +15,6 @@ from blipfit.model.importance import Method, Scores
 from blipfit.model.repair import repair
 from blipfit.model.shrink_size import Size
 
-RECORD = "shrink.json"
-"""In the folder: where it comes from and what was kept."""
 _OURS = ("query_tokens", "qformer.", "language_projection.")
 
 
@@ -72,7 +71,7 @@ def write(source: Path, to: Path, small: Any, record: dict[str, Any]) -> None:
             config["num_query_tokens"] = size.queries
 
     edits = {rewrite.CONFIG: configure, "processor_config.json": process, "preprocessor_config.json": process}
-    rewrite.rewrite(source, to, tensors(small), lambda name: name.startswith(_OURS), edits, {RECORD: record})
+    rewrite.rewrite(source, to, tensors(small), lambda name: name.startswith(_OURS), edits, {SHRUNK: record})
 
 
 def tensors(small: Any) -> dict[str, Tensor]:

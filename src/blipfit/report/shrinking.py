@@ -123,5 +123,5 @@ def _ending(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"variance of the visual tokens that is lost, before training: {100 * record['lost']['after']:.1f} %"
         )
-    lines.append(f"written: {record['to']}; recover it with `blipfit train … --model {record['to']}`")
+    lines.append(f"written: {record['to']}; let it recover: `blipfit train icons recover --model {record['to']}`")
     return lines

@@ -14,9 +14,9 @@ from blipfit import run as folders
 from blipfit.adapters import peft_format
 from blipfit.data.batches import TargetBatch
 from blipfit.errors import UserError
+from blipfit.grid import SHRUNK
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.shrink import RECORD
 from blipfit.recipe import DistillationPart, ModelPart, Recipe
 from blipfit.run import Run
 
@@ -103,11 +103,11 @@ def _queries(recipe: Recipe, backbone: Backbone, student: Backbone) -> Tensor:
     count, mine = backbone.hf.query_tokens.shape[1], student.hf.query_tokens.shape[1]
     if count == mine or not recipe.distillation.visual:
         return torch.arange(count, device=student.device)
-    file = Path(recipe.model.name) / RECORD
+    file = Path(recipe.model.name) / SHRUNK
     kept = folders.read_json(file)["kept"]["queries"] if file.is_file() else []
     if len(kept) != mine or max(kept) >= count:
         raise UserError(
-            f"{backbone.name} has {count} query tokens and {student.name} {mine}, and no {RECORD} says which they are; "
+            f"{backbone.name} has {count} query tokens and {student.name} {mine}, and no {SHRUNK} says which they are; "
             "set distillation.visual=0, or teach a folder that `blipfit shrink` made"
         )
     return torch.tensor(kept, device=student.device)
