@@ -166,6 +166,38 @@ def test_prepare_counts(blipfit, tmp_path: Path) -> None:
     assert "24 train / 8 val / 8 test" in out
 
 
+def test_prepare_draws_what_is_asked_for(blipfit, tmp_path: Path) -> None:
+    def prepared(*arguments: object) -> dict:
+        return json.loads(blipfit("prepare", *arguments, "--json")[1])
+
+    taught = tmp_path / "taught"
+    report = prepared("icons", "--to", taught, "--questions", 30, "--skills", "taught", "--seed", 7)
+    assert report["counts"]["train"] == 30
+    rows = json.loads((taught / "annotations/train.json").read_text())
+    assert {row["skill"] for row in rows} <= set(icons.PRETRAINED)
+    prepared("icons", "--to", tmp_path / "odd", "--questions", 5, "--skills", "odd, pattern")
+    rows = json.loads((tmp_path / "odd/annotations/train.json").read_text())
+    assert {row["skill"] for row in rows} == {"odd", "pattern"}
+    report = prepared("mme", "--from", "icons", "--questions", 3, "--seed", 7, "--to", tmp_path / "m")
+    assert report["counts"] == {"test": 4 * 3 * 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["scienceqa", "--from", "hub", "--questions", "5"], "scienceqa is read as it is"),
+        (["iconqa", "--from", "hub", "--seed", "5"], "iconqa is read as it is"),
+        (["mme", "--from", "icons", "--skills", "odd"], "--skills are those of icons"),
+        (["icons", "--skills", "ood"], "ood"),
+    ],
+)
+def test_what_is_not_drawn_so_is_refused(blipfit, tmp_path: Path, arguments: list[str], why: str) -> None:
+    code, out, err = blipfit("prepare", *arguments, "--to", tmp_path / "x")
+    assert (code, out) == (2, "")
+    assert why in err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
 def test_doctor(blipfit, drawn: Path) -> None:
     code, out, _ = blipfit("doctor", "--data", drawn, "--json")
     checks = {check["check"]: check for check in json.loads(out)["checks"]}

@@ -63,12 +63,19 @@ def prepare(
     dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own, rewardbench or mme.")],
     source: Annotated[str | None, typer.Option("--from", help="Official folder, hub, or icons, drawn.")] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder to write; data/DATASET if absent.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="How many to draw to train on (mme: pictures a subtask).")
+    ] = None,
+    skills: Annotated[
+        str | None, typer.Option(help="Of icons: held-out (if absent), taught, all, or names: odd,pattern.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn; 42 if absent.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read a data set in its official layout, check every image, and write its annotation files."""
     from blipfit.report import experiments
 
-    report = experiments.prepare(dataset, source, to)
+    report = experiments.prepare(dataset, source, to, questions, skills, seed)
     _show(report, as_json, lambda: str(report))
 
 

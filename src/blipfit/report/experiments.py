@@ -41,19 +41,51 @@ def data_folder(dataset: str, folder: Path | None) -> Path:
     return target
 
 
-def prepare(dataset: str, source: str | None, to: Path | None) -> Any:
-    """Write a prepared folder and return its report; `icons` is drawn, and `mme` and `rewardbench` can be."""
+def prepare(
+    dataset: str,
+    source: str | None,
+    to: Path | None,
+    questions: int | None = None,
+    skills: str | None = None,
+    seed: int | None = None,
+) -> Any:
+    """Write a prepared folder and return its report; `icons` is drawn, and `mme` and `rewardbench` can be.
+
+    Only of what is drawn: `questions` to train on (MME: pictures a subtask; VL-RewardBench: pairs), and the seed. Only
+    of `icons`: `skills`, `held-out`, `taught`, `all` or names.
+    """
     found = data.dataset(dataset)
     target = to or Path("data") / dataset
+    is_drawn = dataset == "icons" or (source == "icons" and not Path(source).exists())
+    if not is_drawn and (questions is not None or seed is not None):
+        raise UserError(f"{dataset} is read as it is; --questions and --seed are for what is drawn")
+    if skills is not None and dataset != "icons":
+        raise UserError(f"--skills are those of icons; {dataset} has none to choose")
+    drawing = {} if seed is None else {"seed": seed}
     if dataset == "icons":
         if source is not None:
             raise UserError("icons are drawn, not read; leave --from out")
-        return found.prepare(target)
+        wanted = {} if questions is None else {"train": questions}
+        return found.prepare(target, **wanted, **drawing, **_skills(skills))
     if source is None:
         raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
-    if source == "icons" and not Path(source).exists():
-        return data.prepare_drawn(dataset, target)
+    if is_drawn:
+        return data.prepare_drawn(dataset, target, questions, **drawing)
     return found.prepare(source, target)
+
+
+def _skills(text: str | None) -> dict[str, Any]:
+    from blipfit.data import icons
+
+    if text is None:
+        return {}
+    groups = {"held-out": icons.HELD_OUT, "taught": icons.PRETRAINED, "all": None}
+    names = groups[text] if text in groups else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names or () if name not in icons.SKILLS]:
+        raise UserError(
+            f"icons have no skill {unknown[0]!r}; write {', '.join(groups)}, or of {', '.join(icons.SKILLS)}"
+        )
+    return {"skills": names}
 
 
 def evaluate_run(folder: Path, source: Path | None, split: str, device: torch.device, base: bool) -> dict[str, Any]:
