@@ -45,8 +45,16 @@ def run(rehearse: bool, rounds: int = 3) -> dict[str, Any]:
         tiny = f"tiny-{family}"
         with tempfile.TemporaryDirectory() as folder:
             recipes = [grid.recipe("scienceqa", first + 2 * i, tiny) for i in range(BANK)]
-            backbone = _built(tiny if rehearse else FULL[family], tiny, device)
-            found[family] = _family(backbone, recipes, Path(folder), found["matrix_rate"], rounds)
+            name = tiny if rehearse else FULL[family]
+            try:
+                found[family] = _family(_built(name, tiny, device), recipes, Path(folder), found["matrix_rate"], rounds)
+            except torch.OutOfMemoryError as error:
+                found[family] = {"out_of_memory": str(error)}
+                print(f"{family} does not fit: {error}", flush=True)
+                continue
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
             _tell(family, found[family])
     measure.keep(f"full-size-{'rehearsal' if rehearse else measure.KIND}", found)
     return found
@@ -65,7 +73,8 @@ def _built(name: str, tiny: str, device: torch.device) -> Backbone:
             hf = shapes.untrained(config)
     finally:
         torch.set_default_dtype(kind)
-    torch.nn.init.normal_(hf.query_tokens, std=0.02)
+    for weight in (hf.query_tokens, hf.language_model.lm_head.weight):  # zeros at first, which multiply too easily
+        torch.nn.init.normal_(weight, std=0.02)
     for part in (hf.qformer, hf.language_projection, hf.vision_model.post_layernorm):
         part.float()
     hf.query_tokens.data = hf.query_tokens.data.float()
@@ -122,7 +131,7 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
         finally:
             stepper.bank.remove()
 
-    size = _largest(steps)
+    size, peak = _largest(steps)
     single = recipes[BANK // 2]  # one experiment alone takes as long as another
     sides = {"trainer_peft": _trainer(backbone, single, train), "bank": lambda: steps(size)}
     taken = measure.alternately(sides, rounds)
@@ -140,7 +149,7 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
         "against_trainer": measure.ratio(each["trainer_peft"], each["bank"]),
         "ranking": measure.ratio(each["original_ranking"], each["bank_ranking"]),
         "utilisation": sorted(work / seconds / rate for seconds in each["bank"]),
-        "peak_bytes": torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else None,
+        "bank_peak_bytes": peak,
     }
 
 
@@ -164,17 +173,20 @@ def _work(config: Any) -> int:
     return 2 * (cost.query(config, TEXT) + cost.answer(config, TEXT, ANSWER))
 
 
-def _largest(steps: Callable[[int], None]) -> int:
-    """The largest bank that memory holds."""
+def _largest(steps: Callable[[int], None]) -> tuple[int, int | None]:
+    """The largest bank that memory holds, and on a GPU the peak of its training in bytes."""
     size = BANK
-    while size > 1:
+    while True:
+        if measure.DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             steps(size)
-            return size
+            return size, torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else None
         except torch.OutOfMemoryError:
+            if size == 1:
+                raise
             torch.cuda.empty_cache()
             size //= 2
-    return 1
 
 
 def _rate(device: torch.device) -> float:

@@ -175,11 +175,20 @@ def test_prepare_draws_what_is_asked_for(blipfit, tmp_path: Path) -> None:
     assert report["counts"]["train"] == 30
     rows = json.loads((taught / "annotations/train.json").read_text())
     assert {row["skill"] for row in rows} <= set(icons.PRETRAINED)
+    assert json.loads((taught / "icons.json").read_text())["seed"] == 7
     prepared("icons", "--to", tmp_path / "odd", "--questions", 5, "--skills", "odd, pattern")
     rows = json.loads((tmp_path / "odd/annotations/train.json").read_text())
     assert {row["skill"] for row in rows} == {"odd", "pattern"}
     report = prepared("mme", "--from", "icons", "--questions", 3, "--seed", 7, "--to", tmp_path / "m")
     assert report["counts"] == {"test": 4 * 3 * 2}
+    assert prepared("mme", "--from", "icons", "--questions", 3, "--seed", 7, "--to", tmp_path / "m") == report
+    code, _, err = blipfit("prepare", "mme", "--from", "icons", "--questions", 2, "--to", tmp_path / "m")
+    assert code == 2
+    assert "holds something else" in err
+
+
+def test_no_group_of_skills_is_called_like_a_skill() -> None:
+    assert not {"held-out", "taught", "every"} & set(icons.SKILLS)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,8 @@ def test_prepare_draws_what_is_asked_for(blipfit, tmp_path: Path) -> None:
         (["scienceqa", "--from", "hub", "--questions", "5"], "scienceqa is read as it is"),
         (["iconqa", "--from", "hub", "--seed", "5"], "iconqa is read as it is"),
         (["mme", "--from", "icons", "--skills", "odd"], "--skills are those of icons"),
-        (["icons", "--skills", "ood"], "ood"),
+        (["icons", "--skills", "ood"], "icons have no skill 'ood'; write held-out, taught, every, or of"),
+        (["mme", "--seed", "5", "--from", "hub"], "as mme is with --from icons"),
     ],
 )
 def test_what_is_not_drawn_so_is_refused(blipfit, tmp_path: Path, arguments: list[str], why: str) -> None:

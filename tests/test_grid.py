@@ -72,7 +72,7 @@ def test_baselines(name, family, batch):
 
 
 def test_recovery_learns_from_what_the_folder_was_made_from(tmp_path):
-    (tmp_path / grid.SHRUNK).write_text('{"from": "tiny-t5"}')
+    (tmp_path / grid.SHRINK_RECORD).write_text('{"from": "tiny-t5"}')
     r = grid.recipe("icons", "recover", str(tmp_path))
     assert (r.title, r.model.name, r.adapter.qformer) == ("icons/recover", str(tmp_path), "full")
     assert (r.distillation.teacher, r.distillation.labels, r.distillation.answers) == ("tiny-t5", 0, 0)
@@ -83,11 +83,19 @@ def test_recovery_learns_from_what_the_folder_was_made_from(tmp_path):
 @pytest.mark.parametrize("record", [None, "", "[]", "{}"])
 def test_what_was_not_shrunk_cannot_recover(record, tmp_path):
     if record is not None:
-        (tmp_path / grid.SHRUNK).write_text(record)
+        (tmp_path / grid.SHRINK_RECORD).write_text(record)
     with pytest.raises(UserError, match=r"recover needs a folder that `blipfit shrink` made"):
         grid.recipe("icons", "recover", str(tmp_path))
+
+
+@pytest.mark.parametrize("model", [None, "tiny", "tiny-t5"])
+def test_a_record_that_happens_to_be_near_is_not_taken(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "tiny", tmp_path / "tiny-t5"):
+        folder.mkdir(exist_ok=True)
+        (folder / grid.SHRINK_RECORD).write_text('{"from": "tiny-t5"}')
     with pytest.raises(UserError, match=r"recover needs a folder"):
-        grid.recipe("icons", "recover")
+        grid.recipe("icons", "recover", model)
 
 
 @pytest.mark.parametrize("family", ["t5", "vicuna"])

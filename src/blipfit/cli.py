@@ -44,7 +44,9 @@ def grid(as_json: Json = False) -> None:
 @app.command()
 def show(
     dataset: Dataset,
-    experiment: Annotated[str, typer.Argument(metavar="ID", help="1–64, baseline or baseline-vicuna.")],
+    experiment: Annotated[
+        str, typer.Argument(metavar="ID", help="1–64, baseline, baseline-vicuna, recover or explore-last, ….")
+    ],
     model: Model = None,
     sets: Sets = None,
     as_json: Json = False,
@@ -64,10 +66,11 @@ def prepare(
     source: Annotated[str | None, typer.Option("--from", help="Official folder, hub, or icons, drawn.")] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder to write; data/DATASET if absent.")] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="How many to draw to train on (mme: pictures a subtask).")
+        int | None,
+        typer.Option(min=1, help="How many to draw to train on (mme: pictures a subtask; rewardbench: pairs in all)."),
     ] = None,
     skills: Annotated[
-        str | None, typer.Option(help="Of icons: held-out (if absent), taught, all, or names: odd,pattern.")
+        str | None, typer.Option(help="Of icons: held-out (if absent), taught, every, or names: odd,pattern.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn; 42 if absent.")] = None,
     as_json: Json = False,
@@ -82,7 +85,9 @@ def prepare(
 @app.command()
 def train(
     dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own or rewardbench; or a recipe file.")],
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, explore-last, ….")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, recover, explore-last, ….")
+    ] = None,
     model: Model = None,
     data: DataFolder = None,
     results: Results = Path("results"),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from blipfit.errors import UserError
 from blipfit.recipe import (
@@ -45,7 +45,7 @@ OPEN = ("rewardbench",)
 BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
 
 RECOVERY = "recover"
-SHRUNK = "shrink.json"
+SHRINK_RECORD = "shrink.json"
 """What `blipfit shrink` leaves in a folder: what the model was made from, and what of it was kept."""
 
 PLACES = ("qformer", "first", "middle", "last", "all")
@@ -166,18 +166,25 @@ def recover(dataset: str, model: str | None) -> Recipe:
     `model` is a folder that `blipfit shrink` made; the original named there teaches. Batches are large, because the
     language model has no part in it, and training goes on to the end.
     """
-    try:
-        record = json.loads((Path(model or "").expanduser() / SHRUNK).read_text(encoding="utf-8"))
-        original = str(record["from"])
-    except (OSError, ValueError, KeyError, TypeError):
+    original = shrink_record(model).get("from") if model not in (None, "tiny", *BLOCKS) else None
+    if original is None:
         raise UserError(
-            f"{RECOVERY} needs a folder that `blipfit shrink` made: --model DIR (with {SHRUNK} in it)"
-        ) from None
+            f"{RECOVERY} needs a folder that `blipfit shrink` made: --model DIR (with {SHRINK_RECORD} in it)"
+        )
     like = recipe(dataset, "baseline", model)
     rounds = like.training.max_epochs
     training = TrainingPart(batch_size=64, learning_rate=1e-3, max_epochs=rounds, patience=rounds, dropout=False)
     teaching = DistillationPart(teacher=original, labels=0, answers=0)
     return like.model_copy(update={"experiment": RECOVERY, "training": training, "distillation": teaching})
+
+
+def shrink_record(model: str | None) -> dict[str, Any]:
+    """What `blipfit shrink` left in a model's folder; nothing where it did not make it."""
+    try:
+        record = json.loads((Path(model or "").expanduser() / SHRINK_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _third(depths: Sequence[int], place: str) -> tuple[int, ...]:

@@ -254,6 +254,16 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_trained_in_vain(self) -> "Recipe":
+        part = self.distillation
+        if part.teacher and not (part.labels or part.answers) and (self.adapter.llm or not part.visual):
+            raise ValueError(
+                "with distillation.labels=0 and distillation.answers=0 only seeing is learned: set adapter.llm=[] and "
+                "distillation.visual above 0, or give labels or answers a weight"
+            )
+        return self
+
     @property
     def title(self) -> str:
         return f"{self.data.name}/{self.experiment}"

@@ -64,7 +64,7 @@ def experiments(text: str) -> list[str]:
         elif part.isdigit():
             names.append(part)
         else:
-            known = f"write 1-32, 13,15,28, all, {' or '.join(grid.BASELINES)}"
+            known = f"write 1-32, 13,15,28, all, {', '.join(grid.BASELINES)} or {grid.RECOVERY}"
             raise UserError(f"{text!r} names no experiments: {part!r} is not understood; {known}")
     return list(dict.fromkeys(names))
 

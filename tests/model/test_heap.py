@@ -12,7 +12,7 @@ FAULTS = """
 import resource, sys, torch
 from blipfit.model import heap
 if sys.argv[1] == "keep":
-    assert heap.keep()
+    assert heap.keep_freed()
 for _ in range(20):  # its holes settle first
     torch.ones(8 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,7 +31,7 @@ def test_kept_memory_is_not_asked_for_again():
         return map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
     (kept, kept_size), (ordinary, ordinary_size) = run("keep"), run("ordinarily")
-    assert ordinary > 1000  # 160 MB in pages of 4 kB would be 40 960; a system with huge pages has fewer
+    assert ordinary > 50  # 160 MB are 40 960 pages of 4 kB, or 80 huge ones
     assert kept < ordinary / 10
     assert kept_size < ordinary_size + 10 * 1024, "given back"
 
@@ -40,7 +40,7 @@ def test_elsewhere_nothing_is_done():
     with mock.patch.object(sys, "platform", "darwin"):
         assert heap._glibc.__wrapped__() is None
     with mock.patch.object(heap, "_glibc", return_value=None):
-        assert heap.keep.__wrapped__() is False
+        assert heap.keep_freed.__wrapped__() is False
         heap.give_back()
 
 

@@ -149,7 +149,7 @@ def test_the_folder_is_an_ordinary_checkpoint(backbone, small, family, questions
     assert plain.query_tokens.equal(hf.query_tokens)
     processor = InstructBlipProcessor.from_pretrained(tmp_path / "smaller", backend="pil")
     assert processor.num_query_tokens == size.queries
-    told = json.loads((tmp_path / "smaller" / grid.SHRUNK).read_text())
+    told = json.loads((tmp_path / "smaller" / grid.SHRINK_RECORD).read_text())
     assert told["kept"]["channels"] == sorted(told["kept"]["channels"])
     assert len(told["kept"]["channels"]) == 24
 

@@ -138,11 +138,26 @@ def test_trained_by_the_loop_with_a_run_as_teacher(small, family, smaller, iconq
 
 
 def test_the_recipe_of_a_recovery(small, family, smaller, iconqa, tmp_path):
-    recovery = grid.recipe("iconqa", "recover", str(smaller)).override([*SHORT, "training.learning_rate=0.01"])
+    fast = [*SHORT, "training.max_epochs=4", "training.learning_rate=0.01"]
+    recovery = grid.recipe("iconqa", "recover", str(smaller)).override(fast)
     assert recovery.distillation.teacher == str(small[family])
     (run,) = train([recovery], iconqa, tmp_path / "results")
     assert run.state() == "finished"
-    assert json.loads(run.log_file.read_text().splitlines()[0])["loss"] > 0
+    first, *_, last = (json.loads(line)["loss"] for line in run.log_file.read_text().splitlines())
+    assert last < 0.9 * first
+
+
+def test_a_teacher_that_is_gone_is_said_before_anything_begins(small, family, smaller, iconqa, tmp_path):
+    with pytest.raises(UserError, match=r"the teacher cannot be had: \./gone is not a model folder"):
+        train([recipe(smaller, "./gone")], iconqa, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_would_learn_nothing_is_refused(small, family):
+    with pytest.raises(UserError, match=r"only seeing is learned"):
+        recipe(small[family], small[family], labels=0, answers=0, visual=0)
+    with pytest.raises(UserError, match=r"only seeing is learned"):
+        recipe(small[family], small[family], experiment=32, labels=0, answers=0)
 
 
 def test_who_cannot_teach(small, family, smaller, tmp_path):

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from blipfit.data import records
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 
@@ -49,6 +51,8 @@ def dataset(name: str) -> DataSet:
 
 DRAWN = {"mme": ("write_mme", 200), "rewardbench": ("write_preferences", 3000)}
 """What the world of icons can be drawn as, and how many pictures a subtask or pairs."""
+DRAWING = "drawn.json"
+"""In a folder of these: how it was drawn."""
 
 
 def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42) -> Any:
@@ -56,11 +60,17 @@ def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42)
     if name not in DRAWN:
         raise UserError(f"{name} cannot be drawn from icons; {' and '.join(DRAWN)} can")
     writer, usual = DRAWN[name]
+    drawing = {"drawn": name, "count": count or usual, "seed": seed}
+    there = records.read_json(to / DRAWING) if (to / DRAWING).is_file() else None
+    if to.exists() and any(to.iterdir()) and there != drawing:
+        raise UserError(f"{to} holds something else ({there or 'not drawn'}); delete it or choose another folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as aside:
         source = Path(aside) / name
         getattr(import_module("blipfit.data.icons"), writer)(source, n=count or usual, seed=seed)
-        return dataset(name).prepare(source, to)
+        report = dataset(name).prepare(source, to)
+    (to / DRAWING).write_text(json.dumps(drawing) + "\n", encoding="utf-8")
+    return report
 
 
 def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[Question]:

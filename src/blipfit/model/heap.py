@@ -11,14 +11,18 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 @cache
-def keep() -> bool:
+def keep_freed() -> bool:
     """Let the process keep what tensors freed, for the next ones; whether it does (glibc on Linux).
 
     Otherwise every activation of some megabytes goes back to the system when freed, and the next one is paid for page
     by page: tens of thousands of page faults in a step of a bank. The peak stays what it is.
     """
     libc = _glibc()
-    return libc is not None and bool(libc.mallopt(_MMAP_THRESHOLD, 2**28) and libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    if libc is None:
+        return False
+    # glibc before 2.35 takes 32 MiB at most.
+    large = libc.mallopt(_MMAP_THRESHOLD, 2**28) or libc.mallopt(_MMAP_THRESHOLD, 2**25)
+    return bool(libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1) and large)
 
 
 def give_back() -> None:

@@ -3,13 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blipfit.data.batches import PromptBatch
+from blipfit.model import heap
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
 
@@ -85,15 +85,4 @@ def _watch_memory(device: torch.device) -> Callable[[], int | None]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak is what is there now
-    except OSError:
-        return lambda: None
-    return _resident_peak
-
-
-def _resident_peak() -> int | None:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return None
+    return heap.peak if heap.forget_peak() else lambda: None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from blipfit.errors import UserError
-from blipfit.grid import SHRUNK
+from blipfit.grid import SHRINK_RECORD
 from blipfit.model import importance, rewrite, selection, shrink_size
 from blipfit.model.backbone import Backbone
 from blipfit.model.calibration import Calibration
@@ -42,7 +42,7 @@ def keep(
     if len(queries) > 1 and bool((queries == queries[0]).all()):
         raise AssertionError("all query tokens are identical")
     record = {
-        "from": backbone.name,
+        "from": _origin(backbone.name),
         "before": asdict(shrink_size.of(backbone.hf.config)),
         "after": asdict(size),
         "importance": told,
@@ -51,6 +51,12 @@ def keep(
         "kept": chosen.record,
     }
     return small, record
+
+
+def _origin(name: str) -> str:
+    """The original's name, a folder's with its whole path: the record is read from elsewhere too."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if (folder / rewrite.CONFIG).is_file() else name
 
 
 def backbone_of(original: Backbone, small: Any) -> Backbone:
@@ -71,7 +77,7 @@ def write(source: Path, to: Path, small: Any, record: dict[str, Any]) -> None:
             config["num_query_tokens"] = size.queries
 
     edits = {rewrite.CONFIG: configure, "processor_config.json": process, "preprocessor_config.json": process}
-    rewrite.rewrite(source, to, tensors(small), lambda name: name.startswith(_OURS), edits, {SHRUNK: record})
+    rewrite.rewrite(source, to, tensors(small), lambda name: name.startswith(_OURS), edits, {SHRINK_RECORD: record})
 
 
 def tensors(small: Any) -> dict[str, Tensor]:

@@ -52,13 +52,14 @@ def prepare(
     """Write a prepared folder and return its report; `icons` is drawn, and `mme` and `rewardbench` can be.
 
     Only of what is drawn: `questions` to train on (MME: pictures a subtask; VL-RewardBench: pairs), and the seed. Only
-    of `icons`: `skills`, `held-out`, `taught`, `all` or names.
+    of `icons`: `skills`, `held-out`, `taught`, `every` or names.
     """
     found = data.dataset(dataset)
     target = to or Path("data") / dataset
     is_drawn = dataset == "icons" or (source == "icons" and not Path(source).exists())
     if not is_drawn and (questions is not None or seed is not None):
-        raise UserError(f"{dataset} is read as it is; --questions and --seed are for what is drawn")
+        drawable = f", as {dataset} is with --from icons" if dataset in data.DRAWN else ""
+        raise UserError(f"{dataset} is read as it is; --questions and --seed are for what is drawn{drawable}")
     if skills is not None and dataset != "icons":
         raise UserError(f"--skills are those of icons; {dataset} has none to choose")
     drawing = {} if seed is None else {"seed": seed}
@@ -79,9 +80,10 @@ def _skills(text: str | None) -> dict[str, Any]:
 
     if text is None:
         return {}
-    groups = {"held-out": icons.HELD_OUT, "taught": icons.PRETRAINED, "all": None}
-    names = groups[text] if text in groups else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names or () if name not in icons.SKILLS]:
+    groups = {"held-out": icons.HELD_OUT, "taught": icons.PRETRAINED, "every": tuple(icons.SKILLS)}
+    named = [name.strip() for name in text.split(",")]
+    names = list(dict.fromkeys(skill for name in named for skill in groups.get(name, (name,))))
+    if unknown := [name for name in names if name not in icons.SKILLS]:
         raise UserError(
             f"icons have no skill {unknown[0]!r}; write {', '.join(groups)}, or of {', '.join(icons.SKILLS)}"
         )

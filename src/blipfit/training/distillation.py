@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfit import run as folders
 from blipfit.adapters import peft_format
 from blipfit.data.batches import TargetBatch
 from blipfit.errors import UserError
-from blipfit.grid import SHRUNK
+from blipfit.grid import SHRINK_RECORD, shrink_record
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import DistillationPart, ModelPart, Recipe
@@ -81,6 +80,16 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     return Teacher(backbone, part, _queries(recipe, backbone, student))
 
 
+def locate(name: str) -> None:
+    """UserError where a teacher is neither a run folder nor a model that can be had."""
+    if Run(Path(name)).recipe_file.exists():
+        return
+    try:
+        loading.locate(ModelPart(name=name))
+    except UserError as error:
+        raise UserError(f"the teacher cannot be had: {error}; say where it is: --set distillation.teacher=…") from error
+
+
 def _check(name: str, hf: Any, student: Backbone) -> None:
     """Same vision tower (its features are what both read) and same vocabularies; equal weights become shared."""
     here = student.hf
@@ -103,11 +112,10 @@ def _queries(recipe: Recipe, backbone: Backbone, student: Backbone) -> Tensor:
     count, mine = backbone.hf.query_tokens.shape[1], student.hf.query_tokens.shape[1]
     if count == mine or not recipe.distillation.visual:
         return torch.arange(count, device=student.device)
-    file = Path(recipe.model.name) / SHRUNK
-    kept = folders.read_json(file)["kept"]["queries"] if file.is_file() else []
+    kept = shrink_record(recipe.model.name).get("kept", {}).get("queries", [])
     if len(kept) != mine or max(kept) >= count:
         raise UserError(
-            f"{backbone.name} has {count} query tokens and {student.name} {mine}, and no {SHRUNK} says which they are; "
-            "set distillation.visual=0, or teach a folder that `blipfit shrink` made"
+            f"{backbone.name} has {count} query tokens and {student.name} {mine}, and no {SHRINK_RECORD} says which "
+            "they are; set distillation.visual=0, or teach a folder that `blipfit shrink` made"
         )
     return torch.tensor(kept, device=student.device)

@@ -23,12 +23,12 @@ from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
-from blipfit.model import loading, processes
+from blipfit.model import heap, loading, processes
 from blipfit.model.backbone import Backbone, fingerprint, head
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
-from blipfit.training import checkpoint, plan, record
+from blipfit.training import checkpoint, distillation, plan, record
 from blipfit.training.checkpoint import Progress
 from blipfit.training.optimiser import rate_at
 from blipfit.training.record import Finished
@@ -71,6 +71,7 @@ def train(
             if processes.is_main() and run.state() != "finished":
                 held.enter_context(run.held())
         _train(list(zip(runs, recipes, hashes, strict=True)), workshop, data, listen)
+    heap.give_back()
     return runs
 
 
@@ -127,6 +128,8 @@ def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[str]:
         _check_questions(recipe, sets[part.name, part.limit][1])
     for model in {recipe.model for recipe in recipes}:
         loading.locate(model)
+    for name in {recipe.distillation.teacher for recipe in recipes} - {None}:
+        distillation.locate(str(name))
     return [sets[recipe.data.name, recipe.data.limit][0] for recipe in recipes]
 
 

@@ -74,7 +74,7 @@ def fit(
     step = _restore(state, module, optimizer, parameters) if state.exists() else 0
     end, began = min(schedule.steps, schedule.steps if until is None else until), time.monotonic()
     sums: dict[str, list[float]] = {}
-    heap.keep()
+    heap.keep_freed()
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["part"]

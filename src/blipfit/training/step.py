@@ -21,7 +21,7 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
         if backbone.device.type == "cpu":
-            heap.keep()
+            heap.keep_freed()
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training
