@@ -17,19 +17,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import bank, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
 from blipfit.data.batches import Encoded
 from blipfit.data.question import Question
-from blipfit.evaluation import ranking
 from blipfit.evaluation.material import Material
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import ModelPart, Recipe
-from blipfit.training import plan
-from blipfit.training.step import Stepper
 
 FULL = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
@@ -108,35 +105,19 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
     val = _material(backbone, picture, JUDGED)
     sight = Sight.from_backbone(backbone, "stored", folder / "store")
     sight.prepare(train.questions)
-    batches = plan.effective_batches(train.lengths, training, 0)
 
     def steps(size: int) -> None:
-        stepper = Stepper(backbone, recipes[:size], train.encoded)
-        stepper.train_mode()
-        try:
-            for number, batch in enumerate(batches):
-                micros = plan.micro_batches(batch, training)
-                losses, _ = stepper.step(
-                    batch, [sight.features([train.questions[i] for i in m]) for m in micros], 0, number
-                )
-            losses.tolist()
-        finally:
-            stepper.bank.remove()
-            backbone.hf.eval()
-
-    def judge(size: int) -> None:
-        stepper = Stepper(backbone, recipes[:size], val.encoded)
-        try:
-            ranking.rank(backbone, val.encoded, lambda rows: sight.features([val.questions[i] for i in rows]), 16)
-        finally:
-            stepper.bank.remove()
+        bank.train(backbone, recipes[:size], train, sight, STEPS)
 
     size, peak = _largest(steps)
     single = recipes[BANK // 2]  # one experiment alone takes as long as another
     sides = {"trainer_peft": _trainer(backbone, single, train), "bank": lambda: steps(size)}
     taken = measure.alternately(sides, rounds)
     sides.clear()  # the Trainer's copy of the model goes before the next comes
-    sides = {"original_ranking": _original(backbone, single, val), "bank_ranking": lambda: judge(size)}
+    sides = {
+        "original_ranking": _original(backbone, single, val),
+        "bank_ranking": lambda: bank.rank(backbone, recipes[:size], val, sight),
+    }
     judged = measure.alternately(sides, rounds)
     each = {"trainer_peft": taken["trainer_peft"], "bank": [t / size for t in taken["bank"]]}
     each |= {"original_ranking": judged["original_ranking"], "bank_ranking": [t / size for t in judged["bank_ranking"]]}
@@ -199,11 +180,8 @@ def _rate(device: torch.device) -> float:
 
 
 def _tell(family: str, found: dict[str, Any]) -> None:
-    each = found["seconds_each"]
     print(f"\n{family}, {found['experiments']} experiments in a bank, an experiment's share:")
-    for name, times in each.items():
-        unit, what = (JUDGED, "question") if name.endswith("ranking") else (STEPS, "step")
-        print(f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {what}")
+    measure.tell_shares(found)
     print(f"  training against Trainer + peft:  {measure.told(found['against_trainer'])}")
     print(f"  ranking against the original:     {measure.told(found['ranking'])}")
     print(f"  of the matrix product's rate:     {100 * found['utilisation'][-1]:.1f} %", flush=True)

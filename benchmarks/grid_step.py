@@ -6,18 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import bank, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
 from blipfit.data import icons
-from blipfit.evaluation import material, ranking
+from blipfit.evaluation import material
 from blipfit.evaluation.material import Material
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
-from blipfit.training import plan
-from blipfit.training.step import Stepper
 
 STEPS = 20
 JUDGED = 107
@@ -79,30 +77,10 @@ def _bank(recipes: list[Recipe], data: Path, store: Path) -> dict[str, Callable[
     backbone, train, val = _loaded(recipes, data)
     sight = Sight.from_backbone(backbone, "stored", store)
     sight.prepare([*train.questions, *val.questions])
-    training = recipes[0].training
-    batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
-
-    def steps() -> None:
-        stepper = Stepper(backbone, recipes, train.encoded)
-        stepper.train_mode()
-        try:
-            for number, batch in enumerate(batches):
-                micros = plan.micro_batches(batch, training)
-                seen = [sight.features([train.questions[i] for i in micro]) for micro in micros]
-                losses, _ = stepper.step(batch, seen, 0, number)
-            losses.tolist()
-        finally:
-            stepper.bank.remove()
-            backbone.hf.eval()
-
-    def judge() -> None:
-        stepper = Stepper(backbone, recipes, val.encoded)
-        try:
-            ranking.rank(backbone, val.encoded, lambda rows: sight.features([val.questions[i] for i in rows]), 16)
-        finally:
-            stepper.bank.remove()
-
-    return {"bank_training": steps, "bank_ranking": judge}
+    return {
+        "bank_training": lambda: bank.train(backbone, recipes, train, sight, STEPS),
+        "bank_ranking": lambda: bank.rank(backbone, recipes, val, sight),
+    }
 
 
 def _loaded(recipes: list[Recipe], data: Path) -> tuple[Backbone, Material, Material]:
@@ -117,11 +95,8 @@ def _middle(recipes: list[Recipe]) -> Recipe:
 
 
 def _tell(family: str, found: dict[str, Any]) -> None:
-    each = found["seconds_each"]
     print(f"\n{family} miniature, {found['experiments']} experiments in a bank, an experiment's share:")
-    for name, times in each.items():
-        unit, what = (JUDGED, "question") if name.endswith("ranking") else (STEPS, "step")
-        print(f"  {name:18} {1000 * sorted(times)[len(times) // 2] / unit:8.1f} ms a {what}")
+    measure.tell_shares(found)
     print(f"  training against Trainer + peft:            {measure.told(found['against_trainer'])}")
     print(f"  training and judging against the original:  {measure.told(found['against_original'])}")
     print(f"  ranking against the original:               {measure.told(found['ranking'])}", flush=True)

@@ -111,6 +111,13 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def tell_shares(found: Mapping[str, Any]) -> None:
+    """Print the median of every side of `seconds_each`: of a step, or where it judges of a question."""
+    for name, times in found["seconds_each"].items():
+        unit, what = (found["judged"], "question") if name.endswith("ranking") else (found["steps"], "step")
+        print(f"  {name:18} {1000 * statistics.median(times) / unit:8.1f} ms a {what}")
+
+
 def keep(name: str, record: Mapping[str, Any]) -> Path:
     """Write the raw numbers with date and machine; returns the file."""
     now = datetime.now(UTC)
