@@ -8,8 +8,6 @@ from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, Ba
 
 K, R, IN, OUT = 3, 5, 4, 6
 
-
-# fp32 may go through oneDNN, fp64 never does.
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -53,6 +51,15 @@ def test_layer_norm(k_fold):
     y = BankLayerNorm(weight, bias, 1e-6)(x)
     for k, (own, out) in enumerate(zip(x.chunk(k_fold), y.chunk(k_fold), strict=True)):
         torch.testing.assert_close(out, nn.functional.layer_norm(own, (IN,), weight[k], bias[k], 1e-6))
+
+
+def test_layer_norm_of_what_is_the_same_for_all():
+    weight, bias = _parameter(K, IN), _parameter(K, IN)
+    x = torch.randn(1, R, 7, IN, dtype=torch.float64, requires_grad=True)
+    norm = BankLayerNorm(weight, bias, 1e-6)
+    y, theirs = norm(x), norm(x.expand(K, -1, -1, -1).flatten(0, 1)).view(K, R, 7, IN)
+    torch.testing.assert_close(y, theirs)
+    _gradients_agree(y, theirs, [x, weight, bias])
 
 
 @pytest.mark.parametrize("k_fold", [1, K])

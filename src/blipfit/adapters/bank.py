@@ -18,6 +18,7 @@ from blipfit.adapters import placement as places
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
 from blipfit.adapters.peft_methods import PEFT_A, PEFT_B, PeftLayers
 from blipfit.methods import PEFT
+from blipfit.model import onednn
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterPart
 
@@ -240,7 +241,7 @@ class Bank:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to `grads`; experiments do not touch each other's rows."""
-        with warnings.catch_warnings():
+        with onednn.products(), warnings.catch_warnings():
             # Each gradient is a view of a matrix, as wanted; torch warns that such a layout suits its DDP less.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             loss.backward()  # type: ignore[no-untyped-call]

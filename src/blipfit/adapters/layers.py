@@ -3,11 +3,11 @@
 Inputs have K·B rows, K-major. `K` experiments, `R` rows × positions of one experiment, `r` rank, `I` in, `O` out.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from blipfit.model import onednn
 
 
 class BankLoRA(nn.Module):
@@ -44,9 +44,9 @@ class BankLoRA(nn.Module):
         x_KRI = x.reshape(K, -1, x.shape[-1])
         A = self.lora_A if self.lora_E is None else self.lora_A * self.lora_E
         scaled_B = self.lora_B * self.scale[:, None, None]
-        if type(self.base) is nn.Linear and onednn.usable(x):
+        if type(self.base) is nn.Linear and _one_type(x, self.base.weight, A):
             inside = A[self.span], scaled_B[self.span]
-            y = onednn.low_rank(x_KRI, self.base.weight, self.base.bias, *inside, self.span)
+            y = _LowRank.apply(x_KRI, self.base.weight, self.base.bias, *inside, self.span)
             return y.view(*x.shape[:-1], y.shape[-1])
         y = self.base(x)
         y_KRO = y.view(K, -1, y.shape[-1])
@@ -55,6 +55,41 @@ class BankLoRA(nn.Module):
         low = torch.bmm(x_KRI[self.span], A[self.span].mT)
         inside = torch.baddbmm(y_KRO[self.span], low, scaled_B[self.span].mT)
         return torch.cat([y_KRO[: self.span.start], inside, y_KRO[self.span.stop :]]).view_as(y)
+
+
+def _one_type(x: Tensor, *others: Tensor) -> bool:
+    """Whether everything is of one type and stays so: no autocast, no 16-bit backbone below fp32 adapters."""
+    return not torch.is_autocast_enabled(x.device.type) and all(other.dtype == x.dtype for other in others)
+
+
+class _LowRank(torch.autograd.Function):
+    """`y_k = x_k Wᵀ + b + x_k A_kᵀ B_kᵀ` with gradients for x, A and B; adds in place to what the frozen layer gave.
+
+    Only the experiments in `span` have A and B; for the others it is `x_k Wᵀ + b`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice
+    ) -> Tensor:
+        inside = x_KRI[span]
+        low_KRr = torch.bmm(inside, A_KrI.mT)
+        ctx.span = span
+        ctx.save_for_backward(inside, weight, A_KrI, B_KOr, low_KRr)
+        y_KRO = F.linear(x_KRI, weight, bias)
+        y_KRO[span].baddbmm_(low_KRr, B_KOr.mT)
+        return y_KRO
+
+    @staticmethod
+    def backward(ctx: Any, grad_KRO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]
+        inside, weight, A_KrI, B_KOr, low_KRr = ctx.saved_tensors
+        above = grad_KRO[ctx.span]
+        below_KRr = torch.bmm(above, B_KOr)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad_KRO @ weight
+            x_grad[ctx.span].baddbmm_(below_KRr, A_KrI)
+        return x_grad, None, None, torch.bmm(below_KRr.mT, inside), torch.bmm(above.mT, low_KRr), None
 
 
 class BankLinear(nn.Module):
@@ -67,9 +102,7 @@ class BankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         K = self.weight.shape[0]
         x_KRI = x.reshape(K, -1, x.shape[-1])
-        if onednn.usable(x):
-            y = onednn.bank(x_KRI, self.weight, self.bias)
-        elif self.bias is None:
+        if self.bias is None:
             y = torch.bmm(x_KRI, self.weight.mT)
         else:
             y = torch.baddbmm(self.bias.unsqueeze(1), x_KRI, self.weight.mT)
@@ -77,7 +110,10 @@ class BankLinear(nn.Module):
 
 
 class BankLayerNorm(nn.Module):
-    """K layer norms: the normalisation is shared arithmetic, scale and shift are each experiment's."""
+    """K layer norms: the normalisation is shared arithmetic, scale and shift are each experiment's.
+
+    Rows that are the same for all, `1 × B × … × D`, are normalised once and become `K × B × … × D`.
+    """
 
     def __init__(self, weight_KD: nn.Parameter, bias_KD: nn.Parameter, eps: float):
         super().__init__()
@@ -87,8 +123,10 @@ class BankLayerNorm(nn.Module):
         K, D = self.weight.shape
         if K == 1:
             return F.layer_norm(x, (D,), self.weight[0], self.bias[0], self.eps)
-        normed_KRD = F.layer_norm(x, (D,), eps=self.eps).view(K, -1, D)
-        return torch.addcmul(self.bias.unsqueeze(1), normed_KRD, self.weight.unsqueeze(1)).view_as(x)
+        shared = x.dim() == 4
+        normed = F.layer_norm(x, (D,), eps=self.eps).view(1 if shared else K, -1, D)
+        y_KRD = torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
+        return y_KRD.view(K, *x.shape[1:]) if shared else y_KRD.view_as(x)
 
 
 class BankEmbedding(nn.Module):

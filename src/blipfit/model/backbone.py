@@ -79,7 +79,9 @@ class Backbone:
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]
         with self.arithmetic():
-            features = hf.vision_model.post_layernorm(over_bank(features_BPD.to(hf.query_tokens.dtype), K))
+            # A bank's layer norm makes K of the one: what is normalised is the same for all.
+            normed = hf.vision_model.post_layernorm(features_BPD.to(hf.query_tokens.dtype).unsqueeze(0))
+            features = normed.expand(K, -1, -1, -1).flatten(0, 1)
             queries_KQD = hf.query_tokens
             queries = queries_KQD.unsqueeze(1).expand(-1, B, -1, -1).reshape(K * B, *queries_KQD.shape[1:])
             Q = queries.shape[1]
@@ -217,19 +219,24 @@ class Backbone:
 
 @contextmanager
 def _queries_only(last: Any, Q: int) -> Iterator[None]:
-    """Within it, the Q-Former's last layer goes on with the queries alone after its self-attention: the text's rows
-    would be computed and thrown away."""
+    """Within it, the Q-Former's last layer goes on with the queries alone: they attend to themselves and the text, as
+    in any layer, but the text's own rows would be computed and thrown away."""
 
-    def kept(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        rows = [value[:, :Q] for value in (*given, *named.values())]
-        assert len(rows) == 2, "what attention found, and what went in"
-        return tuple(rows[: len(given)]), dict(zip(named, rows[len(given) :], strict=True))
+    def asked(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        named = {**dict(zip(("hidden_states", "attention_mask"), given, strict=False)), **named}
+        hidden, mask = named["hidden_states"], named["attention_mask"]
+        return (), {
+            **named,
+            "hidden_states": hidden[:, :Q],
+            "encoder_hidden_states": hidden,
+            "encoder_attention_mask": None if mask is None else mask[:, :, :Q],
+        }
 
-    cut = last.attention.output.register_forward_pre_hook(kept, with_kwargs=True)
+    hook = last.attention.register_forward_pre_hook(asked, with_kwargs=True)
     try:
         yield
     finally:
-        cut.remove()
+        hook.remove()
 
 
 def over_bank(rows: Tensor, K: int) -> Tensor:

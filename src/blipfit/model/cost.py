@@ -64,7 +64,8 @@ def query(config: Any, T: int) -> int:
     cross = _linear(Q, 2 * D**2) + _linear(P, 2 * D * E) + _products(Q, P, D)
     crossings = -(-c.num_hidden_layers // c.cross_attention_frequency)
     projection = _linear(Q, D * config.text_config.hidden_size)
-    unread = _linear(T, D**2 + 2 * D * c.intermediate_size)  # the text after the last layer's attention
+    # The text in the last layer gives keys and values and asks for nothing.
+    unread = _linear(T, 2 * D**2 + 2 * D * c.intermediate_size) + _products(T, Q + T, D)
     return c.num_hidden_layers * (attention + feed_forward) - unread + crossings * cross + projection
 
 

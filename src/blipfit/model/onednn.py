@@ -1,9 +1,11 @@
-"""Matrix products of fp32 layers on a CPU through oneDNN, where torch's own would go through MKL.
+"""Matrix products in fp32 on a CPU through oneDNN, where torch's own would go through MKL.
 
-Both compute the same in fp32. On a processor that is not Intel's MKL takes its AVX2 code, oneDNN takes AVX-512: a layer
-with LoRA beside it, forward and backward, is 1.4 to 1.9 times as fast (`python -m benchmarks.products`). torch reaches
-oneDNN by an operator without a backward pass, so it is given here. Everything else, and every other machine, goes the
-ordinary way.
+Both compute the same in fp32. On a processor that is not Intel's MKL takes its AVX2 code, oneDNN takes AVX-512: large
+products and the thin ones of LoRA are about twice as fast (`python -m benchmarks.products`). torch hands fp32 products
+to oneDNN where it is allowed to round them to bfloat16. On a processor without units for such products oneDNN computes
+them in fp32 all the same, and only there, seen by trying, is it allowed here. torch's own attention calls thousands of
+tiny products, which oneDNN is slow at; so short attention goes through whole batches of them instead, which is faster
+than either. Everything else, and every other machine, goes the ordinary way.
 """
 
 import threading
@@ -15,39 +17,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-_linear = F.linear
+from blipfit.model import heap
+
+LONGEST = 256
+"""Keys of the longest attention that keeps its probabilities for backward, as the batched form must."""
+
 _lock = threading.Lock()
 _inside = threading.local()
 _entered = 0
 """How many contexts are open, of all threads."""
-
-
-def usable(x: Tensor) -> bool:
-    """Whether a product with `x` should go through oneDNN."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and pays()
-    )
+_before: tuple[str, Any] = ("none", F.scaled_dot_product_attention)
+"""What the outermost context found."""
 
 
 @cache
 def pays() -> bool:
-    """Whether this machine has the operator, and AVX-512 that MKL does not use."""
+    """Whether this machine has AVX-512 that MKL does not use, and oneDNN that does without rounding anything."""
     backends = torch.backends
     if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
         return False
     if backends.cpu.get_cpu_capability() != "AVX512" or _intel():
         return False
-    try:  # it is not part of torch's documented interface
-        x = torch.ones(3, 2, dtype=torch.float32, device="cpu")
-        return bool(product(x, x[:2]).equal(torch.full((3, 2), 2.0, dtype=torch.float32, device="cpu")))
-    except (AttributeError, RuntimeError, TypeError):
+    try:
+        before = _allow("bf16")
+    except (AttributeError, RuntimeError):  # a torch before 2.9 has no such setting
         return False
+    try:
+        return all(_exact(size) for size in (32, 256))
+    finally:
+        _allow(before)
 
 
 def _intel() -> bool:
@@ -55,104 +55,36 @@ def _intel() -> bool:
     return told.exists() and "GenuineIntel" in told.read_text(encoding="utf-8", errors="ignore")
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + b` for x `… × I` and W `O × I`, without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def _allow(precision: str) -> str:
+    """How far torch may round what it gives to oneDNN, from now on; returns what held before."""
+    setting = torch.backends.mkldnn.matmul
+    before: str = setting.fp32_precision
+    setting.fp32_precision = precision
+    return before
 
 
-def _each(x_KRI: Tensor, weight_KOI: Tensor) -> Tensor:
-    """`product` of every experiment, `K × R × O`."""
-    return torch.stack([product(x, weight) for x, weight in zip(x_KRI, weight_KOI, strict=True)])
+def _exact(size: int) -> bool:
+    """Whether products come out exact of whole numbers that fp32 holds and bfloat16 does not."""
+    x, y, wanted = _whole_numbers(size)
+    found = x @ y, torch.bmm(x[None], y[None]), torch.bmm(y.t()[None], x.t()[None]), F.linear(x, y.t())
+    return all(bool((product == wanted).all()) for product in found)
 
 
-class _Linear(torch.autograd.Function):
-    """`product` with gradients, for what asks for them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        return (
-            product(grad, weight.t()) if for_x else None,
-            product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if for_weight else None,
-            rows.sum(0) if for_bias else None,
-        )
-
-
-class _Bank(torch.autograd.Function):
-    """K linear layers, all trained; see `bank`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_KRI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x_KRI, weight_KOI)
-        biases = [None] * len(x_KRI) if bias_KO is None else list(bias_KO)
-        return torch.stack([product(x, w, b) for x, w, b in zip(x_KRI, weight_KOI, biases, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_KRO: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:  # type: ignore[override]
-        x_KRI, weight_KOI = ctx.saved_tensors
-        grad_KRO = grad_KRO.contiguous()
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = _each(grad_KRO, weight_KOI.mT)
-        weights = _each(grad_KRO.mT, x_KRI.mT)
-        return x_grad, weights, grad_KRO.sum(1) if ctx.needs_input_grad[2] else None
-
-
-def bank(x_KRI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
-    """`y_k = x_k W_kᵀ + b_k`, `K × R × O`, with gradients for all three."""
-    return _Bank.apply(x_KRI, weight_KOI, bias_KO)  # type: ignore[no-any-return]
-
-
-class _LowRank(torch.autograd.Function):
-    """A frozen linear layer with a low-rank product an experiment beside it; see `low_rank`."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice
-    ) -> Tensor:
-        inside = x_KRI[span]
-        low_KRr = _each(inside, A_KrI)
-        ctx.span = span
-        ctx.save_for_backward(inside, weight, A_KrI, B_KOr, low_KRr)
-        y_KRO = product(x_KRI, weight, bias)
-        y_KRO[span].baddbmm_(low_KRr, B_KOr.mT)
-        return y_KRO
-
-    @staticmethod
-    def backward(ctx: Any, grad_KRO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]
-        inside, weight, A_KrI, B_KOr, low_KRr = ctx.saved_tensors
-        grad_KRO = grad_KRO.contiguous()
-        above = grad_KRO[ctx.span]
-        below_KRr = _each(above, B_KOr.mT)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = product(grad_KRO, weight.t())
-            x_grad[ctx.span].baddbmm_(below_KRr, A_KrI)
-        return x_grad, None, None, torch.bmm(below_KRr.mT, inside), torch.bmm(above.mT, low_KRr), None
-
-
-def low_rank(
-    x_KRI: Tensor, weight: Tensor, bias: Tensor | None, A_KrI: Tensor, B_KOr: Tensor, span: slice = slice(None)
-) -> Tensor:
-    """`y_k = x_k Wᵀ + b + x_k A_kᵀ B_kᵀ`, `K × R × O`, with gradients for x, A and B.
-
-    Only the experiments in `span` have A and B; for the others it is `x_k Wᵀ + b`.
-    """
-    if len(A_KrI) == 0:
-        return _Linear.apply(x_KRI, weight, bias)  # type: ignore[no-any-return]
-    return _LowRank.apply(x_KRI, weight, bias, A_KrI, B_KOr, span)  # type: ignore[no-any-return]
+def _whole_numbers(size: int) -> tuple[Tensor, Tensor, float]:
+    """Two matrices `size × size` and what stands everywhere in their product; x has nine bits, bfloat16 eight."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x = (257 + 4 * torch.arange(size, **options).remainder(32)).expand(size, size).contiguous()
+    y = torch.arange(size, **options).remainder(3).expand(size, size).t().contiguous()
+    return x, y, float(x[0].double() @ y[:, 0].double())
 
 
 @contextmanager
 def products() -> Iterator[None]:
-    """Within it, in this thread, `F.linear` and so every linear layer goes through oneDNN where `usable`."""
+    """Within it fp32 products on a CPU go through oneDNN where that pays; forward and backward want it each."""
+    if not pays():
+        yield
+        return
+    heap.keep_freed()  # batched attention would pay for the pages of its scores every time
     depth = getattr(_inside, "depth", 0)
     _inside.depth = depth + 1
     _enter(1)
@@ -164,17 +96,84 @@ def products() -> Iterator[None]:
 
 
 def _enter(change: int) -> None:
-    """The function is replaced while any thread is inside."""
-    global _entered
+    """torch's settings are the process's: they are changed while any thread is inside."""
+    global _entered, _before
     with _lock:
+        if _entered == 0:
+            _before = _allow("bf16"), F.scaled_dot_product_attention
+            F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
         _entered += change
-        F.linear = _through if _entered else _linear  # type: ignore[assignment]
+        if _entered == 0:
+            _allow(_before[0])
+            F.scaled_dot_product_attention = _before[1]
 
 
-def _through(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In the place of `F.linear`."""
-    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.dim() == 2
-    if not (ordinary and getattr(_inside, "depth", 0) and usable(input)):
-        return _linear(input, weight, bias)
-    rows = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
-    return rows.view(*input.shape[:-1], len(weight))  # type: ignore[no-any-return]
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """In the place of `F.scaled_dot_product_attention`."""
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    batched = (
+        getattr(_inside, "depth", 0) > 0
+        and all(tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bool) for tensor in given)
+        and query.dim() == 4
+        and query.shape[1] == key.shape[1]
+        and key.shape[2] <= LONGEST
+        and dropout_p == 0
+        and not options.get("enable_gqa")
+    )
+    if batched:
+        if is_causal:
+            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        return _Attention.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)  # type: ignore[no-any-return]
+    precision, ordinary = _before
+    _allow(precision)
+    try:
+        return ordinary(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)  # type: ignore[no-any-return]
+    finally:
+        _allow("bf16")
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of `N` rows and `H` heads as batched products over N·H, with the probabilities kept for backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query_NHTD: Tensor, key_NHSD: Tensor, value_NHSD: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        N, H, T, _ = query_NHTD.shape
+        query, key, value = (x.reshape(N * H, *x.shape[2:]) for x in (query_NHTD * scale, key_NHSD, value_NHSD))
+        scores = torch.bmm(query, key.mT)
+        scores_NHTS = scores.view(N, H, T, -1)
+        if mask is not None and mask.dtype == torch.bool:
+            # Not −∞: a row with nothing to attend to, which only padding has, stays a number.
+            scores_NHTS.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores_NHTS.add_(mask)
+        probabilities = scores.softmax(-1)
+        ctx.save_for_backward(query, key, value, probabilities)
+        ctx.shape, ctx.scale, ctx.mask_shape = (N, H), scale, None if mask is None else mask.shape
+        return torch.bmm(probabilities, value).view(N, H, T, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, probabilities = ctx.saved_tensors
+        grad = grad_NHTD.reshape(len(query), *grad_NHTD.shape[2:])
+        for_probabilities = torch.bmm(grad, value.mT)
+        for_scores = torch._softmax_backward_data(for_probabilities, probabilities, -1, query.dtype)
+        found = (
+            torch.bmm(for_scores, key).mul_(ctx.scale),
+            torch.bmm(for_scores.mT, query),  # the query is scaled already
+            torch.bmm(probabilities.mT, grad),
+        )
+        for_mask = None
+        if ctx.needs_input_grad[3]:
+            for_mask = for_scores.view(*ctx.shape, *for_scores.shape[1:]).sum_to_size(ctx.mask_shape)
+        return (*(x.view(*ctx.shape, *x.shape[1:]) for x in found), for_mask, None)

@@ -84,7 +84,8 @@ def fit(
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {step} is not finite: {losses}")
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        with onednn.products():
+            total.backward()
         nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
         optimizer.step()
         after_step()
