@@ -59,6 +59,18 @@ def test_all_64_recipes(dataset):
         assert r.judging.method == "ranking"
 
 
+def test_miniatures_on_drawn_pictures_have_a_recipe_of_their_own():
+    for number in grid.IDS:
+        own = grid.recipe("icons", number, "tiny")
+        differs = grid.recipe("icons", number).differences(own)
+        rate = 5e-4 if own.adapter.qformer == "full" else 2e-3
+        assert {"training.learning_rate", "training.max_epochs", "model.name"} == set(differs), number
+        assert (own.training.learning_rate, own.training.max_epochs) == (rate, 3), number
+    for dataset, model in (("icons", "./mine"), ("scienceqa", "tiny"), ("iconqa", "tiny")):
+        other = grid.recipe(dataset, 28, model)
+        assert other.training == grid.recipe(dataset, 28).training
+
+
 @pytest.mark.parametrize(
     ("name", "family", "batch"), [("baseline", "t5", (16, 1)), ("baseline-vicuna", "vicuna", (8, 2))]
 )
