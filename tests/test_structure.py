@@ -25,6 +25,8 @@ ROOMS = (
     "grid",
     "recipe",
     "methods",
+    "sublayers",
+    "data_sets",
     "errors",
 )
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from blipfit.data_sets import DATA_SETS
 from blipfit.errors import UserError
 from blipfit.recipe import (
-    LANGUAGE_PARTS,
-    QFORMER_PARTS,
     AdapterPart,
     DataPart,
     DistillationPart,
@@ -32,16 +31,6 @@ MODELS: dict[Family, str] = {
     "vicuna": "Salesforce/instructblip-vicuna-7b",
 }
 _ENDS: dict[Family, str] = {"t5": "", "vicuna": "-vicuna"}
-PROMPTS = {
-    "scienceqa": "scienceqa-v1",
-    "iconqa": "iconqa-v1",
-    "icons": "iconqa-v1",
-    "own": "vqa-v1",
-    "rewardbench": "instruction-v1",
-}
-# A flip would turn "left" into "right" here while the answer stays, and a crop would take away what it tells.
-MIRRORED_MATTERS = ("icons", "rewardbench")
-OPEN = ("rewardbench",)
 BASELINES: dict[str, Family] = {"baseline": "t5", "baseline-vicuna": "vicuna"}
 
 RECOVERY = "recover"
@@ -73,15 +62,16 @@ class Row:
     qformer: Literal["full"] | tuple[QFormerPart, ...]
 
 
+_LLM, _QFORMER = ("attn", "ffn"), ("self_attn", "cross_attn", "ffn")
 ROWS = (
     Row(("ffn",), "full"),
     Row(("attn",), "full"),
-    Row(LANGUAGE_PARTS, "full"),
+    Row(_LLM, "full"),
     Row((), ("ffn",)),
     Row((), ("self_attn",)),
     Row((), ("cross_attn",)),
-    Row((), QFORMER_PARTS),
-    Row(LANGUAGE_PARTS, QFORMER_PARTS),
+    Row((), _QFORMER),
+    Row(_LLM, _QFORMER),
 )
 IDS = range(1, 2 * len(ROWS) * len(RANKS) + 1)
 
@@ -106,6 +96,11 @@ def locate(experiment: int) -> tuple[Family, Row, int]:
     return ("t5", "vicuna")[half], ROWS[row], RANKS[rank]
 
 
+def trainable() -> list[str]:
+    """Data sets that the grid has recipes for."""
+    return [name for name, one in DATA_SETS.items() if one.trains]
+
+
 def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Recipe:
     """The published recipe of an experiment of the grid, or of a baseline; or an exploration, or a recovery.
 
@@ -117,8 +112,9 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
         return explore(str(experiment), dataset, model)
     if experiment == RECOVERY:
         return recover(dataset, model)
-    if dataset not in PROMPTS:
-        raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(PROMPTS)}")
+    asked = DATA_SETS.get(dataset)
+    if asked is None or not asked.trains:
+        raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(trainable())}")
     if experiment in BASELINES:
         number, family, row, rank = 0, BASELINES[str(experiment)], Row((), "full"), 8
     else:
@@ -131,9 +127,7 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
     return Recipe(
         experiment=str(number or experiment),
         model=ModelPart(name=name),
-        data=DataPart(
-            name=dataset, prompt=PROMPTS[dataset], images="stored" if dataset in MIRRORED_MATTERS else "shared"
-        ),
+        data=DataPart(name=dataset, prompt=asked.prompt, images="stored" if asked.mirrored_matters else "shared"),
         adapter=AdapterPart(qformer=row.qformer, llm=row.llm, rank=rank, alpha=8),
         training=TrainingPart(
             batch_size=16 if family == "t5" else 8,
@@ -141,7 +135,7 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
             learning_rate=_LEARNING_RATES.get(dataset, {}).get(number, rate),
             max_epochs=_MAX_EPOCHS.get(dataset, {}).get(number, epochs),
         ),
-        judging=JudgingPart(method="generation" if dataset in OPEN else "ranking"),
+        judging=JudgingPart(method="generation" if asked.open else "ranking"),
     )
 
 
@@ -157,8 +151,8 @@ def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -
     like = recipe(dataset, 28 if family == "t5" else 60, model)
     depths = BLOCKS.get(like.model.name, BLOCKS[MODELS[family]])
     adapter = AdapterPart(
-        qformer=QFORMER_PARTS,
-        llm=() if place == "qformer" else LANGUAGE_PARTS,
+        qformer=_QFORMER,
+        llm=() if place == "qformer" else _LLM,
         llm_layers=None if place in ("qformer", "all") else _third(depths, place),
         rank=8,
         alpha=8,

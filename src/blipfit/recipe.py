@@ -4,19 +4,22 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from blipfit import methods
+from blipfit import methods, sublayers
 from blipfit.errors import UserError
 
 Family = Literal["t5", "vicuna"]
-QFormerPart = Literal["self_attn", "cross_attn", "ffn"]
-LanguagePart = Literal["attn", "ffn"]
-QFORMER_PARTS: tuple[QFormerPart, ...] = ("self_attn", "cross_attn", "ffn")
-LANGUAGE_PARTS: tuple[LanguagePart, ...] = ("attn", "ffn")
+QFORMER_PARTS = tuple(sublayers.QFORMER)
+LANGUAGE_PARTS = tuple(sublayers.LANGUAGE)
+if TYPE_CHECKING:
+    QFormerPart: TypeAlias = str
+    LanguagePart: TypeAlias = str
+else:
+    QFormerPart, LanguagePart = Literal[QFORMER_PARTS], Literal[LANGUAGE_PARTS]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Smoothing = Annotated[float, Field(gt=0, lt=1)]
 
@@ -115,7 +118,7 @@ class AdapterPart(Part):
         """One placement has one spelling: duplicates go, the order is fixed."""
         if value == "full":
             return value
-        known: tuple[str, ...] = QFORMER_PARTS if info.field_name == "qformer" else LANGUAGE_PARTS
+        known = QFORMER_PARTS if info.field_name == "qformer" else LANGUAGE_PARTS
         return tuple(part for part in known if part in value)
 
     @field_validator("llm_layers")

@@ -13,12 +13,12 @@ from blipfit.errors import UserError
 
 @pytest.fixture
 def prepared(official_scienceqa: Path, tmp_path: Path) -> Path:
-    data.dataset("scienceqa").prepare(official_scienceqa, tmp_path / "sqa")
+    data.prepare("scienceqa", official_scienceqa, tmp_path / "sqa")
     return tmp_path / "sqa"
 
 
 def test_every_data_set_can_be_prepared_loaded_and_asked():
-    for name, dataset in data.DATASETS.items():
+    for name, dataset in data.DATA_SETS.items():
         module = __import__(dataset.module, fromlist=["prepare", "load"])
         assert callable(module.prepare)
         assert callable(module.load)

@@ -204,7 +204,7 @@ def test_prepared_again_the_folder_is_the_same(tmp_path: Path):
     for name in ("train.jsonl", "val.jsonl", "test.jsonl", "split.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     question = data.load("rewardbench", tmp_path / "one", "train")[0]
-    asked = prompt(data.DATASETS["rewardbench"].prompt)(question)
+    asked = prompt(data.dataset("rewardbench").prompt)(question)
     assert asked.prompt == question.question
     assert asked.target == question.answer
     assert asked.candidates == ()

@@ -412,7 +412,7 @@ def test_a_wrong_recipe_is_told(recipe, train, change):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
 def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, family, train, tmp_path):
-    datasets.dataset("scienceqa").prepare(SHARED / "scienceqa", tmp_path / "sqa")
+    datasets.prepare("scienceqa", SHARED / "scienceqa", tmp_path / "sqa")
     recipe = grid.recipe("scienceqa", 15 if family == "t5" else 47, str(hub_like[family]))
     recipe = recipe.override(["training.batch_size=2", "training.max_epochs=1", "data.limit=4"])
     (run,) = train([recipe], data=tmp_path / "sqa")

@@ -1,10 +1,4 @@
-"""Placements: from sublayer names to exact module names. The only file that knows transformers' module paths.
-
-Q-Former `self_attn` = query, value; `cross_attn` = query, key, value and the output dense of the cross-attention;
-`ffn` = both dense layers of both feed-forward branches (query and text). The self-attention's output dense is never
-adapted. T5 `attn` = q, v of every attention, `ffn` = wi_0, wi_1, wo; Llama `attn` = q_proj, v_proj, `ffn` =
-gate_proj, up_proj, down_proj. (Source: the original experiments.)
-"""
+"""Placements: from sublayer names to exact module names. With `sublayers`, what knows transformers' module paths."""
 
 import re
 from collections.abc import Iterable
@@ -12,25 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from blipfit import sublayers
 from blipfit.errors import UserError
 from blipfit.recipe import AdapterPart, Family
 
-_LAYER = r"qformer\.encoder\.layer\.\d+\."
-_QFORMER = {
-    "self_attn": _LAYER + r"attention\.attention\.(query|value)",
-    "cross_attn": _LAYER + r"crossattention\.(attention\.(query|key|value)|output\.dense)",
-    "ffn": _LAYER + r"(intermediate|intermediate_query|output|output_query)\.dense",
-}
-_LANGUAGE = {
-    "t5": {
-        "attn": r"language_model\..*\.(SelfAttention|EncDecAttention)\.(q|v)",
-        "ffn": r"language_model\..*\.DenseReluDense\.(wi_0|wi_1|wo)",
-    },
-    "vicuna": {
-        "attn": r"language_model\..*\.self_attn\.(q_proj|v_proj)",
-        "ffn": r"language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)",
-    },
-}
 _BLOCKS = {
     "t5": (r"language_model\.encoder\.block\.(\d+)\.", r"language_model\.decoder\.block\.(\d+)\."),
     "vicuna": (r"language_model\.model\.layers\.(\d+)\.",),
@@ -63,10 +42,10 @@ def resolve(model: nn.Module, family: Family, adapter: AdapterPart) -> Placement
     lora: list[str] = []
     if adapter.qformer != "full":
         for part in adapter.qformer:
-            lora += _matching(names, _QFORMER[part], f"qformer {part}")
+            lora += _matching(names, sublayers.QFORMER[part], f"qformer {part}")
     inside = _chosen_blocks(names, family, adapter.llm_layers)
     for sublayer in adapter.llm:
-        found = _matching(names, _LANGUAGE[family][sublayer], f"llm {sublayer}")
+        found = _matching(names, sublayers.LANGUAGE[sublayer][family], f"llm {sublayer}")
         lora += [name for name in found if name.startswith(inside)]
     full = [VISION_NORM, PROJECTION]
     if adapter.qformer == "full":
@@ -104,15 +83,18 @@ def component(name: str) -> str:
     """Where a parameter belongs: the row of a cost table."""
     if name.startswith("qformer."):
         return next(
-            (f"qformer {part}" for part, pattern in _QFORMER.items() if re.match(pattern, name)),
+            (f"qformer {part}" for part, pattern in sublayers.QFORMER.items() if re.match(pattern, name)),
             "qformer other",
         )
     if name.startswith("language_model."):
-        for parts in _LANGUAGE.values():
-            for part, pattern in parts.items():
-                if re.match(pattern, name):
-                    return f"llm {part}"
-        return "llm other"
+        return next(
+            (
+                f"llm {part}"
+                for part, patterns in sublayers.LANGUAGE.items()
+                if any(re.match(pattern, name) for pattern in patterns.values())
+            ),
+            "llm other",
+        )
     if name.startswith(QUERY_TOKENS):
         return "query tokens"
     if name.startswith(VISION_NORM):

@@ -5,48 +5,26 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from blipfit.data import records
 from blipfit.data.question import SPLITS, Question
+from blipfit.data_sets import DATA_SETS, DataSet
 from blipfit.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class DataSet:
-    """One data set: the module that knows its files, and the prompt it is asked with by default."""
-
-    name: str
-    module: str
-    prompt: str
-
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """Write a prepared folder; see the module's own `prepare` for what it takes and reports."""
-        return import_module(self.module).prepare(*args, **kwargs)
-
-    def load(self, folder: Path, split: str) -> list[Question]:
-        """Read one split of a prepared folder."""
-        return import_module(self.module).load(folder, split)
-
-
-DATASETS = {
-    "scienceqa": DataSet("scienceqa", "blipfit.data.scienceqa", "scienceqa-v1"),
-    "iconqa": DataSet("iconqa", "blipfit.data.iconqa", "iconqa-v1"),
-    "icons": DataSet("icons", "blipfit.data.icons", "iconqa-v1"),
-    "own": DataSet("own", "blipfit.data.own", "vqa-v1"),
-    "rewardbench": DataSet("rewardbench", "blipfit.data.rewardbench", "instruction-v1"),
-    "mme": DataSet("mme", "blipfit.data.mme", "instruction-v1"),
-}
 
 
 def dataset(name: str) -> DataSet:
     """Return the data set of that name."""
-    if name not in DATASETS:
-        raise UserError(_unknown("data set", name, DATASETS))
-    return DATASETS[name]
+    if name not in DATA_SETS:
+        raise UserError(_unknown("data set", name, DATA_SETS))
+    return DATA_SETS[name]
+
+
+def prepare(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Write a prepared folder; see the `prepare` of the data set's own module for what it takes and reports."""
+    return import_module(dataset(name).module).prepare(*args, **kwargs)
 
 
 DRAWN = {"mme": ("write_mme", 200), "rewardbench": ("write_preferences", 3000)}
@@ -68,7 +46,7 @@ def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as aside:
         source = Path(aside) / name
         getattr(import_module("blipfit.data.icons"), writer)(source, n=count or usual, seed=seed)
-        report = dataset(name).prepare(source, to)
+        report = prepare(name, source, to)
     (to / DRAWING).write_text(json.dumps(drawing) + "\n", encoding="utf-8")
     return report
 
@@ -82,7 +60,7 @@ def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[
         raise UserError(f"limit is {limit}; it must be 1 or more")
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `blipfit prepare {name} --from DIR --to {folder}`")
-    questions = found.load(folder, split)
+    questions: list[Question] = import_module(found.module).load(folder, split)
     if not questions:
         raise UserError(f"{folder} has no {name} questions in split {split}")
     return questions[:limit]

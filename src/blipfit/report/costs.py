@@ -63,7 +63,7 @@ def _meant(what: str, experiment: str | None, model: str | None) -> tuple[Recipe
         if run.state() != "finished":
             raise UserError(f"{what} is not finished; run the same `blipfit train` again to continue it")
         return run.recipe(), run
-    if what in grid.PROMPTS:
+    if what in grid.trainable():
         raise UserError(f"say which experiment: `blipfit cost {what} 15`; `blipfit grid` lists them")
     return None, None
 

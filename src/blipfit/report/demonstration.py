@@ -32,7 +32,7 @@ def run_demo(folder: Path, device: torch.device, seed: int = 42) -> dict[str, An
     started = time.monotonic()
     screen = terminal.console(stderr=True)
     source = folder / "data"
-    data.dataset("icons").prepare(source, **SIZES, seed=seed)
+    data.prepare("icons", source, **SIZES, seed=seed)
     chosen = recipes()
     backbone = loading.load(chosen[0].model, device=device)
     test = material.read(backbone, chosen[0].data, source, "test")

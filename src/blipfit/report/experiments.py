@@ -37,7 +37,7 @@ def data_folder(dataset: str, folder: Path | None) -> Path:
     """The data folder meant; the world of icons is drawn where its default folder is not there yet."""
     target = folder or Path("data") / dataset
     if dataset == "icons" and folder is None and not target.exists():
-        data.dataset("icons").prepare(target)
+        data.prepare("icons", target)
     return target
 
 
@@ -54,8 +54,8 @@ def prepare(
     Only of what is drawn: `questions` to train on (MME: pictures a subtask; VL-RewardBench: pairs), and the seed. Only
     of `icons`: `skills`, `held-out`, `taught`, `every` or names.
     """
-    found = data.dataset(dataset)
     target = to or Path("data") / dataset
+    data.dataset(dataset)  # a mistaken name is told first
     is_drawn = dataset == "icons" or (source == "icons" and not Path(source).exists())
     if not is_drawn and (questions is not None or seed is not None):
         drawable = f", as {dataset} is with --from icons" if dataset in data.DRAWN else ""
@@ -67,12 +67,12 @@ def prepare(
         if source is not None:
             raise UserError("icons are drawn, not read; leave --from out")
         wanted = {} if questions is None else {"train": questions}
-        return found.prepare(target, **wanted, **drawing, **_skills(skills))
+        return data.prepare(dataset, target, **wanted, **drawing, **_skills(skills))
     if source is None:
         raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
     if is_drawn:
         return data.prepare_drawn(dataset, target, questions, **drawing)
-    return found.prepare(source, target)
+    return data.prepare(dataset, source, target)
 
 
 def _skills(text: str | None) -> dict[str, Any]:

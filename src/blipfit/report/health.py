@@ -112,7 +112,7 @@ def _reads(folder: Path) -> str:
     from blipfit.data.images import open_image
 
     reasons = []
-    for name in data.DATASETS:
+    for name in data.DATA_SETS:
         try:
             splits = {split: data.load(name, folder, split) for split in ("train", "val", "test")}
         except UserError as error:
