@@ -3,7 +3,8 @@
 Needs torch, transformers and peft, no weights and no data. Questions are shaped like ScienceQA's: batches of 16, 106
 tokens of text, answers of 5, four candidates. Sides: a bank of 8 with stored features against Hugging Face's Trainer
 with peft on the same model; ranking against one question at a time; and how much of a measured matrix product's rate a
-bank's steps reach. `--rehearse` does the same with the miniatures, anywhere, to see that it runs.
+bank's steps reach. `--scale small` takes models of 200 million parameters, which a CPU trains too, in a bank of 4;
+`--scale tiny` the miniatures, to see that it runs.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import InstructBlipConfig
 
 from benchmarks import bank, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
@@ -26,25 +28,35 @@ from blipfit.evaluation.material import Material
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart, Recipe
+from blipfit.recipe import Family, ModelPart, Recipe
 
-FULL = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
+FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
-BANK, STEPS, JUDGED = 8, 5, 32
+STEPS, JUDGED = 5, 32
+SCALES = {"full": 8, "small": 4, "tiny": 8}
+"""Experiments in a bank."""
+_SMALL_VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+_SMALL_QFORMER = {**_SMALL_VISION, "num_hidden_layers": 8, "encoder_hidden_size": 512}
+_SMALL_TEXT = {
+    "t5": {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8, "num_heads": 8},
+    "vicuna": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
+}
+"""What the small models have instead of the published sizes; the vocabularies stay."""
 
 
-def run(rehearse: bool, rounds: int = 3) -> dict[str, Any]:
+def run(scale: str, rounds: int = 3) -> dict[str, Any]:
     """Both families; a family that does not fit is told so and left out."""
     device = torch.device(measure.DEVICE)
-    found: dict[str, Any] = {"rehearsal": rehearse, "matrix_rate": _rate(device)}
+    found: dict[str, Any] = {"scale": scale, "matrix_rate": _rate(device)}
     print(f"matrix product: {found['matrix_rate'] / 1e12:.2f} TFLOP/s", flush=True)
     for family, first in measure.LORA:
-        tiny = f"tiny-{family}"
         with tempfile.TemporaryDirectory() as folder:
-            recipes = [grid.recipe("scienceqa", first + 2 * i, tiny) for i in range(BANK)]
-            name = tiny if rehearse else FULL[family]
+            together = SCALES[scale]
+            ids = range(first, first + 16, 16 // together)
+            recipes = [grid.recipe("scienceqa", number, f"tiny-{family}") for number in ids]
             try:
-                found[family] = _family(_built(name, tiny, device), recipes, Path(folder), found["matrix_rate"], rounds)
+                backbone = _built(_config(family, scale), family, device)
+                found[family] = _family(backbone, recipes, Path(folder), found["matrix_rate"], rounds)
             except torch.OutOfMemoryError as error:
                 found[family] = {"out_of_memory": str(error)}
                 print(f"{family} does not fit: {error}", flush=True)
@@ -53,15 +65,25 @@ def run(rehearse: bool, rounds: int = 3) -> dict[str, Any]:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             _tell(family, found[family])
-    measure.keep(f"full-size-{'rehearsal' if rehearse else measure.KIND}", found)
+    measure.keep(f"{scale}-size-{measure.KIND}", found)
     return found
 
 
-def _built(name: str, tiny: str, device: torch.device) -> Backbone:
+def _config(family: Family, scale: str) -> Any:
+    """The shape of a family's model at that scale."""
+    config = shapes.on_meta(f"tiny-{family}" if scale == "tiny" else FULL[family]).config.to_dict()
+    if scale == "small":
+        config["vision_config"] |= _SMALL_VISION
+        config["qformer_config"] |= _SMALL_QFORMER
+        config["text_config"] |= _SMALL_TEXT[family]
+        for derived in ("head_dim", "num_key_value_heads"):
+            config["text_config"].pop(derived, None)
+    return InstructBlipConfig(**config)
+
+
+def _built(config: Any, family: Family, device: torch.device) -> Backbone:
     """A model of that shape with random weights, in the types that loading gives a checkpoint."""
-    text = loading.load(ModelPart(name=tiny)).text
-    config = shapes.on_meta(name).config
-    family = loading.family_of(config)
+    text = loading.load(ModelPart(name=f"tiny-{family}")).text
     low = loading.low_precision("auto", device)
     kind = torch.get_default_dtype()
     torch.set_default_dtype(low or kind)
@@ -75,9 +97,9 @@ def _built(name: str, tiny: str, device: torch.device) -> Backbone:
     for part in (hf.qformer, hf.language_projection, hf.vision_model.post_layernorm):
         part.float()
     hf.query_tokens.data = hf.query_tokens.data.float()
-    loading.prepare(hf, family, name)
+    loading.prepare(hf, family, f"random-{family}")
     hf.requires_grad_(False).eval()
-    return Backbone(hf, text, family, name, autocast=low)
+    return Backbone(hf, text, family, f"random-{family}", autocast=low)
 
 
 def _material(backbone: Backbone, picture: Path, count: int) -> Material:
@@ -109,8 +131,8 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
     def steps(size: int) -> None:
         bank.train(backbone, recipes[:size], train, sight, STEPS)
 
-    size, peak = _largest(steps)
-    single = recipes[BANK // 2]  # one experiment alone takes as long as another
+    size, peak = _largest(steps, len(recipes))
+    single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
     sides = {"trainer_peft": _trainer(backbone, single, train), "bank": lambda: steps(size)}
     taken = measure.alternately(sides, rounds)
     sides.clear()  # the Trainer's copy of the model goes before the next comes
@@ -123,6 +145,7 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
     each |= {"original_ranking": judged["original_ranking"], "bank_ranking": [t / size for t in judged["bank_ranking"]]}
     work = _work(backbone.hf.config) * len(train)
     return {
+        "parameters": sum(p.numel() for p in backbone.hf.parameters()),
         "experiments": size,
         "steps": STEPS,
         "judged": JUDGED,
@@ -154,9 +177,8 @@ def _work(config: Any) -> int:
     return 2 * (cost.query(config, TEXT) + cost.answer(config, TEXT, ANSWER))
 
 
-def _largest(steps: Callable[[int], None]) -> tuple[int, int | None]:
-    """The largest bank that memory holds, and on a GPU the peak of its training in bytes."""
-    size = BANK
+def _largest(steps: Callable[[int], None], size: int) -> tuple[int, int | None]:
+    """The largest bank, of `size` at most, that memory holds, and on a GPU the peak of its training in bytes."""
     while True:
         if measure.DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -180,7 +202,8 @@ def _rate(device: torch.device) -> float:
 
 
 def _tell(family: str, found: dict[str, Any]) -> None:
-    print(f"\n{family}, {found['experiments']} experiments in a bank, an experiment's share:")
+    size = f"{family}, {found['parameters'] / 1e6:,.0f} million parameters"
+    print(f"\n{size}, {found['experiments']} experiments in a bank, an experiment's share:")
     measure.tell_shares(found)
     print(f"  training against Trainer + peft:  {measure.told(found['against_trainer'])}")
     print(f"  ranking against the original:     {measure.told(found['ranking'])}")
@@ -189,8 +212,8 @@ def _tell(family: str, found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rehearse", action="store_true", help="with the miniatures")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
     options = parser.parse_args()
-    if not (options.rehearse or torch.cuda.is_available()):
-        sys.exit("no GPU here; --rehearse runs the same with the miniatures")
-    run(options.rehearse)
+    if options.scale == "full" and not torch.cuda.is_available():
+        sys.exit("no GPU here; --scale small runs the same with smaller models")
+    run(options.scale)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.growth import SIZES, spread
+from benchmarks.growth import spread
 from blipfit.data import icons
 from blipfit.evaluation import material
 from blipfit.model import heap, loading
@@ -24,6 +24,7 @@ from blipfit.training import plan, trial
 from blipfit.training.step import Stepper
 
 STEPS = 20
+SIZES = (1, 2, 4, 8, 16)
 
 
 def run() -> dict[str, Any]:

@@ -56,6 +56,17 @@ def test_grouped_batches_hold_little_padding_and_still_change_with_the_epoch():
     assert longest not in (sorted(longest), sorted(longest, reverse=True))
 
 
+def test_a_batch_comes_by_length_and_its_questions_are_those_drawn():
+    lengths = [random.Random(i).randint(10, 60) for i in range(96)]
+    training = TrainingPart(batch_size=8, accumulation=2)
+    batches = plan.effective_batches(lengths, training, 0)
+    drawn = plan.effective_batches(equal(96), training, 0)
+    assert [set(batch) for batch in batches] == [set(batch) for batch in drawn]
+    assert batches != drawn
+    for batch in batches:
+        assert [lengths[i] for i in batch] == sorted(lengths[i] for i in batch)
+
+
 def test_fewer_questions_than_a_batch_make_none():
     assert plan.effective_batches(equal(5), TrainingPart(batch_size=6), 0) == []
     assert len(plan.effective_batches(equal(6), TrainingPart(batch_size=6), 0)) == 1

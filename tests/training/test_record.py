@@ -17,3 +17,11 @@ def test_differences_from_the_published_recipe():
 
 def test_a_recipe_of_ones_own_differs_from_none():
     assert record.differences(grid.recipe("scienceqa", 15).override(["experiment=mine"])) is None
+
+
+def test_what_follows_from_the_model_is_not_told():
+    recipe = grid.recipe("icons", 15, "tiny")
+    model = {"model.name": ["Salesforce/instructblip-flan-t5-xl", "tiny-t5"]}
+    assert record.differences(recipe) == model
+    changed = recipe.override(["training.max_epochs=4"])
+    assert record.differences(changed) == {**model, "training.max_epochs": [3, 4]}

@@ -149,7 +149,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query_NHTD: Tensor, key_NHSD: Tensor, value_NHSD: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         N, H, T, _ = query_NHTD.shape
-        query, key, value = (x.reshape(N * H, *x.shape[2:]) for x in (query_NHTD * scale, key_NHSD, value_NHSD))
+        scaled = torch.mul(query_NHTD, scale, out=torch.empty(query_NHTD.shape))  # one pass: the copy bmm wants, too
+        query, key, value = (x.reshape(N * H, *x.shape[2:]) for x in (scaled, key_NHSD, value_NHSD))
         scores = torch.bmm(query, key.mT)
         scores_NHTS = scores.view(N, H, T, -1)
         if mask is not None and mask.dtype == torch.bool:

@@ -38,20 +38,22 @@ def effective_batches(lengths: Sequence[int], training: TrainingPart, epoch: int
     """Shuffled question indices, one list an optimiser step; the last short batch is dropped.
 
     `lengths` are the questions' text tokens. A function of them, the seed and the epoch alone: every experiment of a
-    bank, and the same experiment by itself, sees the same batches.
+    bank, and the same experiment by itself, sees the same batches. Inside a batch the shorter come first, so that
+    micro-batches have less padding.
     """
     order = list(range(len(lengths)))
     rng = random.Random(f"{training.seed}/{epoch}")
     rng.shuffle(order)
     size = training.batch_size * training.accumulation
     order = order[: len(order) // size * size]
-    if not training.group_by_length:
-        return [order[i : i + size] for i in range(0, len(order), size)]
+    # Sorted are the questions of a step, or of several: rows of a forward pass are then of like length.
+    together = (GROUPED if training.group_by_length else 1) * size
     batches = []
-    for start in range(0, len(order), GROUPED * size):
-        group = sorted(order[start : start + GROUPED * size], key=lengths.__getitem__)
+    for start in range(0, len(order), together):
+        group = sorted(order[start : start + together], key=lengths.__getitem__)
         batches += [group[i : i + size] for i in range(0, len(group), size)]
-    rng.shuffle(batches)
+    if training.group_by_length:
+        rng.shuffle(batches)
     return batches
 
 

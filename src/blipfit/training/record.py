@@ -85,9 +85,14 @@ def added_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:
 
 
 def differences(recipe: Recipe) -> dict[str, Any] | None:
-    """Where a recipe differs from the published one of its name: field → [published, here]; None if it is no such."""
+    """Where a recipe differs from the grid's of its name: field → [the grid's, here]; None if it is no such.
+
+    Of fields that follow from the model, only the model itself is said.
+    """
     try:
         published = grid.recipe(recipe.data.name, recipe.experiment)
+        here = grid.recipe(recipe.data.name, recipe.experiment, recipe.model.name)
     except UserError:
         return None
-    return {path: list(pair) for path, pair in published.differences(recipe).items()}
+    told = here.model_copy(update={"model": published.model})
+    return {path: list(pair) for path, pair in told.differences(recipe).items()}
