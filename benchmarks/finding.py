@@ -34,7 +34,7 @@ def run(root: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     }
     for seed in seeds:
         data = root / f"data-{seed}"
-        datasets.dataset("icons").prepare(data, **demonstration.SIZES, seed=seed)
+        datasets.prepare("icons", data, **demonstration.SIZES, seed=seed)
         runs = train(recipes(seed), data, root / f"results-{seed}", listen=terminal.TrainingDisplay())
         for one in runs:
             result = one.result()

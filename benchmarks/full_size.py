@@ -25,16 +25,16 @@ from blipfit import grid
 from blipfit.data.batches import Encoded
 from blipfit.data.question import Question
 from blipfit.evaluation.material import Material
-from blipfit.model import cost, loading, shapes
+from blipfit.model import cost, loading, onednn, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Family, ModelPart, Recipe
 
 FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
-STEPS, JUDGED = 5, 32
-SCALES = {"full": 8, "small": 4, "tiny": 8}
-"""Experiments in a bank."""
+JUDGED = 32
+SCALES = {"full": (8, 5), "small": (4, 3), "tiny": (8, 5)}
+"""Experiments in a bank, and steps."""
 _SMALL_VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 _SMALL_QFORMER = {**_SMALL_VISION, "num_hidden_layers": 8, "encoder_hidden_size": 512}
 _SMALL_TEXT = {
@@ -51,12 +51,12 @@ def run(scale: str, rounds: int = 3) -> dict[str, Any]:
     print(f"matrix product: {found['matrix_rate'] / 1e12:.2f} TFLOP/s", flush=True)
     for family, first in measure.LORA:
         with tempfile.TemporaryDirectory() as folder:
-            together = SCALES[scale]
+            together, steps = SCALES[scale]
             ids = range(first, first + 16, 16 // together)
             recipes = [grid.recipe("scienceqa", number, f"tiny-{family}") for number in ids]
             try:
                 backbone = _built(_config(family, scale), family, device)
-                found[family] = _family(backbone, recipes, Path(folder), found["matrix_rate"], rounds)
+                found[family] = _family(backbone, recipes, steps, Path(folder), found["matrix_rate"], rounds)
             except torch.OutOfMemoryError as error:
                 found[family] = {"out_of_memory": str(error)}
                 print(f"{family} does not fit: {error}", flush=True)
@@ -78,6 +78,8 @@ def _config(family: Family, scale: str) -> Any:
         config["text_config"] |= _SMALL_TEXT[family]
         for derived in ("head_dim", "num_key_value_heads"):
             config["text_config"].pop(derived, None)
+    if config.get("image_token_index") is None:  # as the published checkpoints have it
+        config["image_token_index"] = {"t5": 32_100, "vicuna": 32_000}[family]
     return InstructBlipConfig(**config)
 
 
@@ -119,21 +121,23 @@ def _material(backbone: Backbone, picture: Path, count: int) -> Material:
     return Material(questions, [], encoded)
 
 
-def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float, rounds: int) -> dict[str, Any]:
+def _family(
+    backbone: Backbone, recipes: list[Recipe], count: int, folder: Path, rate: float, rounds: int
+) -> dict[str, Any]:
     picture = folder / "picture.png"
     Image.effect_noise((224, 224), 64).convert("RGB").save(picture)
     training = recipes[0].training
-    train = _material(backbone, picture, training.batch_size * training.accumulation * STEPS)
+    train = _material(backbone, picture, training.batch_size * training.accumulation * count)
     val = _material(backbone, picture, JUDGED)
     sight = Sight.from_backbone(backbone, "stored", folder / "store")
     sight.prepare(train.questions)
 
     def steps(size: int) -> None:
-        bank.train(backbone, recipes[:size], train, sight, STEPS)
+        bank.train(backbone, recipes[:size], train, sight, count)
 
     size, peak = _largest(steps, len(recipes))
     single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
-    sides = {"trainer_peft": _trainer(backbone, single, train), "bank": lambda: steps(size)}
+    sides = {"trainer_peft": _trainer(backbone, single, train, count), "bank": lambda: steps(size)}
     taken = measure.alternately(sides, rounds)
     sides.clear()  # the Trainer's copy of the model goes before the next comes
     sides = {
@@ -147,7 +151,7 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
     return {
         "parameters": sum(p.numel() for p in backbone.hf.parameters()),
         "experiments": size,
-        "steps": STEPS,
+        "steps": count,
         "judged": JUDGED,
         "seconds_each": each,
         "against_trainer": measure.ratio(each["trainer_peft"], each["bank"]),
@@ -157,9 +161,9 @@ def _family(backbone: Backbone, recipes: list[Recipe], folder: Path, rate: float
     }
 
 
-def _trainer(backbone: Backbone, recipe: Recipe, material: Material) -> Callable[[], None]:
+def _trainer(backbone: Backbone, recipe: Recipe, material: Material, count: int) -> Callable[[], None]:
     peer = TrainerPeer(backbone, recipe, material, bf16=backbone.autocast_dtype is not None)
-    return lambda: peer.train(STEPS)
+    return lambda: peer.train(count)
 
 
 def _original(backbone: Backbone, recipe: Recipe, material: Material) -> Callable[[], None]:
@@ -193,11 +197,12 @@ def _largest(steps: Callable[[int], None], size: int) -> tuple[int, int | None]:
 
 
 def _rate(device: torch.device) -> float:
-    """FLOPs a second of a large matrix product in the type of the frozen layers."""
+    """FLOPs a second of a large matrix product in the type of the frozen layers, by the library that serves them."""
     wide = 8192 if device.type == "cuda" else 1024
     dtype = loading.low_precision("auto", device) or torch.float32
     a = torch.randn(wide, wide, dtype=dtype, device=device)
-    taken = measure.alternately({"product": lambda: [a @ a for _ in range(10)]}, 5)["product"]
+    with onednn.products():
+        taken = measure.alternately({"product": lambda: [a @ a for _ in range(10)]}, 5)["product"]
     return 10 * 2 * wide**3 / min(taken)
 
 

@@ -22,7 +22,7 @@ HOW = ("none", "8bit", "4bit")
 def run(root: Path) -> dict[str, Any]:
     """Train what is not finished in `root` yet; returns and keeps everything."""
     data = root / "data"
-    datasets.dataset("icons").prepare(data, **demonstration.SIZES, seed=42)
+    datasets.prepare("icons", data, **demonstration.SIZES, seed=42)
     record: dict[str, Any] = {"sizes": demonstration.SIZES, "overrides": list(demonstration.OVERRIDES)}
     for name in EXPERIMENTS:
         for how in HOW:

@@ -26,4 +26,4 @@ LANGUAGE: Mapping[str, Mapping[str, str]] = {
         "vicuna": r"language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)",
     },
 }
-"""The language model's, of each family."""
+"""The language model's; every name has a pattern for each family."""

@@ -33,6 +33,11 @@ class PlannedBank:
     seconds: float
     """Of training and judging to the last epoch; early stopping makes it shorter."""
 
+    @property
+    def step_seconds(self) -> float:
+        """Of one step; a bank may hold fewer experiments than the trial had."""
+        return len(self.recipes) * self.trial.seconds_each
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -162,8 +167,8 @@ def _divided(
         chosen = tuple(members[index * len(members) // number : (index + 1) * len(members) // number])
         epochs = max(recipe.training.max_epochs for recipe in chosen)
         judged = (epochs + 1) * len(splits["val"]) + len(splits["test"])
-        share = len(chosen) / best.experiments
-        seconds = share * (epochs * steps * best.seconds + judged * best.judge_seconds)
+        judging = judged * best.judge_seconds / best.experiments
+        seconds = len(chosen) * (epochs * steps * best.seconds_each + judging)
         yield PlannedBank(chosen, best, seconds)
 
 

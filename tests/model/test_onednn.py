@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from blipfit.adapters.dropout import shared_dropout
 from blipfit.model import onednn
 
 N, H, T, S, D = 2, 3, 5, 7, 8
 
 pays = pytest.mark.skipif(not onednn.pays(), reason="oneDNN has nothing to give on this machine")
+
+
+onednn.install()
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +32,7 @@ def _leaf(*shape: int) -> torch.Tensor:
 
 def _agree(compute: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
     """Equal values and equal gradients of one random direction, inside and outside."""
+    assert _allowed() == "none"
     theirs = compute()
     direction = torch.randn_like(theirs)
     wanted = torch.autograd.grad(theirs, leaves, direction)
@@ -49,13 +54,26 @@ def test_rounding_would_be_noticed(size: int):
     assert (x.bfloat16().float() @ y != wanted).all()
 
 
+@pays
 def test_a_machine_that_rounds_is_left_alone(monkeypatch):
     monkeypatch.setattr(onednn, "_exact", lambda size: False)
-    assert not onednn.pays.__wrapped__()
+    assert not onednn._pays.__wrapped__()
+    assert _allowed() == "none"
     monkeypatch.setattr(onednn, "pays", lambda: False)
-    before = _allowed(), F.scaled_dot_product_attention
     with onednn.products():
-        assert (_allowed(), F.scaled_dot_product_attention) == before
+        assert _allowed() == "none"
+
+
+@pays
+def test_it_is_tried_in_fp32_whatever_the_caller_computes_in():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert onednn._pays.__wrapped__()
+
+
+@pays
+def test_another_device_changes_nothing():
+    with onednn.products("cuda"):
+        assert _allowed() == "none"
 
 
 @pays
@@ -117,45 +135,96 @@ def batched(monkeypatch) -> list[torch.Size]:
     return shapes
 
 
+def _ordinary_cases() -> dict[str, tuple[tuple, dict]]:
+    """Arguments of attention that the batched form does not take."""
+    q, k = torch.randn(N, H, T, D), torch.randn(N, H, S, D)
+    long = torch.randn(1, 1, 257, D)
+    return {
+        "float64": ((q.double(), k.double(), k.double()), {}),
+        "bfloat16": ((q.bfloat16(), k.bfloat16(), k.bfloat16()), {}),
+        "long": ((long, long, long), {}),
+        "grouped": ((q, k[:, :1], k[:, :1]), {"enable_gqa": True}),
+        "shared keys": ((q, k[:1], k[:1]), {}),
+        "nothing": ((q[:0], k[:0], k[:0]), {}),
+        "three dimensions": ((q[0], k[0], k[0]), {}),
+    }
+
+
 @pays
-@pytest.mark.parametrize("case", ["float64", "bfloat16", "long", "grouped"])
+@pytest.mark.parametrize("case", sorted(_ordinary_cases()))
 def test_other_attention_goes_the_ordinary_way(case, batched):
-    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(case, torch.float32)
-    length, heads = onednn.LONGEST + 1 if case == "long" else S, 1 if case == "grouped" else 2
-    query, key = torch.randn(N, 2, T, D, dtype=dtype), torch.randn(N, heads, length, D, dtype=dtype)
-    compute = lambda: F.scaled_dot_product_attention(query, key, key, enable_gqa=case == "grouped")  # noqa: E731
-    wanted = compute()
+    given, options = _ordinary_cases()[case]
+    wanted = F.scaled_dot_product_attention(*given, **options)
     with onednn.products():
-        torch.testing.assert_close(compute(), wanted)
+        torch.testing.assert_close(F.scaled_dot_product_attention(*given, **options), wanted)
         assert _allowed() == "bf16"
     assert batched == []
 
 
 @pays
-def test_everything_is_put_back_when_the_last_one_leaves():
-    before = _allowed(), F.scaled_dot_product_attention
+def test_under_autocast_it_goes_the_ordinary_way(batched):
+    q = _leaf(N, H, T, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16), onednn.products():
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert batched == []
+    assert q.grad is not None
+
+
+@pays
+def test_the_setting_is_put_back_when_the_last_one_leaves():
     first, second = onednn.products(), onednn.products()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert _allowed() == "bf16"
     second.__exit__(None, None, None)
-    assert (_allowed(), F.scaled_dot_product_attention) == before
+    assert _allowed() == "none"
     with pytest.raises(RuntimeError), onednn.products():
         F.linear(torch.ones(2, 3), torch.ones(4, 5))
-    assert (_allowed(), F.scaled_dot_product_attention) == before
+    assert _allowed() == "none"
 
 
 @pays
-def test_another_threads_attention_goes_its_ordinary_way(batched):
-    q = torch.randn(N, H, T, D)
+def test_another_thread_goes_its_ordinary_way(batched):
+    q, changed = torch.randn(N, H, T, D), []
+
+    def look() -> None:
+        F.scaled_dot_product_attention(q, q, q)
+        changed.append(_allowed())
+
     with onednn.products():
-        other = threading.Thread(target=F.scaled_dot_product_attention, args=(q, q, q))
+        other = threading.Thread(target=look)
         other.start()
         other.join()
-        assert batched == []
+        assert (batched, changed) == ([], ["bf16"]), "the setting is the process's and stays"
         F.scaled_dot_product_attention(q, q, q)
         assert batched == [q.shape]
+    look()
+    assert changed == ["bf16", "none"]
+
+
+@pays
+@pytest.mark.parametrize("outside", ["dropout", "products"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_with_a_banks_dropout(outside, p, batched):
+    """Without noise the batched form serves; with it the bank's own, whose products go through oneDNN as well."""
+    q = torch.randn(N, H, T, D)
+    allowed = []
+    contexts = {"dropout": lambda: shared_dropout(2), "products": onednn.products}
+    first, second = (contexts[name] for name in (outside, ({*contexts} - {outside}).pop()))
+    bernoulli = torch.Tensor.bernoulli_
+
+    def noted(self, *given, **named):
+        allowed.append(_allowed())
+        return bernoulli(self, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch, first(), second():
+        patch.setattr(torch.Tensor, "bernoulli_", noted)
+        F.scaled_dot_product_attention(q, q, q, dropout_p=p)
+    assert batched == ([q.shape] if p == 0 else [])
+    assert allowed == (["bf16"] if p else [])
+    assert F.scaled_dot_product_attention is onednn._attend
+    assert _allowed() == "none"
 
 
 @pays

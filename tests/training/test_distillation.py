@@ -28,6 +28,10 @@ def smaller(small, family, tmp_path):
     return tmp_path / "smaller"
 
 
+LABELS = 7.0
+"""What a question counts, in labels."""
+
+
 def recipe(model, teacher, experiment="baseline", **weights):
     assignments = [f"distillation.{name}={value}" for name, value in weights.items()]
     return grid.recipe("iconqa", experiment, str(model)).override(
@@ -46,14 +50,14 @@ def test_losses_by_hand(small, family, smaller):
     _, features, batch = lesson(student)
     with torch.no_grad():
         visual = student.query(features, batch)
-        learned, ordinary = teacher.losses(student, visual, features, batch)
+        learned, ordinary = teacher.losses(student, visual, features, batch, LABELS)
         wanted = teacher.backbone.query(features, batch)
         taught = teacher.backbone.target_logits(wanted, batch)[0].softmax(-1)
         said = student.target_logits(visual, batch)[0].log_softmax(-1)
     torch.testing.assert_close(ordinary, student.losses(visual, batch))
     divergence = (taught * (taught.log() - said)).sum()
     kept = wanted[:, teacher.queries]
-    distance = F.mse_loss(visual, kept) / kept.var() * len(batch.labels_N)
+    distance = F.mse_loss(visual, kept) / kept.var() * LABELS * len(visual)
     torch.testing.assert_close(learned[0], 0.5 * ordinary[0] + 2 * divergence + 3 * distance, rtol=1e-4, atol=1e-4)
 
 
@@ -64,16 +68,16 @@ def test_who_only_learns_to_see_needs_no_language_model(small, family, smaller):
     with torch.no_grad():
         visual, wanted = student.query(features, batch), teacher.backbone.query(features, batch)
         del student.language, teacher.backbone.language
-        learned, told = teacher.losses(student, visual, features, batch)
+        learned, told = teacher.losses(student, visual, features, batch, LABELS)
     kept = wanted[:, teacher.queries]
-    torch.testing.assert_close(told[0], F.mse_loss(visual, kept) / kept.var() * len(batch.labels_N))
+    torch.testing.assert_close(told[0], F.mse_loss(visual, kept) / kept.var() * LABELS * len(visual))
     torch.testing.assert_close(learned, 3 * told)
 
 
 def test_an_original_that_teaches_itself_has_nothing_to_teach(backbone, small, family):
     teacher = distillation.teacher(recipe(small[family], small[family], labels=0), backbone)
     _, features, batch = lesson(backbone)
-    learned, _ = teacher.losses(backbone, backbone.query(features, batch), features, batch)
+    learned, _ = teacher.losses(backbone, backbone.query(features, batch), features, batch, LABELS)
     torch.testing.assert_close(learned, torch.zeros(1), atol=1e-4, rtol=0)
 
 
@@ -86,7 +90,7 @@ def test_a_step_brings_the_student_nearer(small, family, smaller):
 
     def apart():
         with torch.no_grad():
-            return float(stepper.teacher.losses(student, student.query(features, batch), features, batch)[0])
+            return float(stepper.teacher.losses(student, student.query(features, batch), features, batch, 1.0)[0])
 
     before = apart()
     for step in range(10):

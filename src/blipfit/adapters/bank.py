@@ -241,7 +241,7 @@ class Bank:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to `grads`; experiments do not touch each other's rows."""
-        with onednn.products(), warnings.catch_warnings():
+        with onednn.products(loss.device.type), warnings.catch_warnings():
             # Each gradient is a view of a matrix, as wanted; torch warns that such a layout suits its DDP less.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             loss.backward()  # type: ignore[no-untyped-call]

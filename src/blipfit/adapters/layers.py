@@ -44,7 +44,8 @@ class BankLoRA(nn.Module):
         x_KRI = x.reshape(K, -1, x.shape[-1])
         A = self.lora_A if self.lora_E is None else self.lora_A * self.lora_E
         scaled_B = self.lora_B * self.scale[:, None, None]
-        if type(self.base) is nn.Linear and _one_type(x, self.base.weight, A):
+        frozen = type(self.base) is nn.Linear and not self.base.weight.requires_grad
+        if frozen and _one_type(x, self.base.weight, A):
             inside = A[self.span], scaled_B[self.span]
             y = _LowRank.apply(x_KRI, self.base.weight, self.base.bias, *inside, self.span)
             return y.view(*x.shape[:-1], y.shape[-1])
@@ -123,7 +124,7 @@ class BankLayerNorm(nn.Module):
         K, D = self.weight.shape
         if K == 1:
             return F.layer_norm(x, (D,), self.weight[0], self.bias[0], self.eps)
-        shared = x.dim() == 4
+        shared = x.dim() == 4 and x.shape[0] == 1
         normed = F.layer_norm(x, (D,), eps=self.eps).view(1 if shared else K, -1, D)
         y_KRD = torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
         return y_KRD.view(K, *x.shape[1:]) if shared else y_KRD.view_as(x)

@@ -38,6 +38,7 @@ class Backbone:
         self.hf, self.text, self.family, self.name = hf, text, family, name
         self.autocast_dtype = autocast
         self.language = hf.language_model
+        onednn.install()  # before `shared_dropout` takes the attention's place for the first time
 
     @property
     def device(self) -> torch.device:
@@ -56,14 +57,20 @@ class Backbone:
     def arithmetic(self) -> Iterator[None]:
         """The 16-bit type where one was chosen, and on a CPU oneDNN's matrix products."""
         enabled = self.autocast_dtype is not None
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled), onednn.products():
+        with (
+            torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled),
+            onednn.products(self.device.type),
+        ):
             yield
 
     # ------------------------------------------------------------------ see
 
     @torch.no_grad()
     def see(self, pixels_B3SS: Tensor) -> Tensor:
-        """Pixels → image features `B × P × D`, BEFORE the trained layer norm; frozen, in eval mode."""
+        """Pixels → image features `B × P × D`, BEFORE the trained layer norm; frozen, in eval mode.
+
+        In torch's own arithmetic, as stored features were computed.
+        """
         vision = self.hf.vision_model
         return vision.encoder(inputs_embeds=vision.embeddings(pixels_B3SS)).last_hidden_state
 

@@ -2,8 +2,8 @@
 
 Both compute the same in fp32. On a processor that is not Intel's MKL takes its AVX2 code, oneDNN takes AVX-512: large
 products and the thin ones of LoRA are about twice as fast (`python -m benchmarks.products`). torch hands fp32 products
-to oneDNN where it is allowed to round them to bfloat16. On a processor without units for such products oneDNN computes
-them in fp32 all the same, and only there, seen by trying, is it allowed here. torch's own attention calls thousands of
+to oneDNN where it is allowed to round them to bfloat16. oneDNN makes use of that on some processors and computes in
+fp32 on others; only on the latter, told apart by trying, is it allowed here. torch's own attention calls thousands of
 tiny products, which oneDNN is slow at; so short attention goes through whole batches of them instead, which is faster
 than either. Everything else, and every other machine, goes the ordinary way.
 """
@@ -21,20 +21,26 @@ from torch import Tensor
 
 from blipfit.model import heap
 
-LONGEST = 256
-"""Keys of the longest attention that keeps its probabilities for backward, as the batched form must."""
+MOST_PAIRS = 2**16
+"""Queries × keys of the longest attention whose probabilities are kept for backward, as the batched form must."""
 
+_ordinary = F.scaled_dot_product_attention
 _lock = threading.Lock()
 _inside = threading.local()
 _entered = 0
 """How many contexts are open, of all threads."""
-_before: tuple[str, Any] = ("none", F.scaled_dot_product_attention)
-"""What the outermost context found."""
+_before = "none"
+"""The setting that the outermost context found."""
+
+
+def pays() -> bool:
+    """Whether this machine has AVX-512 that MKL does not use, and oneDNN that does without rounding anything."""
+    with _lock:
+        return _pays()
 
 
 @cache
-def pays() -> bool:
-    """Whether this machine has AVX-512 that MKL does not use, and oneDNN that does without rounding anything."""
+def _pays() -> bool:
     backends = torch.backends
     if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
         return False
@@ -45,7 +51,8 @@ def pays() -> bool:
     except (AttributeError, RuntimeError):  # a torch before 2.9 has no such setting
         return False
     try:
-        return all(_exact(size) for size in (32, 256))
+        with torch.autocast("cpu", enabled=False):
+            return all(_exact(size) for size in (32, 256))
     finally:
         _allow(before)
 
@@ -78,12 +85,22 @@ def _whole_numbers(size: int) -> tuple[Tensor, Tensor, float]:
     return x, y, float(x[0].double() @ y[:, 0].double())
 
 
+def install() -> None:
+    """Stand before torch's attention, for good: what replaces it for a while must find this one there."""
+    if F.scaled_dot_product_attention is _ordinary:
+        F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+
+
 @contextmanager
-def products() -> Iterator[None]:
-    """Within it fp32 products on a CPU go through oneDNN where that pays; forward and backward want it each."""
-    if not pays():
+def products(device: str = "cpu") -> Iterator[None]:
+    """Within it fp32 products on a CPU go through oneDNN where that pays; forward and backward want it each.
+
+    `device`: the type of device that computes; on any other than a CPU nothing changes.
+    """
+    if device != "cpu" or not pays():
         yield
         return
+    install()
     heap.keep_freed()  # batched attention would pay for the pages of its scores every time
     depth = getattr(_inside, "depth", 0)
     _inside.depth = depth + 1
@@ -96,16 +113,14 @@ def products() -> Iterator[None]:
 
 
 def _enter(change: int) -> None:
-    """torch's settings are the process's: they are changed while any thread is inside."""
+    """torch's setting is the process's: it is changed while any thread is inside."""
     global _entered, _before
     with _lock:
         if _entered == 0:
-            _before = _allow("bf16"), F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+            _before = _allow("bf16")
         _entered += change
         if _entered == 0:
-            _allow(_before[0])
-            F.scaled_dot_product_attention = _before[1]
+            _allow(_before)
 
 
 def _attend(
@@ -119,26 +134,35 @@ def _attend(
     **options: Any,
 ) -> Tensor:
     """In the place of `F.scaled_dot_product_attention`."""
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    batched = (
-        getattr(_inside, "depth", 0) > 0
-        and all(tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bool) for tensor in given)
-        and query.dim() == 4
-        and query.shape[1] == key.shape[1]
-        and key.shape[2] <= LONGEST
-        and dropout_p == 0
-        and not options.get("enable_gqa")
-    )
-    if batched:
+
+    def ordinary() -> Tensor:
+        return _ordinary(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+
+    if not getattr(_inside, "depth", 0):
+        return ordinary()
+    if dropout_p == 0 and not options.get("enable_gqa") and _short(query, key, value, attn_mask, is_causal):
         if is_causal:
             attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         return _Attention.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)  # type: ignore[no-any-return]
-    precision, ordinary = _before
-    _allow(precision)
+    with _lock:
+        _allow(_before)
     try:
-        return ordinary(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)  # type: ignore[no-any-return]
+        return ordinary()
     finally:
-        _allow("bf16")
+        with _lock:
+            _allow("bf16")  # this thread is inside
+
+
+def _short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether the batched form computes this attention."""
+    three = (query, key, value)
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and x.numel() > 0 for x in three)
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[2] * key.shape[2] <= MOST_PAIRS
+        and (mask is None or (not is_causal and mask.dtype in (torch.float32, torch.bool)))
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -149,7 +173,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query_NHTD: Tensor, key_NHSD: Tensor, value_NHSD: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         N, H, T, _ = query_NHTD.shape
-        scaled = torch.mul(query_NHTD, scale, out=torch.empty(query_NHTD.shape))  # one pass: the copy bmm wants, too
+        # One pass: scaled, and in the order that a batched product wants.
+        scaled = torch.mul(query_NHTD, scale, out=query_NHTD.new_empty(query_NHTD.shape))
         query, key, value = (x.reshape(N * H, *x.shape[2:]) for x in (scaled, key_NHSD, value_NHSD))
         scores = torch.bmm(query, key.mT)
         scores_NHTS = scores.view(N, H, T, -1)

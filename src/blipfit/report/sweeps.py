@@ -85,7 +85,7 @@ def describe(planned: sweep.Plan) -> dict[str, Any]:
             {
                 "experiments": [recipe.title for recipe in bank.recipes],
                 "seconds": round(bank.seconds, 1),
-                "seconds_per_step": bank.trial.seconds,
+                "seconds_per_step": bank.step_seconds,
                 "bytes": bank.trial.memory,
             }
             for bank in planned.banks
@@ -114,7 +114,7 @@ def plan_table(planned: sweep.Plan) -> Table:
             str(number),
             _ranges(bank.recipes),
             str(len(bank.recipes)),
-            f"{1000 * bank.trial.seconds:.0f} ms",
+            f"{1000 * bank.step_seconds:.0f} ms",
             f"{1000 * bank.trial.seconds_each:.0f} ms",
             f"{bank.trial.memory / 2**30:.2f} GiB",
             terminal.duration(bank.seconds),

@@ -54,7 +54,7 @@ class Stepper:
             torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number) + processes.state().process_index)
             target = target.to(self.backbone.device)
             with shared_dropout(self.bank.K):
-                learned_K, losses_K = self._losses(seen, target)
+                learned_K, losses_K = self._losses(seen, target, labels / len(batch))
             self.bank.backward(learned_K.sum() / labels * self._loss_scale)
             total += losses_K.detach()
         processes.add_up(self.bank.grads)
@@ -67,11 +67,11 @@ class Stepper:
             self.allocator.update(self.optimiser.steps)
         return total, labels
 
-    def _losses(self, features: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
+    def _losses(self, features: Tensor, target: TargetBatch, labels_each: float) -> tuple[Tensor, Tensor]:
         """What is learned from, and the ordinary losses; the same but for distillation."""
         visual = self.backbone.query(features, target)
         if self.teacher:
-            return self.teacher.losses(self.backbone, visual, features, target)
+            return self.teacher.losses(self.backbone, visual, features, target, labels_each)
         losses_K = self.backbone.losses(visual, target)
         return losses_K, losses_K
 
