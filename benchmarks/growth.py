@@ -40,11 +40,7 @@ def run(rounds: int = 3) -> dict[str, Any]:
 
 def spread(first: int, size: int) -> list[Recipe]:
     """So many experiments of a family: its sixteen with LoRA, evenly spread, and again where that is too few."""
-    most = 16
-    return [
-        grid.recipe("icons", first + i * most // size if size <= most else first + i % most, "tiny")
-        for i in range(size)
-    ]
+    return [grid.recipe("icons", first + i * max(1, 16 // size) % 16, "tiny") for i in range(size)]
 
 
 def _family(first: int, data: Path, folder: Path, rounds: int) -> dict[str, Any]:

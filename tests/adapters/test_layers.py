@@ -1,10 +1,13 @@
 """K-fold layers give every slice of rows what its own plain layer gives."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
+from blipfit.model import onednn
 
 K, R, IN, OUT = 3, 5, 4, 6
 
@@ -29,7 +32,15 @@ def _seed():
         yield
 
 
+@pytest.fixture(params=["torch's", "oneDNN's"])
+def arithmetic(request):
+    """Both ways in which a CPU computes fp32; the second only where it pays."""
+    with onednn.products() if request.param == "oneDNN's" else nullcontext():
+        yield
+
+
 @TYPES
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("middle", [(), (7,)])
 def test_linear(biased, middle, dtype):
@@ -77,6 +88,7 @@ def test_embedding(k_fold):
 
 
 @TYPES
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize(("rank", "adaptive"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("has", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0)])
 def test_lora_of_some_experiments(has, rank, adaptive, dtype):
@@ -96,3 +108,18 @@ def test_lora_of_some_experiments(has, rank, adaptive, dtype):
     y.square().sum().backward()
     assert [bool(grad.any()) for grad in A.grad] == [bool(there) for there in has]
     assert base.weight.grad is None
+
+
+@TYPES
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("span", [slice(0, K), slice(0, 0)])
+def test_lora_below_a_gradient_that_is_not_contiguous(span, dtype):
+    base = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
+    A, B = _parameter(K, 2, IN, dtype=dtype), _parameter(K, OUT, 2, dtype=dtype)
+    scale = torch.zeros(K, dtype=dtype)
+    scale[span] = 1
+    x = torch.randn(K * R, 7, IN, dtype=dtype, requires_grad=True)
+    ours = BankLoRA(base, A, B, scale, span)(x)
+    low = (x.view(K, -1, IN) @ A.mT @ B.mT * scale[:, None, None]).view_as(ours)
+    torch.testing.assert_close(ours, base(x) + low)
+    _gradients_agree(ours.transpose(1, 2), (base(x) + low).transpose(1, 2), [x, A, B])
