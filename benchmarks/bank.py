@@ -24,7 +24,7 @@ def train(backbone: Backbone, recipes: Sequence[Recipe], material: Material, sig
             losses, _ = stepper.step(batch, seen, 0, number)
         losses.tolist()
     finally:
-        stepper.bank.remove()
+        stepper.remove()
         backbone.hf.eval()
 
 
@@ -34,4 +34,4 @@ def rank(backbone: Backbone, recipes: Sequence[Recipe], material: Material, sigh
     try:
         ranking.rank(backbone, material.encoded, lambda rows: sight.features([material.questions[i] for i in rows]), 16)
     finally:
-        stepper.bank.remove()
+        stepper.remove()

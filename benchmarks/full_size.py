@@ -25,10 +25,11 @@ from blipfit import grid
 from blipfit.data.batches import Encoded
 from blipfit.data.question import Question
 from blipfit.evaluation.material import Material
-from blipfit.model import cost, loading, onednn, shapes
+from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Family, ModelPart, Recipe
+from blipfit.runtime import cpu
 
 FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
@@ -47,7 +48,7 @@ _SMALL_TEXT = {
 def run(scale: str, rounds: int = 3) -> dict[str, Any]:
     """Both families; a family that does not fit is told so and left out."""
     device = torch.device(measure.DEVICE)
-    found: dict[str, Any] = {"scale": scale, "matrix_rate": _rate(device)}
+    found: dict[str, Any] = {"scale": scale, "matrix_rate": matrix_rate(device)}
     print(f"matrix product: {found['matrix_rate'] / 1e12:.2f} TFLOP/s", flush=True)
     for family, first in measure.LORA:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,8 +56,8 @@ def run(scale: str, rounds: int = 3) -> dict[str, Any]:
             ids = range(first, first + 16, 16 // together)
             recipes = [grid.recipe("scienceqa", number, f"tiny-{family}") for number in ids]
             try:
-                backbone = _built(_config(family, scale), family, device)
-                found[family] = _family(backbone, recipes, steps, Path(folder), found["matrix_rate"], rounds)
+                backbone = build_model(model_config(family, scale), family, device)
+                found[family] = measure_family(backbone, recipes, steps, Path(folder), found["matrix_rate"], rounds)
             except torch.OutOfMemoryError as error:
                 found[family] = {"out_of_memory": str(error)}
                 print(f"{family} does not fit: {error}", flush=True)
@@ -64,12 +65,12 @@ def run(scale: str, rounds: int = 3) -> dict[str, Any]:
             finally:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            _tell(family, found[family])
+            _print_family(family, found[family])
     measure.keep(f"{scale}-size-{measure.KIND}", found)
     return found
 
 
-def _config(family: Family, scale: str) -> Any:
+def model_config(family: Family, scale: str) -> Any:
     """The shape of a family's model at that scale."""
     config = shapes.on_meta(f"tiny-{family}" if scale == "tiny" else FULL[family]).config.to_dict()
     if scale == "small":
@@ -83,7 +84,7 @@ def _config(family: Family, scale: str) -> Any:
     return InstructBlipConfig(**config)
 
 
-def _built(config: Any, family: Family, device: torch.device) -> Backbone:
+def build_model(config: Any, family: Family, device: torch.device) -> Backbone:
     """A model of that shape with random weights, in the types that loading gives a checkpoint."""
     text = loading.load(ModelPart(name=f"tiny-{family}")).text
     low = loading.low_precision("auto", device)
@@ -104,7 +105,7 @@ def _built(config: Any, family: Family, device: torch.device) -> Backbone:
     return Backbone(hf, text, family, f"random-{family}", autocast=low)
 
 
-def _material(backbone: Backbone, picture: Path, count: int) -> Material:
+def random_questions(backbone: Backbone, picture: Path, count: int) -> Material:
     """Questions of random tokens about one picture."""
     draws = random.Random(0)
     read, spoken = backbone.hf.config.qformer_config.vocab_size, backbone.hf.config.text_config.vocab_size
@@ -121,14 +122,14 @@ def _material(backbone: Backbone, picture: Path, count: int) -> Material:
     return Material(questions, [], encoded)
 
 
-def _family(
+def measure_family(
     backbone: Backbone, recipes: list[Recipe], count: int, folder: Path, rate: float, rounds: int
 ) -> dict[str, Any]:
     picture = folder / "picture.png"
     Image.effect_noise((224, 224), 64).convert("RGB").save(picture)
     training = recipes[0].training
-    train = _material(backbone, picture, training.batch_size * training.accumulation * count)
-    val = _material(backbone, picture, JUDGED)
+    train = random_questions(backbone, picture, training.batch_size * training.accumulation * count)
+    val = random_questions(backbone, picture, JUDGED)
     sight = Sight.from_backbone(backbone, "stored", folder / "store")
     sight.prepare(train.questions)
 
@@ -147,7 +148,7 @@ def _family(
     judged = measure.alternately(sides, rounds)
     each = {"trainer_peft": taken["trainer_peft"], "bank": [t / size for t in taken["bank"]]}
     each |= {"original_ranking": judged["original_ranking"], "bank_ranking": [t / size for t in judged["bank_ranking"]]}
-    work = _work(backbone.hf.config) * len(train)
+    work = training_flops(backbone.hf.config) * len(train)
     return {
         "parameters": sum(p.numel() for p in backbone.hf.parameters()),
         "experiments": size,
@@ -176,7 +177,7 @@ def _original(backbone: Backbone, recipe: Recipe, material: Material) -> Callabl
     return rank
 
 
-def _work(config: Any) -> int:
+def training_flops(config: Any) -> int:
     """FLOPs of training on one question: forward, and as many for what comes back through frozen layers."""
     return 2 * (cost.query(config, TEXT) + cost.answer(config, TEXT, ANSWER))
 
@@ -196,17 +197,17 @@ def _largest(steps: Callable[[int], None], size: int) -> tuple[int, int | None]:
             size //= 2
 
 
-def _rate(device: torch.device) -> float:
+def matrix_rate(device: torch.device) -> float:
     """FLOPs a second of a large matrix product in the type of the frozen layers, by the library that serves them."""
     wide = 8192 if device.type == "cuda" else 1024
     dtype = loading.low_precision("auto", device) or torch.float32
     a = torch.randn(wide, wide, dtype=dtype, device=device)
-    with onednn.products():
+    with cpu.products():
         taken = measure.alternately({"product": lambda: [a @ a for _ in range(10)]}, 5)["product"]
     return 10 * 2 * wide**3 / min(taken)
 
 
-def _tell(family: str, found: dict[str, Any]) -> None:
+def _print_family(family: str, found: dict[str, Any]) -> None:
     size = f"{family}, {found['parameters'] / 1e6:,.0f} million parameters"
     print(f"\n{size}, {found['experiments']} experiments in a bank, an experiment's share:")
     measure.tell_shares(found)

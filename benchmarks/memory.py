@@ -17,9 +17,10 @@ from benchmarks import measure
 from benchmarks.growth import spread
 from blipfit.data import icons
 from blipfit.evaluation import material
-from blipfit.model import heap, loading
+from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
 from blipfit.model.sight import Sight
+from blipfit.runtime import memory
 from blipfit.training import plan, trial
 from blipfit.training.step import Stepper
 
@@ -66,7 +67,7 @@ def one(what: str, data: Path, first: int, size: int) -> int:
         return told.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
     batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
-    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else heap.forget_peak()
+    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else memory.forget_peak()
     if not before:
         raise SystemExit("only Linux tells how much memory a process took")
     stepper = Stepper(backbone, recipes, train.encoded)
@@ -75,7 +76,7 @@ def one(what: str, data: Path, first: int, size: int) -> int:
     for number, batch in enumerate(batches):
         micros = plan.micro_batches(batch, training)
         stepper.step(batch, [sight.features([train.questions[i] for i in micro]) for micro in micros], 0, number)
-    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else heap.peak()
+    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else memory.peak()
     del best
     return peak - before
 

@@ -8,7 +8,7 @@
 import copy
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class TrainerPeer:
         self.inputs = Inputs(backbone, material)
         self.model = tuned(backbone, recipe)
 
-    def train(self, steps: int) -> None:
+    def train(self, steps: int, on_step_end: Callable[[], object] = lambda: None) -> None:
         training = self.recipe.training
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -107,13 +107,19 @@ class TrainerPeer:
                 arguments,
                 train_dataset=list(range(len(self.material))),  # type: ignore[arg-type]
                 data_collator=self.inputs,  # type: ignore[arg-type]
-                callbacks=[_Silent()],
+                callbacks=[_Callback(on_step_end)],
             )
             trainer.train()
 
 
-class _Silent(TrainerCallback):
-    """The Trainer prints its summary otherwise."""
+class _Callback(TrainerCallback):
+    """Calls a function after every step, and keeps the Trainer from printing its summary."""
+
+    def __init__(self, on_step_end: Callable[[], object]):
+        self._on_step_end = on_step_end
+
+    def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        self._on_step_end()
 
     def on_log(self, *arguments: Any, **options: Any) -> None:
         pass

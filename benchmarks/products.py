@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks import measure
 from blipfit.adapters.layers import BankLoRA
-from blipfit.model import onednn
+from blipfit.runtime import cpu
 
 # Experiments, questions × tokens of each, in, out: the miniatures' layers, BERT's width, a language model's.
 SHAPES = ((1, 720, 128, 128), (16, 720, 128, 128), (16, 720, 128, 256), (4, 1600, 768, 768), (4, 1600, 2048, 2048))
@@ -18,7 +18,7 @@ ATTENTION = ((256, 4, 53, 32), (16, 12, 160, 64), (8, 32, 160, 64))
 
 def run(rounds: int = 15) -> dict[str, Any]:
     """Forward and backward of a frozen layer with LoRA of rank 8 beside it, and of attention, both ways in turn."""
-    if not onednn.pays():
+    if not cpu.pays():
         raise SystemExit("oneDNN has nothing to give on this machine: torch's own products are used")
     steps = {"{} experiments, {} rows, {} → {}".format(*shape): _layer(*shape) for shape in SHAPES}
     steps |= {
@@ -28,7 +28,7 @@ def run(rounds: int = 15) -> dict[str, Any]:
     for name, step in steps.items():
 
         def through(step: Callable[[], None] = step) -> None:
-            with onednn.products():
+            with cpu.products():
                 step()
 
         taken = measure.alternately({"mkl": step, "onednn": through}, rounds)

@@ -1,7 +1,10 @@
 """What tests of several rooms share: small checkpoints of both families and a small data set, written once."""
 
+import importlib
 import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 import checkpoints
 from blipfit.model.backbone import Backbone
+from blipfit.runtime import layers
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -49,6 +53,24 @@ def hub_like(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def backbone(small: dict[str, Path], family: str) -> Backbone:
     """A freshly loaded small model of the family under test, fp32."""
     return checkpoints.load(small[family])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that has compiled nothing yet; what a test compiles is not left to later ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, when it is first imported
+        importlib.import_module("torch._inductor.compile_fx")
+    limit = torch._dynamo.config.recompile_limit
+
+    def forget() -> None:
+        torch._dynamo.config.recompile_limit = limit
+        layers._compiled.cache_clear()
+        torch._dynamo.reset()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

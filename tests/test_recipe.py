@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from blipfit import grid, recipe
 from blipfit.errors import UserError
-from blipfit.recipe import AdapterPart, DataPart, ModelPart, Recipe, TrainingPart
+from blipfit.recipe import AdapterPart, DataPart, ModelPart, PerformanceConfig, Recipe, TrainingPart
 
 MINE = Recipe(
     experiment="mine",
@@ -37,6 +37,7 @@ def test_yaml_is_plain_and_ordered():
         "training",
         "judging",
         "distillation",
+        "performance",
     ]
     assert "!!" not in text
 
@@ -131,6 +132,11 @@ def test_a_file_that_is_not_there(tmp_path: Path):
         ("adapter.qformer=full", "full"),
         ("model.name=../folder", "../folder"),
         ("data.images=off", "off"),
+        ("performance.compile=true", True),
+        ("performance.cuda_graphs=on", True),
+        ("performance.pad_to_multiple_of=64", 64),
+        ("performance.checkpointing=answer", ("answer",)),
+        ("performance.checkpointing=[query, answer]", ("query", "answer")),
     ],
 )
 def test_overrides_reach_every_kind_of_field(assignment, value):
@@ -224,3 +230,67 @@ def test_methods_read_what_is_theirs():
     MINE.override(["adapter.method=ia3", "adapter.rank=8", f"adapter.alpha={AdapterPart().alpha}"])
     MINE.override(["adapter.method=pissa", "model.quantization=8bit", "adapter.llm=[]", "adapter.qformer=ffn"])
     MINE.override(["adapter.method=dora", "model.quantization=4bit", "adapter.llm=attn"])
+
+
+# ---------------------------------------------------------------- performance
+
+
+def test_a_recipe_of_version_0_1_has_the_defaults(tmp_path: Path):
+    """Its file has no section for performance, and says the same as one with the section untouched."""
+    values = MINE.model_dump(mode="json")
+    del values["performance"]
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(values))
+    old = recipe.load(file)
+    assert old == MINE
+    assert old.differences(MINE) == {}
+    assert old.to_yaml() == MINE.to_yaml()
+    performance = old.performance
+    assert (performance.compile, performance.cuda_graphs, performance.checkpointing) == (False, False, ())
+    assert performance.pad_to_multiple_of == 1
+
+
+def test_performance_goes_through_yaml(tmp_path: Path):
+    changed = MINE.override(
+        ["performance.compile=true", "performance.pad_to_multiple_of=16", "performance.checkpointing=[query, answer]"]
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(changed.to_yaml())
+    assert recipe.load(file) == changed
+    assert changed.performance == PerformanceConfig(
+        compile=True, pad_to_multiple_of=16, checkpointing=("query", "answer")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            ["performance.checkpointing=vision"],
+            r"recipe: performance.checkpointing.0: input should be 'query' or 'answer' \(got 'vision'\)",
+        ),
+        (
+            ["performance.checkpointing=[query, llm]"],
+            "performance.checkpointing.1: input should be 'query' or 'answer'",
+        ),
+        (["performance.checkpointing=true"], r"performance.checkpointing: input should be .* \(got True\)"),
+        (
+            ["performance.cuda_graphs=true", "performance.checkpointing=query"],
+            "performance: cuda_graphs and checkpointing exclude each other .*; choose one$",
+        ),
+        (["performance.pad_to_multiple_of=0"], "performance.pad_to_multiple_of: input should be greater than or equal"),
+        (["performance.pad_to_multiple_of=8.5"], "performance.pad_to_multiple_of: input should be a valid integer"),
+        (["performance.compile=fast"], "performance.compile: input should be a valid boolean"),
+        (["performance.compiled=true"], "unknown key 'compiled' in performance; did you mean 'compile'?"),
+        (["performance=fast"], "performance is a section; set one of its fields: compile, cuda_graphs"),
+    ],
+)
+def test_a_performance_that_cannot_be_is_one_sentence(changes, told):
+    with pytest.raises(UserError, match=told) as error:
+        MINE.override(changes)
+    assert "\n" not in str(error.value)
+
+
+def test_each_of_what_excludes_each_other_is_fine_alone():
+    assert MINE.override(["performance.cuda_graphs=true", "performance.compile=true"]).performance.cuda_graphs
+    assert MINE.override(["performance.checkpointing=query", "performance.compile=true"]).performance.compile

@@ -136,6 +136,11 @@ def test_versions_are_those_that_run():
     assert found["transformers"] == transformers.__version__
 
 
+def test_a_package_without_metadata_has_an_unknown_version():
+    assert run.installed_version("a-package-that-nobody-installed") == "unknown"
+    assert run.installed_version("torch") == run.versions()["torch"] != "unknown"
+
+
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     run = Run(tmp_path / "icons" / "1")
     code = (

@@ -21,6 +21,7 @@ ROOMS = (
     "adapters",
     "model",
     "data",
+    "runtime",
     "run",
     "grid",
     "recipe",

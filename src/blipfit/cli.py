@@ -395,9 +395,9 @@ def pretrain_tiny(
 
 
 def _device(name: str | None) -> Any:
-    from blipfit.model import processes
+    from blipfit.runtime import distributed
 
-    return processes.chosen(name)
+    return distributed.chosen(name)
 
 
 def _show(record: Any, as_json: bool, drawn: Any) -> None:

@@ -216,6 +216,39 @@ class JudgingPart(Part):
     """Questions a forward pass (their candidates come on top)."""
 
 
+class PerformanceConfig(Part):
+    """How fast and in how much memory training runs. Results change by rounding alone, and by other dropout noise where
+    code is compiled."""
+
+    compile: bool = False
+    """Compile the layers of Q-Former and language model with `torch.compile`. Takes a minute at the start, more where
+    lengths vary; set pad_to_multiple_of with it."""
+    cuda_graphs: bool = False
+    """Capture the forward and backward pass once for each shape and replay it: without the time that the host takes to
+    launch thousands of kernels. Pays for few experiments on a GPU; needs pad_to_multiple_of, or every batch is a shape
+    of its own."""
+    pad_to_multiple_of: int = Field(default=1, ge=1)
+    """Texts of a training batch are padded to a multiple of so many tokens (answers: of eight at most), so that batches
+    have few different shapes."""
+    checkpointing: tuple[Literal["query", "answer"], ...] = ()
+    """Stages whose layers keep their inputs alone and are computed again in the backward pass: less memory, a third
+    more time. `query`: the Q-Former; `answer`: the language model."""
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> "PerformanceConfig":
+        if self.cuda_graphs and self.checkpointing:
+            raise ValueError(
+                "cuda_graphs and checkpointing exclude each other (a capture cannot restore the noise of a layer that "
+                "is computed again); choose one"
+            )
+        return self
+
+
 class DistillationPart(Part):
     """Where labels and answers weigh nothing, only seeing is learned: the language model is left out of training."""
 
@@ -240,6 +273,7 @@ class Recipe(Part):
     training: TrainingPart = TrainingPart()
     judging: JudgingPart = JudgingPart()
     distillation: DistillationPart = DistillationPart()
+    performance: PerformanceConfig = PerformanceConfig()
 
     @model_validator(mode="after")
     def _names_a_folder(self) -> "Recipe":

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,8 +205,16 @@ def versions() -> dict[str, str]:
     return {
         "blipfit": blipfit.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: installed_version(name) for name in names},
     }
+
+
+def installed_version(package: str) -> str:
+    """Version of a package, or `unknown` where Python finds no metadata of it, as with a source folder on the path."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def find(results: Path) -> list[Run]:

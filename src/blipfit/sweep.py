@@ -11,10 +11,10 @@ from typing import Any
 
 from blipfit import grid
 from blipfit.errors import UserError
-from blipfit.model import processes
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
+from blipfit.runtime import distributed
 from blipfit.training import plan, trial
 from blipfit.training.loop import Listener, check_inputs, train
 from blipfit.training.trial import Trial
@@ -86,7 +86,7 @@ def make_plan(
 
     `data` gives each data set's folder. The banks come in the order of their first experiment.
     """
-    if processes.state().num_processes > 1:
+    if distributed.state().num_processes > 1:
         raise UserError("a sweep measures on one process; launch `train` with several, or run the sweep without")
     groups: dict[Any, list[Recipe]] = {}
     finished = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
-from blipfit.model import onednn
+from blipfit.runtime import cpu
 
 K, R, IN, OUT = 3, 5, 4, 6
 
@@ -35,7 +35,7 @@ def _seed():
 @pytest.fixture(params=["torch's", "oneDNN's"])
 def arithmetic(request):
     """Both ways in which a CPU computes fp32; the second only where it pays."""
-    with onednn.products() if request.param == "oneDNN's" else nullcontext():
+    with cpu.products() if request.param == "oneDNN's" else nullcontext():
         yield
 
 

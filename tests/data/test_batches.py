@@ -4,11 +4,13 @@ The golden ids were taken from the vocabularies through other libraries: sentenc
 and BERT.
 """
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 import checkpoints
-from blipfit.data.batches import Encoded, TextEncoder
+from blipfit.data.batches import Encoded, TargetBatch, TextEncoder
 from blipfit.data.prompts import Prompted
 
 SHORT = Prompted(
@@ -143,3 +145,88 @@ def test_labels_are_the_tokens_that_follow_their_places(backbone):
         assert read[starts].tolist() == [backbone.text.decoder_start] * 2
         inner = [i for i in range(1, len(read)) if i not in starts]
         assert torch.equal(read[inner], batch.labels_N[[i - 1 for i in inner]])
+
+
+# ------------------------------------------------------------ few shapes
+
+LENGTHS = ("qformer_ids_BT", "qformer_mask_BT", "text_ids_BT", "text_mask_BT")
+
+
+def _text_of(batch: TargetBatch) -> list[list[list[int]]]:
+    """What a batch says, without its padding: tokens of both texts, row by row."""
+    pairs = ((batch.qformer_ids_BT, batch.qformer_mask_BT), (batch.text_ids_BT, batch.text_mask_BT))
+    return [[row[mask.bool()].tolist() for row, mask in zip(*pair, strict=True)] for pair in pairs]
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 12, 64])
+def test_lengths_and_labels_come_in_multiples(backbone, multiple):
+    """An answer's in multiples of eight at most: it is short, and its padding costs a row of the vocabulary's width."""
+    text = backbone.text
+    encoded = text.encode([SHORT, LONG])
+    plain = text.targets(encoded)
+    text.multiple = multiple
+    batch = text.targets(encoded)
+    for name in LENGTHS:
+        width, expected = getattr(batch, name).shape[1], getattr(plain, name).shape[1]
+        assert width % multiple == 0
+        assert 0 <= width - expected < multiple
+    if backbone.family == "t5":
+        width, expected = batch.decoder_ids_BA.shape[1], plain.decoder_ids_BA.shape[1]
+        assert width % min(multiple, 8) == 0
+        assert 0 <= width - expected < min(multiple, 8)
+    assert len(batch.labels_N) == len(batch.positions_N)
+    assert len(batch.labels_N) % multiple == 0
+    assert 0 <= len(batch.labels_N) - len(plain.labels_N) < multiple
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_padding_to_a_multiple_says_the_same(backbone, multiple):
+    text = backbone.text
+    encoded = text.encode([SHORT, LONG])
+    plain = text.targets(encoded)
+    text.multiple = multiple
+    batch = text.targets(encoded)
+    assert _text_of(batch) == _text_of(plain)
+    count = len(plain.labels_N)
+    assert torch.equal(batch.labels_N[:count], plain.labels_N)
+    assert (batch.labels_N[count:] == -100).all()
+    assert (batch.positions_N[count:] == 0).all()
+    # Each label is predicted from the same token of the same row.
+    name = "decoder_ids_BA" if backbone.family == "t5" else "text_ids_BT"
+    ids, plain_ids = getattr(batch, name), getattr(plain, name)
+    assert torch.equal(ids.flatten()[batch.positions_N[:count]], plain_ids.flatten()[plain.positions_N])
+    rows = batch.positions_N[:count] // ids.shape[1]
+    assert torch.equal(rows, plain.positions_N // plain_ids.shape[1])
+
+
+def test_a_multiple_pads_few_shapes(backbone):
+    """Questions of many lengths make few shapes, so that what is compiled or captured serves many batches."""
+    text = backbone.text
+    prompts = [Prompted("word " * n, "yes " * (n % 5), ()) for n in range(1, 25)]
+
+    def shapes() -> set[tuple[torch.Size, ...]]:
+        batches = [text.targets([e]) for e in text.encode(prompts)]
+        return {tuple(tensor.shape for tensor in batch.tensors()) for batch in batches}
+
+    many = len(shapes())
+    text.multiple = 32
+    assert len(shapes()) < many / 4
+
+
+def test_what_is_judged_is_not_padded_to_a_multiple(backbone):
+    text = backbone.text
+    encoded = text.encode([SHORT, LONG])
+    prompts, candidates = text.prompts(encoded), text.candidates(encoded)
+    text.multiple = 64
+    for batch, expected in ((text.prompts(encoded), prompts), (text.candidates(encoded), candidates)):
+        assert all(torch.equal(getattr(batch, f.name), getattr(expected, f.name)) for f in fields(batch))
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_a_batch_is_made_of_its_tensors_again(backbone, multiple):
+    backbone.text.multiple = multiple
+    batch = backbone.text.targets(backbone.text.encode([SHORT, LONG]))
+    tensors = batch.tensors()
+    assert len(tensors) == (7 if backbone.family == "t5" else 6)
+    again = TargetBatch.of_tensors(tensors)
+    assert all(getattr(again, f.name) is getattr(batch, f.name) for f in fields(batch))

@@ -1,6 +1,8 @@
 """Ranking chooses the likeliest candidate: checked where the best answer is known."""
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -113,3 +115,62 @@ def test_the_scores_are_of_the_log_softmax(backbone):
     e.candidates[:] = [[token] for token in range(backbone.hf.config.text_config.vocab_size)]
     ((choice,),) = _rank(backbone, [e], pixels, 1)
     assert torch.tensor(choice.sums, dtype=torch.float64).exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+# -------------------------------------------------------- size of a batch
+
+
+def _random_counts(seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.choice((1, 2, 4, 5, 40)) for _ in range(rng.randrange(30))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 100), (4, 8), (16, 16), (16, 3), (100, 1), (3, 1000)])
+def test_batches_hold_few_candidates(seed, batch_size, most):
+    counts = _random_counts(seed)
+    order = random.Random(seed).sample(range(len(counts)), len(counts))
+    batches = ranking._batches(order, counts, batch_size, most)
+    assert [i for batch in batches for i in batch] == order
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        assert sum(counts[i] for i in batch) <= most or len(batch) == 1
+    # No batch could have taken the next question too.
+    for batch, following in pairwise(batches):
+        assert len(batch) == batch_size or sum(counts[i] for i in [*batch, following[0]]) > most
+
+
+def test_few_candidates_are_cut_by_questions_alone():
+    assert ranking._batches(range(7), [2] * 7, 3, 512) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert ranking._batches([], [], 3, 512) == []
+
+
+@pytest.mark.parametrize("most", [1, 7, 12, 1000])
+def test_a_large_bank_ranks_fewer_questions_at_once(backbone, monkeypatch, most):
+    """The limit is of the candidates of all experiments; what is judged does not show it."""
+    bank_size, questions = 3, 7
+    encoded, pixels = reference.ask(backbone, questions), reference.pictures(backbone, questions)
+    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * bank_size, [0, 1, 2])
+    bank.tensor(1, "language_projection.bias").add_(1.0)
+    expected = _rank(backbone, encoded, pixels, questions)
+    batches, advances = [], []
+    original = backbone.score
+
+    def score(visual, batch):
+        batches.append(batch)
+        return original(visual, batch)
+
+    monkeypatch.setattr(ranking, "MOST_ROWS", most)
+    monkeypatch.setattr(backbone, "score", score)
+    judged = ranking.rank(
+        backbone, encoded, lambda rows: backbone.see(pixels[list(rows)]), questions, advance=advances.append
+    )
+    for batch in batches:
+        assert bank_size * len(batch.question_M) <= most or len(batch.text_ids_BT) == 1
+    assert (len(batches) == 1) == (most == 1000)
+    assert sum(advances) == sum(len(batch.text_ids_BT) for batch in batches) == questions
+    assert [len(choices) for choices in judged] == [questions] * bank_size
+    for choices, expected_choices in zip(judged, expected, strict=True):
+        for choice, expected_choice in zip(choices, expected_choices, strict=True):
+            assert choice.sums == pytest.approx(expected_choice.sums, abs=1e-4)
+            assert choice.lengths == expected_choice.lengths

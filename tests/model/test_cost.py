@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig, T5Config
 
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch
-from blipfit.model import cost, onednn, shapes
+from blipfit.model import cost, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
+from blipfit.runtime import cpu
 
 LENGTHS = Lengths(text=23, qformer=19, answer=5, candidates=3)
 
@@ -92,7 +93,7 @@ def counted(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
     size, A = backbone.image_size, lengths.answer
     found: dict[str, int] = {}
 
-    onednn.pays()  # the products that it tries are not counted
+    cpu.pays()  # the products that it tries are not counted
 
     def count(name, stage, *inputs, **options):
         with FlopCounterMode(display=False) as counter:

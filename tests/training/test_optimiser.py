@@ -38,12 +38,9 @@ def _torchs(bank: Bank) -> list[tuple[dict[str, torch.Tensor], torch.optim.AdamW
     return pairs
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
-    bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1], dtype=dtype)
-    optimiser = BankAdamW(bank, TRAININGS)
-    pairs = _torchs(bank)
-    for step in range(12):
+def _walk_beside_torch(bank: Bank, optimiser: BankAdamW, steps: range, pairs: list) -> None:
+    """The same steps in the bank and with torch's optimizers, at rates that change between steps."""
+    for step in steps:
         _gradients(bank, step)
         rates = [rate_at(training, step % 4) for training in TRAININGS]
         optimiser.step(rates)
@@ -53,9 +50,40 @@ def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
             for group in theirs.param_groups:
                 group["lr"] = rates[k]
             theirs.step()
+
+
+def _assert_moved_alike(bank: Bank, pairs: list, tolerance: float) -> None:
     for k, (own, _) in enumerate(pairs):
         for name, parameter in own.items():
             torch.testing.assert_close(bank.tensor(k, name), parameter.data, atol=tolerance, rtol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
+    bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1], dtype=dtype)
+    optimiser = BankAdamW(bank, TRAININGS)
+    pairs = _torchs(bank)
+    _walk_beside_torch(bank, optimiser, range(12), pairs)
+    _assert_moved_alike(bank, pairs, tolerance)
+
+
+@pytest.mark.slow
+def test_a_compiled_update_moves_as_with_torch(small, fresh_compiler):
+    """Compiled in the first two steps, and not again for later steps or other rates."""
+    bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1])
+    optimiser = BankAdamW(bank, TRAININGS, compiled=True)
+    pairs = _torchs(bank)
+    _walk_beside_torch(bank, optimiser, range(2), pairs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _walk_beside_torch(bank, optimiser, range(2, 12), pairs)
+    _assert_moved_alike(bank, pairs, 1e-5)
+    bank.keep([1])
+    optimiser.keep([1])
+    _gradients(bank, 12)
+    before = bank.values.clone()
+    optimiser.step([1e-2])
+    assert bank.values.isfinite().all()
+    assert not torch.equal(bank.values, before)
 
 
 def test_what_has_one_dimension_does_not_decay(small):
@@ -94,3 +122,81 @@ def test_a_restored_state_goes_on_in_another_bank(small):
 def test_the_rate_falls_by_the_epoch():
     training = TrainingPart(learning_rate=2e-5, max_epochs=15)
     assert [rate_at(training, e) for e in (0, 1, 14)] == pytest.approx([2e-5, 2e-5 * 14 / 15, 2e-5 / 15])
+
+
+# ---------------------------------------------------------------------- rates
+
+
+@pytest.fixture
+def bank(small) -> Bank:
+    return Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1])
+
+
+def _moved(bank: Bank, optimiser: BankAdamW, rates: list[float]) -> list[bool]:
+    """Whether a step at these rates changed each experiment."""
+    before = bank.values.clone()
+    optimiser.step(rates)
+    return (bank.values != before).any(dim=1).tolist()
+
+
+def test_rates_that_changed_are_used_in_the_next_step(bank):
+    optimiser = BankAdamW(bank, TRAININGS)
+    _gradients(bank, 4)
+    assert _moved(bank, optimiser, [0.0, 0.0]) == [False, False]
+    assert _moved(bank, optimiser, [1e-3, 0.0]) == [True, False]
+    assert _moved(bank, optimiser, [0.0, 1e-3]) == [False, True]
+    assert _moved(bank, optimiser, [0.0, 1e-3]) == [False, True]
+    assert _moved(bank, optimiser, [1e-3, 1e-3]) == [True, True]
+    assert _moved(bank, optimiser, [0.0, 0.0]) == [False, False]
+
+
+def test_a_list_of_rates_that_is_changed_in_place_is_used(bank):
+    optimiser, rates = BankAdamW(bank, TRAININGS), [0.0, 0.0]
+    _gradients(bank, 4)
+    assert _moved(bank, optimiser, rates) == [False, False]
+    rates[1] = 1e-3
+    assert _moved(bank, optimiser, rates) == [False, True]
+
+
+def test_rates_are_copied_where_they_changed_alone(bank, monkeypatch):
+    optimiser, columns = BankAdamW(bank, TRAININGS), []
+    original = optimiser._column
+
+    def column(numbers):
+        columns.append(tuple(numbers))
+        return original(numbers)
+
+    monkeypatch.setattr(optimiser, "_column", column)
+    for rates in ([1e-3, 2e-3], [1e-3, 2e-3], (1e-3, 2e-3), [2e-3, 2e-3], [1e-3, 2e-3]):
+        optimiser.set_rates(rates)
+    assert columns == [(1e-3, 2e-3), (2e-3, 2e-3), (1e-3, 2e-3)]
+
+
+def test_rates_set_before_a_step_are_those_of_the_step(bank):
+    """As where a step is captured: its tensors are filled first and read later."""
+    optimiser = BankAdamW(bank, TRAININGS)
+    rate = optimiser._rate
+    optimiser.set_rates([1e-3, 2e-3])
+    assert optimiser._rate is rate
+    torch.testing.assert_close(rate.squeeze(1), torch.tensor([1e-3, 2e-3]))
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 0], [0]])
+def test_experiments_that_stay_keep_their_settings(small, rows):
+    """Rates, betas and decay go with their experiments, also where all rates stay the same numbers."""
+
+    def walk(experiments: list[int], keep: list[int]) -> list[dict[str, torch.Tensor]]:
+        bank = Bank(checkpoints.load(small["t5"]), [ADAPTERS[k] for k in experiments], experiments)
+        optimiser = BankAdamW(bank, [TRAININGS[k] for k in experiments])
+        for step in range(4):
+            if step == 2:
+                bank.keep(keep)
+                optimiser.keep(keep)
+            bank.grads.copy_(bank.values + step)
+            optimiser.step([1e-2] * bank.K)
+        return [bank.state(k) for k in range(bank.K)]
+
+    for experiment, state in zip(rows, walk([0, 1], rows), strict=True):
+        (alone,) = walk([experiment], [0])
+        for name, tensor in alone.items():
+            torch.testing.assert_close(state[name], tensor, msg=name)

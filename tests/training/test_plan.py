@@ -103,6 +103,11 @@ def test_the_grid_falls_into_banks_of_equal_questions():
         "model.name=tiny-t5",
         "judging.batch_size=4",
         "adapter.qformer=full",
+        "performance.compile=true",
+        "performance.cuda_graphs=true",
+        "performance.pad_to_multiple_of=8",
+        "performance.checkpointing=query",
+        "performance.checkpointing=answer",
     ],
 )
 def test_what_must_be_equal_in_a_bank(change):

@@ -84,7 +84,17 @@ class Allocator:
         self.own = torch.stack([self._has(k) for k in range(bank.K)]).to(bank.values.device)
         """K × triplets: which an experiment started with; the rest is padding."""
         self.kept = self.own.clone()
+        self._place_columns()
         self._history: list[list[tuple[int, Tensor]]] = [[] for _ in bank.adapters]
+
+    def _place_columns(self) -> None:
+        """Put what every step needs of the recipes on the device, once: no step waits for a copy."""
+        parts = [adapter.adalora for adapter in self.bank.adapters]
+        counts = [2 * len(placed.lora) for placed in self.bank.placements]
+        shares = [part.orthogonal_weight / count for part, count in zip(parts, counts, strict=True)]
+        values = self.bank.values
+        self._share_K11 = torch.tensor(shares, dtype=torch.float64).to(values).view(-1, 1, 1)
+        self._betas_K2 = torch.tensor([(part.beta1, part.beta2) for part in parts], dtype=values.dtype).to(values)
 
     # ----------------------------------------------------------------- a step
 
@@ -94,10 +104,6 @@ class Allocator:
 
         It is no part of the loss that is returned, logged or evaluated.
         """
-        parts = [adapter.adalora.orthogonal_weight for adapter in self.bank.adapters]
-        counts = [2 * len(placed.lora) for placed in self.bank.placements]
-        share = [weight / count for weight, count in zip(parts, counts, strict=True)]
-        share_K11 = torch.tensor(share, dtype=torch.float64).to(self.bank.values).view(-1, 1, 1)
         for number, layer in enumerate(self.layers):
             there = self.own[:, self._spans[number]]
             for name, along_rows in ((LORA_A, True), (LORA_B, False)):
@@ -105,7 +111,7 @@ class Allocator:
                 rows = M if along_rows else M.mT
                 off = torch.bmm(rows, rows.mT) - torch.diag_embed(there.to(M.dtype))
                 norm = off.flatten(1).norm(dim=1).clamp_min(torch.finfo(M.dtype).tiny).view(-1, 1, 1)
-                slope = torch.bmm(off, rows) * (2 * share_K11 / norm)
+                slope = torch.bmm(off, rows) * (2 * self._share_K11 / norm)
                 self._columns(self.bank.grads, layer, name).add_(slope if along_rows else slope.mT)
 
     @torch.no_grad()
@@ -126,9 +132,7 @@ class Allocator:
     def _measure(self) -> None:
         """Fold this step's |value × gradient| into the means."""
         now = (self.bank.values[:, self.first :] * self.bank.grads[:, self.first :]).abs_()
-        parts = [adapter.adalora for adapter in self.bank.adapters]
-        betas = torch.tensor([(part.beta1, part.beta2) for part in parts], dtype=now.dtype).to(now.device)
-        beta1, beta2 = betas[:, :1], betas[:, 1:]
+        beta1, beta2 = self._betas_K2[:, :1], self._betas_K2[:, 1:]
         sensitivity, uncertainty = (self.means[name] for name in MEANS)
         sensitivity.mul_(beta1).add_((1 - beta1) * now)
         uncertainty.mul_(beta2).add_((1 - beta2) * (now - sensitivity).abs_())
@@ -151,7 +155,7 @@ class Allocator:
 
     def _mask(self, masked: Sequence[bool]) -> None:
         """Set the values of dropped triplets to zero, in these experiments."""
-        rows = torch.tensor(masked, device=self.kept.device).unsqueeze(1)
+        rows = torch.tensor(masked).to(self.kept.device, non_blocking=True).unsqueeze(1)
         for number, layer in enumerate(self.layers):
             dropped = rows & ~self.kept[:, self._spans[number]]
             self._columns(self.bank.values, layer, LORA_E).masked_fill_(dropped.unsqueeze(2), 0.0)
@@ -185,6 +189,7 @@ class Allocator:
         self._history = [self._history[k] for k in rows]
         self.means = {name: mean[rows].clone() for name, mean in self.means.items()}
         self.own, self.kept = self.own[rows].clone(), self.kept[rows].clone()
+        self._place_columns()
 
     def state(self, k: int) -> dict[str, dict[str, Tensor]]:
         """All that experiment k's next steps depend on, in groups of named tensors, and its history."""
@@ -208,7 +213,7 @@ class Allocator:
         for layer, where in self._places(k).items():
             self.kept[k, where] = state["kept"][layer].to(self.kept.device)
         past = state.get("allocated", {"steps": torch.tensor([]), "ranks": torch.tensor([])})
-        self._history[k] = list(zip(past["steps"].tolist(), past["ranks"], strict=True))
+        self._history[k] = list(zip(past["steps"].tolist(), past["ranks"].to(self.kept.device), strict=True))
 
     # ---------------------------------------------------------------- columns
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from blipfit.adapters import placement as places
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
 from blipfit.adapters.peft_methods import PEFT_A, PEFT_B, PeftLayers
 from blipfit.methods import PEFT
-from blipfit.model import onednn
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterPart
+from blipfit.runtime import cpu, dropout
 
 LORA_A, LORA_B, LORA_E = "lora_A", "lora_B", "lora_E"
 """Names of a layer's low-rank tensors; E, the singular values, only in AdaLoRA."""
@@ -70,6 +71,7 @@ class Bank:
         if (method := self.adapters[0].method) in PEFT and len(adapters) > 1:
             raise ValueError(f"{len(adapters)} experiments with {method} cannot share a bank: peft's layers hold one")
         self._originals: dict[str, nn.Module] = {}
+        self._dropouts: dict[str, Any] = {}
         self._query_tokens = backbone.hf.query_tokens
         self._peft = PeftLayers(backbone.hf, adapters[0], self.placements[0].lora, seeds[0]) if method in PEFT else None
         try:
@@ -184,6 +186,9 @@ class Bank:
             self._replace(name, self._trained(name))
         for name in self._lora_ranks() if self._peft is None else ():
             self._replace(name, self._adapted(name))
+        self._dropouts = {
+            part: dropout.share(getattr(self.backbone.hf, part), self.K) for part in ("qformer", "language_model")
+        }
 
     def _trained(self, name: str) -> nn.Module:
         base = self.backbone.hf.get_submodule(name)
@@ -218,6 +223,9 @@ class Bank:
 
     def remove(self) -> None:
         """Take the bank out: the backbone has its own modules and query tokens again."""
+        for part, replaced in self._dropouts.items():
+            dropout.restore(getattr(self.backbone.hf, part), replaced)
+        self._dropouts = {}
         for name, module in reversed(self._originals.items()):
             parent, _, child = name.rpartition(".")
             setattr(self.backbone.hf.get_submodule(parent), child, module)
@@ -241,7 +249,7 @@ class Bank:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to `grads`; experiments do not touch each other's rows."""
-        with onednn.products(loss.device.type), warnings.catch_warnings():
+        with cpu.products(loss.device.type), warnings.catch_warnings():
             # Each gradient is a view of a matrix, as wanted; torch warns that such a layout suits its DDP less.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             loss.backward()  # type: ignore[no-untyped-call]

@@ -52,9 +52,16 @@ class _OnDevice:
     """A frozen bundle of tensors that moves as one."""
 
     def to(self, device: torch.device | str) -> Any:
+        """The bundle on a device. To a GPU the copies run beside it, and the host does not wait for them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        is_gpu = torch.device(device).type == "cuda"  # page-locked first, or the copy waits for the GPU
         return type(self)(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+            **{
+                name: (value.pin_memory() if is_gpu else value).to(device, non_blocking=True)
+                if isinstance(value, Tensor)
+                else value
+                for name, value in values.items()
+            }
         )
 
 
@@ -74,7 +81,7 @@ class TargetBatch(_OnDevice):
 
     For T5 `text` is the prompt and `decoder_ids_BA` the shifted target; causal models have prompt and answer in
     `text`, and no decoder ids. `positions_N` index the flattened (B × L) outputs that predict `labels_N`, where L is
-    A for T5 and T for causal models (counted without the visual tokens).
+    A for T5 and T for causal models (counted without the visual tokens). Labels of −100 only fill up and are not read.
     """
 
     qformer_ids_BT: Tensor
@@ -84,6 +91,16 @@ class TargetBatch(_OnDevice):
     decoder_ids_BA: Tensor | None
     positions_N: Tensor
     labels_N: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the batch, without what is absent; `of_tensors` takes them back."""
+        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> "TargetBatch":
+        """A batch of the tensors that `tensors` gave: seven with decoder ids, six without."""
+        front, rest = tensors[:4], tensors[4:]
+        return cls(*front, *rest) if len(rest) == 3 else cls(*front, None, *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +131,8 @@ class TextEncoder:
         self.qformer, self.llm, self.family = qformer, llm, family
         self.decoder_start = decoder_start
         self.max_text, self.max_target = max_text, max_target
+        self.multiple = 1
+        """Training batches are padded to a multiple of so many tokens (answers: of eight at most), see `targets`."""
         self.qformer.truncation_side = self.llm.truncation_side = "left"
 
     def encode(self, prompted: Sequence[Prompted]) -> list[Encoded]:
@@ -137,14 +156,19 @@ class TextEncoder:
         return PromptBatch(*self._front([e.qformer for e in encoded], [e.prompt for e in encoded]))
 
     def targets(self, encoded: Sequence[Encoded]) -> TargetBatch:
-        """Cut prompts with their targets, for training; every row has at least one label (its end token)."""
+        """Cut prompts with their targets, for training; every row has at least one label (its end token).
+
+        With a `multiple` above 1 lengths take few different values, and so does the number of labels: what is compiled
+        or captured for a shape serves many batches.
+        """
         qformer = [e.qformer for e in encoded]
         if self.family == "t5":
-            front = self._front(qformer, [e.prompt_cut for e in encoded])
-            decoder_ids, _ = _pad([[self.decoder_start, *e.target[:-1]] for e in encoded], self._pad_id)
+            front = self._front(qformer, [e.prompt_cut for e in encoded], self.multiple)
+            shifted = [[self.decoder_start, *e.target[:-1]] for e in encoded]
+            decoder_ids, _ = _pad(shifted, self._pad_id, min(self.multiple, 8))
             positions = [row * decoder_ids.shape[1] + i for row, e in enumerate(encoded) for i in range(len(e.target))]
         else:
-            front = self._front(qformer, [e.prompt_cut + e.target for e in encoded])
+            front = self._front(qformer, [e.prompt_cut + e.target for e in encoded], self.multiple)
             decoder_ids = None
             # Output i predicts token i + 1: the first answer token is predicted where the prompt ends.
             positions = [
@@ -153,6 +177,8 @@ class TextEncoder:
                 for i in range(len(e.target))
             ]
         labels = [token for e in encoded for token in e.target]
+        more = -len(labels) % self.multiple
+        labels, positions = labels + [-100] * more, positions + [0] * more
         return TargetBatch(*front, decoder_ids, torch.tensor(positions), torch.tensor(labels))
 
     def candidates(self, encoded: Sequence[Encoded]) -> CandidateBatch:
@@ -181,8 +207,10 @@ class TextEncoder:
     def _pad_id(self) -> int:
         return self.llm.pad_token_id
 
-    def _front(self, qformer: list[list[int]], text: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *_pad(qformer, self.qformer.pad_token_id), *_pad(text, self._pad_id)
+    def _front(
+        self, qformer: list[list[int]], text: list[list[int]], multiple: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *_pad(qformer, self.qformer.pad_token_id, multiple), *_pad(text, self._pad_id, multiple)
 
     def _prompts(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
         """Ids with `</s>` at the end (T5) or BOS at the front (causal); a limit counts that token too."""
@@ -206,9 +234,10 @@ def _ids(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[in
     return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
 
-def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-pad to the longest row: ids and mask (1 = token), both int64."""
+def _pad(rows: list[list[int]], pad: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Right-pad to the longest row, or the next multiple: ids and mask (1 = token), both int64."""
     width = max((len(row) for row in rows), default=0)
+    width += -width % multiple
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows]).reshape(len(rows), width)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(len(rows), width)
     return ids, mask

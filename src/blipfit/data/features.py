@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from blipfit.data import feature_shard, images
 from blipfit.data.ahead import ahead
 from blipfit.data.feature_shard import Shard
 from blipfit.errors import UserError
-from blipfit.run import read_json, write_json
+from blipfit.run import installed_version, read_json, write_json
 
 FORMAT = 1
 # Raise the version whenever `images.plain` or `images.pixels` gives other pixels: stores made before are not used then.
@@ -309,7 +308,7 @@ def _begin(home: Path, facts: Facts, model: str) -> None:
             "bytes_per_image": size_estimate(1, facts.shape),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-            "versions": {name.lower(): version(name) for name in packages},
+            "versions": {name.lower(): installed_version(name) for name in packages},
         },
     )
 

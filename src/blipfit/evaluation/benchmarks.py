@@ -23,11 +23,11 @@ from blipfit.errors import UserError
 from blipfit.evaluation import clip_score, generation, judging, material, mme, ranking, rewardbench, text
 from blipfit.evaluation.judging import See
 from blipfit.evaluation.material import Material
-from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.model.clip import Clip
 from blipfit.recipe import DataPart, JudgingPart
 from blipfit.run import Evaluation
+from blipfit.runtime import distributed
 
 BASE, TUNED = "base", "tuned"
 WORDS_OF_MME = 10
@@ -167,7 +167,7 @@ def _described(backbone: Backbone, paper: Paper, settings: Settings) -> dict[str
         "model": backbone.name,
         "batch_size": settings.batch_size,
         "clip": None if settings.clip is None else settings.clip.name,
-        "device": processes.device_name(backbone.device),
+        "device": distributed.device_name(backbone.device),
         "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
         "versions": folders.versions(),
     }

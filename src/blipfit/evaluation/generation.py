@@ -22,8 +22,8 @@ from transformers import (
 
 from blipfit.data.batches import Encoded, PromptBatch
 from blipfit.errors import UserError
-from blipfit.model import processes
 from blipfit.model.backbone import Backbone
+from blipfit.runtime import distributed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,14 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     found: list[tuple[int, int, str]] = []
-    for chosen in processes.share(batches):
+    for chosen in distributed.shard(batches):
         rows = [encoded[i] for i in chosen]
         batch = backbone.text.prompts(rows).to(backbone.device)
         ids = write(backbone, backbone.query(features(chosen), batch), batch, decoding)
         for place, text in enumerate(backbone.text.texts(ids)):
             found.append((place // len(chosen), chosen[place % len(chosen)], text))
         advance(len(chosen))
-    said = {(k, i): text for k, i, text in processes.gather(found)}
+    said = {(k, i): text for k, i, text in distributed.all_gather(found)}
     return [[said[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
 
 

@@ -16,9 +16,9 @@ from blipfit.errors import UserError
 from blipfit.evaluation import generation, ranking, text
 from blipfit.evaluation.material import Material
 from blipfit.evaluation.metrics import accuracy, breakdown
-from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import JudgingPart
+from blipfit.runtime import distributed
 
 See = Callable[[Sequence[Question]], torch.Tensor]
 """Questions → their images' features `B × P × D`."""
@@ -92,12 +92,12 @@ def losses(backbone: Backbone, chosen: Material, see: See, batch_size: int) -> l
     order = sorted(range(len(chosen)), key=lambda i: len(chosen.encoded[i].prompt) + len(chosen.encoded[i].target))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     total = torch.zeros(backbone.experiments, device=backbone.device)
-    for rows in processes.share(batches):
+    for rows in distributed.shard(batches):
         batch = backbone.text.targets([chosen.encoded[i] for i in rows]).to(backbone.device)
         features = see([chosen.questions[i] for i in rows])
         total += backbone.losses(backbone.query(features, batch), batch).to(total)
     labels = sum(len(e.target) for e in chosen.encoded)
-    return [value / labels for value in processes.add_up(total).tolist()]
+    return [value / labels for value in distributed.all_reduce_sum(total).tolist()]
 
 
 def said(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[list[str]]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from blipfit.data.batches import Encoded
 from blipfit.data.prompts import Prompted
 from blipfit.evaluation.metrics import accuracy, breakdown
-from blipfit.model import processes
 from blipfit.model.backbone import Backbone
+from blipfit.runtime import distributed
 
-MOST_ROWS = 256
-"""Prompts of all experiments in one forward pass: a large bank judges fewer questions at once, not more memory."""
+MOST_ROWS = 512
+"""Candidates of all experiments in one forward pass: a large bank ranks fewer questions at once, not more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ def rank(
     `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
-    batch_size = max(1, min(batch_size, MOST_ROWS // backbone.experiments))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    most = max(1, MOST_ROWS // backbone.experiments)
+    batches = _batches(order, [max(1, len(e.candidates)) for e in encoded], batch_size, most)
     found: list[tuple[int, int, Choice]] = []
-    for chosen in processes.share(batches):
+    for chosen in distributed.shard(batches):
         batch = backbone.text.candidates([encoded[i] for i in chosen]).to(backbone.device)
         scores = backbone.score(backbone.query(features(chosen), batch), batch)
         sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
@@ -75,8 +75,21 @@ def rank(
                 found.append((k, i, Choice(tuple(row[at:until]), tuple(lengths[at:until]))))
             at = until
         advance(len(chosen))
-    judged = {(k, i): choice for k, i, choice in processes.gather(found)}
+    judged = {(k, i): choice for k, i, choice in distributed.all_gather(found)}
     return [[judged[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
+
+
+def _batches(order: Sequence[int], candidates: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
+    """Cut the order into batches of at most `batch_size` questions and `most` candidates, at least one question."""
+    batches: list[list[int]] = []
+    rows = 0
+    for i in order:
+        if not batches or len(batches[-1]) == batch_size or rows + candidates[i] > most:
+            batches.append([])
+            rows = 0
+        batches[-1].append(i)
+        rows += candidates[i]
+    return batches
 
 
 def predictions(questions: Sequence[Any], prompted: Sequence[Prompted], choices: Sequence[Choice]) -> list[dict]:

@@ -19,11 +19,12 @@ from blipfit.data.prompts import Prompted, prompt
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import generation
-from blipfit.model import loading, processes
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import ModelPart
 from blipfit.run import Run
+from blipfit.runtime import distributed
 
 Picture = str | Path | Image.Image
 """A file, or a picture in memory."""
@@ -95,7 +96,7 @@ def load(
     text, target = (
         (128, 256) if recipe is None else (recipe.training.max_text_tokens, recipe.training.max_target_tokens)
     )
-    chosen = processes.chosen(device) if isinstance(device, str | None) else device
+    chosen = distributed.chosen(device) if isinstance(device, str | None) else device
     backbone = loading.load(part, precision, chosen, text, target)
     if folder is not None:
         peft_format.install(backbone, folder)

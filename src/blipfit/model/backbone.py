@@ -6,17 +6,17 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch, TextEncoder
-from blipfit.model import onednn
 from blipfit.recipe import Family
+from blipfit.runtime import attention, cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,20 @@ class CandidateScores:
 class Backbone:
     """An InstructBLIP with its tokenizers; every use of the model goes through its three stages.
 
-    `hf` is the untouched `InstructBlipForConditionalGeneration`; `K` is 1 until a bank is installed in it, which
-    makes the query tokens `K × Q × D`.
+    `hf` is an `InstructBlipForConditionalGeneration` whose Q-Former and language model compute their attention in
+    `runtime.attention`; `K` is 1 until a bank is installed in it, which makes the query tokens `K × Q × D`.
     """
 
     def __init__(self, hf: Any, text: TextEncoder, family: Family, name: str, autocast: torch.dtype | None = None):
         self.hf, self.text, self.family, self.name = hf, text, family, name
         self.autocast_dtype = autocast
         self.language = hf.language_model
-        onednn.install()  # before `shared_dropout` takes the attention's place for the first time
+        attention.use(hf.qformer)
+        attention.use(hf.language_model)
+        last = hf.qformer.encoder.layer[-1].attention
+        if not hasattr(last, QUERY_ROWS):
+            last.register_forward_pre_hook(_queries_only, with_kwargs=True)
+        setattr(last, QUERY_ROWS, hf.query_tokens.shape[1])
 
     @property
     def device(self) -> torch.device:
@@ -53,13 +58,21 @@ class Backbone:
         """K: how many experiments the installed bank holds."""
         return self.hf.query_tokens.shape[0]
 
+    def layers(self, stage: Literal["query", "answer"]) -> list[nn.Module]:
+        """The transformer layers of a stage: the Q-Former's, or the language model's (T5: encoder, then decoder)."""
+        if stage == "query":
+            return list(self.hf.qformer.encoder.layer)
+        if self.family == "t5":
+            return [*self.language.encoder.block, *self.language.decoder.block]
+        return list(self.language.model.layers)
+
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
         """The 16-bit type where one was chosen, and on a CPU oneDNN's matrix products."""
         enabled = self.autocast_dtype is not None
         with (
             torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled),
-            onednn.products(self.device.type),
+            cpu.products(self.device.type),
         ):
             yield
 
@@ -94,10 +107,10 @@ class Backbone:
             Q = queries.shape[1]
             ids = over_bank(batch.qformer_ids_BT, K)
             mask = torch.cat([batch.qformer_mask_BT.new_ones(B, Q), batch.qformer_mask_BT], dim=1)
-            with nullcontext() if every_row else _queries_only(hf.qformer.encoder.layer[-1], Q):
+            with _all_rows(hf.qformer.encoder.layer[-1].attention, every_row):
                 hidden = hf.qformer(
                     input_ids=ids,
-                    attention_mask=over_bank(mask, K),
+                    attention_mask=_padding_mask(over_bank(mask, K)),
                     # One row each: a banked position embedding must know whose rows they are.
                     position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
                     query_embeds=queries,
@@ -112,6 +125,7 @@ class Backbone:
         logits_KNV = self.target_logits(visual, batch)
         K, N, _ = logits_KNV.shape
         labels = batch.labels_N.expand(K, N).reshape(-1)
+        # A label of −100 gives a loss of zero.
         return F.cross_entropy(_full(logits_KNV.flatten(0, 1)), labels, reduction="none").view(K, N).sum(1)
 
     def target_logits(self, visual: Tensor, batch: TargetBatch) -> Tensor:
@@ -120,12 +134,13 @@ class Backbone:
         with self.arithmetic():
             front, mask = self._front(visual, batch)
             if self.family == "t5":
+                mask = _padding_mask(mask)
                 memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
                 assert batch.decoder_ids_BA is not None
                 decoded = self._decode(over_bank(batch.decoder_ids_BA, K), memory, mask, use_cache=False)
                 hidden = self._for_head(decoded.last_hidden_state)
             else:
-                hidden = self.language.model(inputs_embeds=front, attention_mask=mask, use_cache=False)
+                hidden = self.language.model(inputs_embeds=front, attention_mask=self._causal(mask), use_cache=False)
                 hidden = hidden.last_hidden_state[:, visual.shape[1] :]
             hidden_KND = hidden.reshape(K, -1, hidden.shape[-1])[:, batch.positions_N]
             return self.language.lm_head(hidden_KND)
@@ -168,8 +183,13 @@ class Backbone:
         mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
         return torch.cat([visual.to(text.dtype), text], dim=1), mask
 
+    def _causal(self, mask: Tensor) -> Tensor:
+        """The mask of a causal model over rows that are padded on the right."""
+        is_own = self.language.config._attn_implementation == attention.NAME
+        return attention.CAUSAL if is_own else mask
+
     def _decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor, **options: Any) -> Any:
-        """T5 decoder: ids `R × A` over memory `R × L × D`; its output has hidden states `R × A × D`."""
+        """T5 decoder: ids `R × A` over memory `R × L × D` with its padding mask; hidden states `R × A × D`."""
         return self.language.decoder(
             input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=memory_mask, **options
         )
@@ -182,8 +202,9 @@ class Backbone:
     def _score_t5(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
         """The decoder's first step runs once a question and leaves the cross-attention's keys and values behind."""
         front, mask = self._front(visual, batch)
-        memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
         start = mask.new_full((mask.shape[0], 1), self.text.decoder_start)
+        mask = _padding_mask(mask)
+        memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
         first = self._decode(start, memory, mask, use_cache=True)
         cache = first.past_key_values
         cache.batch_select_indices(rows)
@@ -198,7 +219,7 @@ class Backbone:
 
     def _score_causal(self, visual: Tensor, batch: CandidateBatch, rows: Tensor, K: int) -> Tensor:
         front, mask = self._front(visual, batch)
-        prefix = self.language.model(inputs_embeds=front, attention_mask=mask, use_cache=True)
+        prefix = self.language.model(inputs_embeds=front, attention_mask=self._causal(mask), use_cache=True)
         length = mask.sum(1)  # tokens before the candidate, pads excluded
         last = prefix.last_hidden_state[torch.arange(len(length), device=length.device), length - 1]
         cache = prefix.past_key_values
@@ -207,9 +228,11 @@ class Backbone:
         hidden = last[rows].unsqueeze(1)
         if ids.shape[1] > 1:
             steps = torch.arange(ids.shape[1] - 1, device=ids.device)
+            before = _padding_mask(mask)[rows].expand(-1, -1, len(steps), -1)
+            among = _padding_mask(candidate_mask[:, :-1]) & (steps[:, None] >= steps)
             rest = self.language.model(
                 input_ids=ids[:, :-1],
-                attention_mask=torch.cat([mask[rows], candidate_mask[:, :-1]], dim=1),
+                attention_mask=torch.cat([before, among], dim=-1),
                 position_ids=length[rows].unsqueeze(1) + steps,  # the prompt's pads take no position
                 past_key_values=cache,
                 use_cache=True,
@@ -224,26 +247,48 @@ class Backbone:
         return (token * mask).sum(1)
 
 
+QUERY_ROWS = "query_rows"
+"""Attribute of the Q-Former's last attention: how many rows it computes, all where None."""
+
+
+def _queries_only(
+    module: Any, positional: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook of the Q-Former's last attention: only the queries' rows go on, because nobody reads the text's.
+
+    The queries still attend to themselves and to the text, as in any layer.
+    """
+    Q = getattr(module, QUERY_ROWS)
+    if Q is None:
+        return positional, named
+    named = {**dict(zip(("hidden_states", "attention_mask"), positional, strict=False)), **named}
+    hidden, mask = named["hidden_states"], named["attention_mask"]
+    return (), {
+        **named,
+        "hidden_states": hidden[:, :Q],
+        "encoder_hidden_states": hidden,
+        "encoder_attention_mask": None if mask is None else mask[:, :, :Q],
+    }
+
+
 @contextmanager
-def _queries_only(last: Any, Q: int) -> Iterator[None]:
-    """Within it, the Q-Former's last layer goes on with the queries alone: they attend to themselves and the text, as
-    in any layer, but the text's own rows would be computed and thrown away."""
-
-    def asked(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        named = {**dict(zip(("hidden_states", "attention_mask"), given, strict=False)), **named}
-        hidden, mask = named["hidden_states"], named["attention_mask"]
-        return (), {
-            **named,
-            "hidden_states": hidden[:, :Q],
-            "encoder_hidden_states": hidden,
-            "encoder_attention_mask": None if mask is None else mask[:, :, :Q],
-        }
-
-    hook = last.attention.register_forward_pre_hook(asked, with_kwargs=True)
+def _all_rows(module: Any, enabled: bool) -> Iterator[None]:
+    """Within it, where `enabled`, the Q-Former's last attention computes the text's rows too."""
+    before = getattr(module, QUERY_ROWS)
+    setattr(module, QUERY_ROWS, None if enabled else before)
     try:
         yield
     finally:
-        hook.remove()
+        setattr(module, QUERY_ROWS, before)
+
+
+def _padding_mask(mask_NS: Tensor) -> Tensor:
+    """`N × S` of ones and zeros → `N × 1 × 1 × S`, True where attention goes.
+
+    transformers takes a mask of four dimensions as it is; of one with two it asks on the device whether it hides
+    anything, and the host waits for the answer in every forward pass.
+    """
+    return mask_NS.bool()[:, None, None, :]
 
 
 def over_bank(rows: Tensor, K: int) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from blipfit.data.batches import PromptBatch
-from blipfit.model import heap
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
+from blipfit.runtime import memory
 
 _WARM_UP = 2
 
@@ -85,4 +85,4 @@ def _watch_memory(device: torch.device) -> Callable[[], int | None]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    return heap.peak if heap.forget_peak() else lambda: None
+    return memory.peak if memory.forget_peak() else lambda: None

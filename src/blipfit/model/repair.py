@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfit.model import onednn
 from blipfit.model.backbone import Backbone
 from blipfit.model.calibration import Calibration
 from blipfit.model.selection import Selection, query_scale
+from blipfit.runtime import cpu
 
 RIDGE = 1e-3
 """Price of a correction, in parts of each input's variance."""
@@ -52,7 +52,7 @@ def repair(original: Backbone, small: Any, selection: Selection, questions: Cali
         kept = selection.queries.to(original.device)
         target = [visual[:, kept] for visual in _visual(exact, questions)]
         before = lost(_visual(cut, questions), target)
-        with onednn.products():  # as the target was computed
+        with cpu.products():  # as the target was computed
             _Repair(exact, cut, selection, questions).run(target)
         return {"before": before, "after": lost(_visual(cut, questions), target)}
 

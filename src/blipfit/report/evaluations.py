@@ -13,11 +13,12 @@ from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, mme, rewardbench
 from blipfit.evaluation.benchmarks import BASE, TUNED, Paper, Settings
 from blipfit.evaluation.evaluate import judging_sight
-from blipfit.model import clip, loading, processes, tiny
+from blipfit.model import clip, loading, tiny
 from blipfit.model.sight import Sight
 from blipfit.recipe import ModelPart
 from blipfit.report import experiments, judges, terminal
 from blipfit.run import Evaluation, Run
+from blipfit.runtime import distributed
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Judge a run folder or a model on every set of `on` (`icons,mme=DIR`); one record a set, written and returned."""
     screen = terminal.console(stderr=True)
-    device = device or processes.device()
+    device = device or distributed.device()
     trained = Run(Path(subject))
     recipe = trained.recipe() if trained.recipe_file.exists() else None
     if recipe is not None and trained.state() != "finished":

@@ -19,9 +19,9 @@ from blipfit.recipe import AdapterPart
 def show(record: Any, as_json: bool, drawn: Callable[[], Any]) -> None:
     """Print the JSON object, or what a person reads; of several processes only the main one speaks."""
     if "accelerate" in sys.modules:
-        from blipfit.model import processes
+        from blipfit.runtime import distributed
 
-        if not processes.is_main():
+        if not distributed.is_main():
             return
     if as_json:
         value = record if isinstance(record, dict | list) else _plain(record)

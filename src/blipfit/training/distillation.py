@@ -27,7 +27,7 @@ class Teacher:
         self.backbone, self.part, self.queries = backbone, part, queries
 
     def losses(
-        self, student: Backbone, visual: Tensor, features: Tensor, batch: TargetBatch, labels_each: float
+        self, student: Backbone, visual: Tensor, features: Tensor, batch: TargetBatch, labels_each: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """What is learned from, and the ordinary losses to be told, both summed over the N labels, one an experiment.
 

@@ -23,11 +23,12 @@ from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
-from blipfit.model import heap, loading, processes
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone, fingerprint, head
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
 from blipfit.run import Run
+from blipfit.runtime import distributed, memory
 from blipfit.training import checkpoint, distillation, plan, record
 from blipfit.training.checkpoint import Progress
 from blipfit.training.optimiser import rate_at
@@ -61,17 +62,17 @@ def train(
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("two of the recipes have the same data set and experiment name; give each its own name")
     workshop = workshop or Workshop(device)
-    if not processes.is_main():
+    if not distributed.is_main():
         listen = _silent
     hashes = check_inputs(recipes, data)
     for run, recipe, digest in zip(runs, recipes, hashes, strict=True):
         run.refuse_other(recipe, digest)
     with ExitStack() as held:
         for run in runs:
-            if processes.is_main() and run.state() != "finished":
+            if distributed.is_main() and run.state() != "finished":
                 held.enter_context(run.held())
         _train(list(zip(runs, recipes, hashes, strict=True)), workshop, data, listen)
-    heap.give_back()
+    memory.give_back()
     return runs
 
 
@@ -79,20 +80,20 @@ def _train(chosen: Sequence[tuple[Run, Recipe, str]], workshop: Workshop, data: 
     """Claim the folders of what is not finished, and train it; `chosen` with the hashes of its questions."""
     todo: list[Member] = []
     for run, recipe, digest in chosen:
-        with processes.main_first():
+        with distributed.main_first():
             state = run.claim(recipe, digest)
         if state == "finished":
             listen("skipped", {"run": run, "recipe": recipe})
         else:
             run.failure_file.unlink(missing_ok=True)
             todo.append((run, recipe, checkpoint.load(run.checkpoint)))
-    processes.wait()
+    distributed.wait()
     with tempfile.TemporaryDirectory() as aside:
-        if not processes.is_main():  # does the same work and writes it where nobody looks
+        if not distributed.is_main():  # does the same work and writes it where nobody looks
             todo = [(Run.of(Path(aside), recipe).made(), recipe, resumed) for _, recipe, resumed in todo]
         for members in _banks(todo):
             _train_bank(workshop, members, data, listen)
-        processes.wait()
+        distributed.wait()
 
 
 def _silent(event: str, facts: dict[str, Any]) -> None:
@@ -136,7 +137,7 @@ def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[str]:
 def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]) -> None:
     """UserError where the questions do not make one batch, or cannot be judged."""
     size, count = recipe.training.batch_size * recipe.training.accumulation, len(questions["train"])
-    if recipe.training.batch_size < (several := processes.state().num_processes):
+    if recipe.training.batch_size < (several := distributed.state().num_processes):
         raise UserError(f"{several} processes cannot share batches of {recipe.training.batch_size}; launch fewer")
     if count < size:
         raise UserError(
@@ -166,10 +167,11 @@ def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, liste
     head_before = fingerprint(head(backbone.hf))
     splits, sights = workshop.splits(recipes[0], data), workshop.sights(recipes[0])
     for split, sight in zip(SPLITS, (sights[0], sights[1], sights[1]), strict=True):
-        with processes.main_first():
+        with distributed.main_first():
             _build_features(sight, splits[split], listen)
-    session = BankSession(backbone, members, splits, sights, listen)
+    session = None
     try:
+        session = BankSession(backbone, members, splits, sights, listen)
         session.run()
     except torch.OutOfMemoryError:
         raise UserError(
@@ -177,7 +179,8 @@ def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, liste
             "(`blipfit sweep --bank K`), or lower training.batch_size and raise training.accumulation"
         ) from None
     finally:
-        session.release()
+        if session is not None:
+            session.release()
     if fingerprint(head(backbone.hf)) != head_before:
         raise AssertionError("the language model's head changed during training")
     _test(session, head_before)
@@ -288,7 +291,7 @@ class BankSession:
         questions = self.splits["train"].questions
         micros = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
         view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
-        mine = [[questions[i] for i in processes.share(micro)] for micro in micros]
+        mine = [[questions[i] for i in distributed.shard(micro)] for micro in micros]
         return self.training_sight.prefetch(mine, view)
 
     def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
@@ -304,7 +307,7 @@ class BankSession:
         """Read the losses of the last steps from the device at once; an experiment with a non-finite one leaves."""
         if not self._pending:
             return
-        losses = processes.add_up(torch.stack([total for _, total in self._pending])).tolist()
+        losses = distributed.all_reduce_sum(torch.stack([total for _, total in self._pending])).tolist()
         failed: dict[int, list[str]] = {}
         for (ids, _), row in zip(self._pending, losses, strict=True):
             for k, loss in enumerate(row):

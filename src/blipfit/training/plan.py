@@ -23,6 +23,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
         repr(sorted(shared.items())),
         recipe.judging.model_dump_json(),
         recipe.distillation.model_dump_json(),
+        recipe.performance.model_dump_json(),
         recipe.adapter.qformer == "full",
         recipe.adapter.method,
         recipe.title if recipe.adapter.method in PEFT else "",  # peft's layers hold one experiment

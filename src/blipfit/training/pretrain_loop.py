@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blipfit.model import heap, onednn
+from blipfit.runtime import cpu, memory
 
 Losses = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,17 +74,17 @@ def fit(
     step = _restore(state, module, optimizer, parameters) if state.exists() else 0
     end, began = min(schedule.steps, schedule.steps if until is None else until), time.monotonic()
     sums: dict[str, list[float]] = {}
-    heap.keep_freed()
+    memory.keep_freed()
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["part"]
-        with onednn.products():
+        with cpu.products():
             losses = losses_at(step)
         total = sum(losses.values(), torch.zeros(()))
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {step} is not finite: {losses}")
         optimizer.zero_grad(set_to_none=True)
-        with onednn.products():
+        with cpu.products():
             total.backward()
         nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
         optimizer.step()

@@ -21,6 +21,7 @@ from transformers import CLIPModel, InstructBlipVisionModel, PreTrainedTokenizer
 from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD, COLORS, SHAPES, Scene
 from blipfit.model import tiny
+from blipfit.runtime import attention
 from blipfit.training import pretrain_texts
 
 SIDE = tiny.IMAGE_SIZE // tiny.PATCH_SIZE
@@ -39,6 +40,7 @@ class Tower(nn.Module):
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.vision = InstructBlipVisionModel(tiny.vision_config())
+        attention.use(self.vision)
         self.text = clip.text_model
         self.text_projection, self.visual_projection = clip.text_projection, clip.visual_projection
         self.logit_scale = clip.logit_scale

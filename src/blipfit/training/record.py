@@ -12,10 +12,10 @@ from blipfit.adapters import peft_format
 from blipfit.errors import UserError
 from blipfit.evaluation.judging import Judged
 from blipfit.evaluation.material import Material
-from blipfit.model import processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.run import Run
+from blipfit.runtime import distributed
 from blipfit.training.checkpoint import Progress
 
 
@@ -66,7 +66,7 @@ def write(
         "adapter_sha256": adapter_hash,
         "head_sha256": head_hash,
         "seconds": round(progress.seconds, 3),
-        "device": processes.device_name(backbone.device),
+        "device": distributed.device_name(backbone.device),
         "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
         "versions": run.versions(),
         "differs_from_published": differences(recipe),

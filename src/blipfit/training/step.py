@@ -1,17 +1,19 @@
 """One optimiser step of a bank: the place where forward, backward and update happen."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from blipfit.adapters.adalora import Allocator
 from blipfit.adapters.bank import Bank
-from blipfit.adapters.dropout import shared_dropout
 from blipfit.data.batches import Encoded, TargetBatch
-from blipfit.model import heap, processes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
+from blipfit.runtime import distributed, memory
+from blipfit.runtime.graphs import CapturedFunction
+from blipfit.runtime.layers import LayerExecution
 from blipfit.training import distillation, plan
 from blipfit.training.optimiser import BankAdamW, rate_at
 
@@ -21,22 +23,39 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
         if backbone.device.type == "cpu":
-            heap.keep_freed()
+            memory.keep_freed()
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training
         self.teacher = distillation.teacher(self.recipes[0], backbone)
-        self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
-        self.optimiser = BankAdamW(self.bank, [r.training for r in recipes])
-        totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
         # fp16's smallest gradients vanish in the backward pass through the language model; bf16 and fp32 have room.
         self._loss_scale = 2.0**10 if backbone.autocast_dtype == torch.float16 else 1.0
-        self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
+        self._captured: CapturedFunction | None = None
+        performance = self.recipes[0].performance
+        stages: tuple[Literal["query", "answer"], ...] = ("query", "answer")
+        self.execution = LayerExecution(
+            [layer for stage in stages for layer in backbone.layers(stage)] if performance.compile else [],
+            [layer for stage in performance.checkpointing for layer in backbone.layers(stage)],
+        )
+        self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
+        try:
+            self.optimiser = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
+            totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
+            self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
+        except BaseException:  # out of memory, above all: the backbone goes back as it was
+            self.bank.remove()
+            raise
 
     def train_mode(self) -> None:
         """Dropout as the recipe says; the ViT stays in eval mode."""
         self.backbone.hf.train(self.training.dropout)
         self.backbone.hf.vision_model.eval()
+
+    def remove(self) -> None:
+        """Give the backbone back as it was."""
+        self._captured = None
+        self.execution.remove()
+        self.bank.remove()
 
     def step(self, batch: Sequence[int], features: Sequence[Tensor], epoch: int, step: int) -> tuple[Tensor, int]:
         """One update from an effective batch (question indices) and its image features, one a micro-batch.
@@ -44,20 +63,22 @@ class Stepper:
         Returns the summed losses (K) over this process's label tokens, still on the device, and the number of all
         label tokens. The gradient is of the sum over that number, so it does not depend on how the batch was cut.
         """
-        micros = [processes.share(micro) for micro in plan.micro_batches(batch, self.training)]
+        self.backbone.text.multiple = self.recipes[0].performance.pad_to_multiple_of
+        micros = [distributed.shard(micro) for micro in plan.micro_batches(batch, self.training)]
         targets = [self.backbone.text.targets([self.encoded[i] for i in micro]) for micro in micros]
         labels = sum(len(self.encoded[i].target) for i in batch)
         self.bank.grads.zero_()
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
-        for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
-            # Processes see other rows, so they draw other noise.
-            torch.manual_seed(plan.step_seed(self.training.seed, epoch, step, number) + processes.state().process_index)
-            target = target.to(self.backbone.device)
-            with shared_dropout(self.bank.K):
-                learned_K, losses_K = self._losses(seen, target, labels / len(batch))
-            self.bank.backward(learned_K.sum() / labels * self._loss_scale)
-            total += losses_K.detach()
-        processes.add_up(self.bank.grads)
+        self.execution.install()
+        try:
+            for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
+                # Processes see other rows, so they draw other noise.
+                noise_seed = plan.step_seed(self.training.seed, epoch, step, number)
+                torch.manual_seed(noise_seed + distributed.state().process_index)
+                total += self._run(seen, target.to(self.backbone.device), labels, labels / len(batch))
+        finally:
+            self.execution.remove()
+        distributed.all_reduce_sum(self.bank.grads)
         if self._loss_scale != 1:
             self.bank.grads.div_(self._loss_scale)
         if self.allocator:
@@ -67,7 +88,26 @@ class Stepper:
             self.allocator.update(self.optimiser.steps)
         return total, labels
 
-    def _losses(self, features: Tensor, target: TargetBatch, labels_each: float) -> tuple[Tensor, Tensor]:
+    def _run(self, features: Tensor, target: TargetBatch, labels: int, labels_each: float) -> Tensor:
+        """Forward and backward pass of a micro-batch, captured where the recipe says so; returns its losses (K)."""
+        if not self.recipes[0].performance.cuda_graphs or features.device.type != "cuda":
+            return self._backward(features, target, labels, labels_each)
+        if self._captured is None:
+            self._captured = CapturedFunction(self._backward_tensors, [self.bank.grads])
+        numbers = torch.tensor([labels, labels_each], dtype=torch.float32).pin_memory()
+        return self._captured(numbers.to(features.device, non_blocking=True), features, *target.tensors())
+
+    def _backward_tensors(self, numbers: Tensor, features: Tensor, *target: Tensor) -> Tensor:
+        return self._backward(features, TargetBatch.of_tensors(target), *numbers.unbind())
+
+    def _backward(
+        self, features: Tensor, target: TargetBatch, labels: int | Tensor, labels_each: float | Tensor
+    ) -> Tensor:
+        learned_K, losses_K = self._losses(features, target, labels_each)
+        self.bank.backward(learned_K.sum() / labels * self._loss_scale)
+        return losses_K.detach()
+
+    def _losses(self, features: Tensor, target: TargetBatch, labels_each: float | Tensor) -> tuple[Tensor, Tensor]:
         """What is learned from, and the ordinary losses; the same but for distillation."""
         visual = self.backbone.query(features, target)
         if self.teacher:
@@ -77,6 +117,7 @@ class Stepper:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these experiments only."""
+        self._captured = None
         self.recipes = [self.recipes[k] for k in rows]
         self.bank.keep(rows)
         self.optimiser.keep(rows)

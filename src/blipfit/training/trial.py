@@ -11,10 +11,10 @@ from torch import Tensor
 from blipfit.adapters.bank import MATRICES
 from blipfit.evaluation import judging
 from blipfit.evaluation.material import Material
-from blipfit.model import heap
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
+from blipfit.runtime import memory
 from blipfit.training import plan
 from blipfit.training.step import Stepper
 
@@ -44,7 +44,7 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
-    before = heap.forget_peak()
+    before = memory.forget_peak()
     try:
         stepper = Stepper(backbone, recipes, material.encoded)
         return _measured(stepper, material, sight, before)
@@ -52,7 +52,7 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
         return None
     finally:
         if stepper is not None:
-            stepper.bank.remove()
+            stepper.remove()
         backbone.hf.eval()
         if backbone.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -82,9 +82,9 @@ def _measured(stepper: Stepper, material: Material, sight: Sight, before: int) -
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
-    memory = _memory(stepper, kept.bytes, heap.peak() - before if before else 0)
+    taken = _memory(stepper, kept.bytes, memory.peak() - before if before else 0)
     each = _judge_seconds(stepper, material, sight)
-    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], memory, each)
+    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], taken, each)
 
 
 def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:

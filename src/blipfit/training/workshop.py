@@ -8,10 +8,11 @@ import torch
 from blipfit.evaluation import material
 from blipfit.evaluation.evaluate import judging_sight
 from blipfit.evaluation.material import Material
-from blipfit.model import loading, processes
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.sight import Sight
 from blipfit.recipe import Recipe
+from blipfit.runtime import distributed
 
 SPLITS = ("train", "val", "test")
 
@@ -24,7 +25,7 @@ class Workshop:
         device: torch.device | str | None = None,
         store: Path | None = None,
     ):
-        self.device = torch.device(device) if device else processes.device()
+        self.device = torch.device(device) if device else distributed.device()
         self.store = store
         self._backbone: tuple[Any, Backbone] | None = None
         self._splits: dict[Any, dict[str, Material]] = {}

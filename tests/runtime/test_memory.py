@@ -6,25 +6,25 @@ from unittest import mock
 
 import pytest
 
-from blipfit.model import heap
+from blipfit.runtime import memory
 
 FAULTS = """
 import resource, sys, torch
-from blipfit.model import heap
+from blipfit.runtime import memory
 if sys.argv[1] == "keep":
-    assert heap.keep_freed()
+    assert memory.keep_freed()
 for _ in range(20):  # its holes settle first
     torch.ones(8 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-heap.give_back()
+memory.give_back()
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
 """
 
 
-@pytest.mark.skipif(heap._glibc() is None, reason="only glibc lets a process keep its memory")
+@pytest.mark.skipif(memory._glibc() is None, reason="only glibc lets a process keep its memory")
 def test_kept_memory_is_not_asked_for_again():
     def run(how):
         command = [sys.executable, "-c", FAULTS, how]
@@ -38,15 +38,15 @@ def test_kept_memory_is_not_asked_for_again():
 
 def test_elsewhere_nothing_is_done():
     with mock.patch.object(sys, "platform", "darwin"):
-        assert heap._glibc.__wrapped__() is None
-    with mock.patch.object(heap, "_glibc", return_value=None):
-        assert heap.keep_freed.__wrapped__() is False
-        heap.give_back()
+        assert memory._glibc.__wrapped__() is None
+    with mock.patch.object(memory, "_glibc", return_value=None):
+        assert memory.keep_freed.__wrapped__() is False
+        memory.give_back()
 
 
-@pytest.mark.skipif(not heap.peak(), reason="only Linux tells")
+@pytest.mark.skipif(not memory.peak(), reason="only Linux tells")
 def test_the_peak_since_it_was_forgotten():
-    there = heap.forget_peak()
+    there = memory.forget_peak()
     bytearray(b"1" * 50_000_000)
-    assert heap.peak() - there > 50_000_000
-    assert heap.forget_peak() < there + 25_000_000
+    assert memory.peak() - there > 50_000_000
+    assert memory.forget_peak() < there + 25_000_000

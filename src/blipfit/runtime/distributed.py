@@ -54,19 +54,19 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def share(rows: Sequence[T]) -> Sequence[T]:
+def shard(rows: Sequence[T]) -> Sequence[T]:
     """This process's rows of a batch."""
     return rows[state().process_index :: state().num_processes]
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if state().num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def gather(items: list[T]) -> list[T]:
+def all_gather(items: list[T]) -> list[T]:
     """All processes' items."""
     if state().num_processes == 1:
         return items

@@ -1,0 +1,261 @@
+"""Layers that run compiled or checkpointed compute what they compute alone, and get their forward pass back."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import reference
+from blipfit.runtime import layers
+from blipfit.runtime.dropout import SharedDropout
+from blipfit.runtime.layers import LayerExecution
+
+WIDTH = 8
+
+
+class Layer(nn.Module):
+    """A small layer with noise, a positional input and an option."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.wide, self.narrow = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.dropout = SharedDropout(0.5, 1)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + scale * self.dropout(self.narrow(torch.tanh(self.wide(x))))
+
+
+class Calls:
+    """A replacement of `torch.utils.checkpoint.checkpoint` that counts its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.count, self.original = 0, layers.checkpoint
+        monkeypatch.setattr(layers, "checkpoint", self)
+
+    def __call__(self, *arguments, **options):
+        self.count += 1
+        return self.original(*arguments, **options)
+
+
+@pytest.fixture
+def checkpoint_calls(monkeypatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def _inputs(rows: int = 3) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows)).requires_grad_()
+
+
+def _run(stack: list[Layer], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients of a stack of layers, with the same noise at every call."""
+    torch.manual_seed(3)
+    y = x
+    for layer in stack:
+        y = layer(y, scale=0.7)
+    parameters = [parameter for layer in stack for parameter in layer.parameters()]
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), [x, *parameters]))
+
+
+def _is_plain(stack: list[Layer]) -> bool:
+    """Whether the layers have the forward pass of their class."""
+    return not any("forward" in layer.__dict__ for layer in stack)
+
+
+# ------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_checkpointed_layer_computes_the_same_to_the_bit(checkpoint_calls, training):
+    stack, x = [Layer(0).train(training), Layer(1).train(training)], _inputs()
+    expected, expected_gradients = _run(stack, x)
+    execution = LayerExecution(checkpointed=stack)
+    execution.install()
+    output, gradients = _run(stack, x)
+    execution.remove()
+    assert checkpoint_calls.count == 2
+    assert torch.equal(output, expected)
+    assert all(map(torch.equal, gradients, expected_gradients))
+
+
+def test_the_noise_after_a_checkpointed_layer_is_the_same():
+    """Computing a layer again in the backward pass does not move the generator."""
+    stack, x = [Layer()], _inputs()
+
+    def next_noise() -> Tensor:
+        _run(stack, x)
+        return torch.rand(4)
+
+    expected = next_noise()
+    execution = LayerExecution(checkpointed=stack)
+    execution.install()
+    assert torch.equal(next_noise(), expected)
+    execution.remove()
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone():
+    stack, x = [Layer()], _inputs()
+
+    def saved_shapes() -> list[tuple[int, ...]]:
+        shapes = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            stack[0](x)
+        return shapes
+
+    assert (3, 4 * WIDTH) in saved_shapes()
+    execution = LayerExecution(checkpointed=stack)
+    execution.install()
+    # Beside the input, torch keeps an empty tensor for its own use.
+    assert [shape for shape in saved_shapes() if shape != (0,)] == [(3, WIDTH)]
+    execution.remove()
+
+
+def test_without_gradients_nothing_is_checkpointed(checkpoint_calls):
+    layer, x = Layer().eval(), _inputs()
+    execution = LayerExecution(checkpointed=[layer])
+    execution.install()
+    with torch.no_grad():
+        output = layer(x, scale=0.3)
+    execution.remove()
+    assert checkpoint_calls.count == 0
+    assert torch.equal(output, layer(x, scale=0.3))
+
+
+# ------------------------------------------------------------ install, remove
+
+
+def test_removal_gives_the_layers_their_forward_pass_back(fresh_compiler):
+    stack = [Layer(0), Layer(1)]
+    execution = LayerExecution(compiled=stack[:1], checkpointed=stack)
+    execution.install()
+    assert all("forward" in layer.__dict__ for layer in stack)
+    execution.remove()
+    assert _is_plain(stack)
+    assert all(layer.forward.__func__ is Layer.forward for layer in stack)
+    execution.remove()
+    assert _is_plain(stack)
+
+
+def test_other_layers_of_the_class_are_left_alone(checkpoint_calls):
+    mine, other = Layer(0), Layer(1)
+    execution = LayerExecution(checkpointed=[mine])
+    execution.install()
+    assert _is_plain([other])
+    other(_inputs())
+    assert checkpoint_calls.count == 0
+    execution.remove()
+
+
+def test_installing_twice_is_installing_once(checkpoint_calls):
+    stack, x = [Layer()], _inputs()
+    expected, expected_gradients = _run(stack, x)
+    execution = LayerExecution(checkpointed=stack)
+    execution.install()
+    execution.install()
+    output, gradients = _run(stack, x)
+    assert checkpoint_calls.count == 1
+    assert torch.equal(output, expected)
+    assert all(map(torch.equal, gradients, expected_gradients))
+    execution.remove()
+    assert _is_plain(stack)
+
+
+def test_without_layers_nothing_happens():
+    execution = LayerExecution()
+    execution.install()
+    execution.remove()
+
+
+def test_hooks_of_a_layer_stay_in_use():
+    layer, x, calls = Layer().eval(), _inputs(), []
+    layer.register_forward_hook(lambda *_: calls.append("hook"))
+    execution = LayerExecution(checkpointed=[layer])
+    execution.install()
+    layer(x).sum().backward()
+    execution.remove()
+    assert calls == ["hook"]  # not again in the backward pass
+
+
+def test_judging_is_the_same_with_checkpointed_layers(backbone, checkpoint_calls):
+    """Scores and generated tokens of a whole model; its caches are written once."""
+    encoded = reference.ask(backbone, 3)
+    features = backbone.see(reference.pictures(backbone, 3))
+    candidates, prompts = backbone.text.candidates(encoded), backbone.text.prompts(encoded)
+
+    def judge() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            scores = backbone.score(backbone.query(features, candidates), candidates).sums_KM
+            return scores, backbone.generate(backbone.query(features, prompts), prompts, max_new_tokens=4)
+
+    expected = judge()
+    execution = LayerExecution(checkpointed=[*backbone.layers("query"), *backbone.layers("answer")])
+    execution.install()
+    results = judge()
+    execution.remove()
+    assert all(map(torch.equal, results, expected))
+    assert checkpoint_calls.count == 0
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def test_a_compiled_layer_computes_the_same(fresh_compiler):
+    """Layers of a kind share what was compiled: the second one compiles nothing."""
+    stack, x = [Layer(0).eval(), Layer(1).eval()], _inputs()
+    expected = [_run([layer], x) for layer in stack]
+    execution = LayerExecution(compiled=stack)
+    execution.install()
+    results = [_run(stack[:1], x)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results.append(_run(stack[1:], x))
+    execution.remove()
+    torch.testing.assert_close(results, expected)
+    assert not torch.allclose(results[0][0], results[1][0])
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_takes_any_number_of_rows(fresh_compiler):
+    """The second number of rows compiles once more; then any runs."""
+    stack, sizes = [Layer(0).eval(), Layer(1).eval()], (3, 5, 9, 4)
+    expected = [_run(stack, _inputs(rows)) for rows in sizes]
+    execution = LayerExecution(compiled=stack)
+    execution.install()
+    results = [_run(stack, _inputs(rows)) for rows in sizes[:2]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results += [_run(stack, _inputs(rows)) for rows in sizes[2:]]
+    execution.remove()
+    torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_shares_its_noise_in_a_bank(fresh_compiler):
+    """Two experiments of a bank have the noise that each has alone; checkpointed, the backward pass has it too."""
+    layer, x = Layer().train(), _inputs(4)
+
+    def outputs(size: int, execution: LayerExecution) -> tuple[Tensor, Tensor]:
+        layer.dropout.bank_size = size
+        rows = x.detach().repeat(size, 1).requires_grad_()
+        execution.install()
+        torch.manual_seed(5)
+        y = layer(rows)
+        (gradient,) = torch.autograd.grad(y.square().sum(), rows)
+        execution.remove()
+        return y.detach(), gradient
+
+    compiled = LayerExecution(compiled=[layer])
+    single, gradient = outputs(1, compiled)
+    assert not torch.allclose(single, layer.eval()(x))
+    layer.train()
+    bank, bank_gradient = outputs(2, compiled)
+    for part, part_gradient in zip(bank.chunk(2), bank_gradient.chunk(2), strict=True):
+        torch.testing.assert_close(part, single)
+        torch.testing.assert_close(part_gradient, gradient)
+    both = outputs(2, LayerExecution(compiled=[layer], checkpointed=[layer]))
+    torch.testing.assert_close(both, (bank, bank_gradient))
