@@ -109,7 +109,9 @@ class Record:
         self.path.write_text(json.dumps(self.entries, indent=1) + "\n", encoding="utf-8")
 
 
-def run(scale: str, minutes: float, families: Sequence[Family], parts: Sequence[str], to: Path) -> Record:
+def run(
+    scale: str, minutes: float, families: Sequence[Family], parts: Sequence[str], banks: Sequence[int], to: Path
+) -> Record:
     record = Record(to, minutes, scale)
     print(json.dumps(record.entries["machine"]), flush=True)
     if "tests" in parts:
@@ -119,7 +121,7 @@ def run(scale: str, minutes: float, families: Sequence[Family], parts: Sequence[
     for family, _ in measure.LORA:
         if family in families and set(parts) - {"tests"}:
             with tempfile.TemporaryDirectory() as folder:
-                _family(record, family, scale, parts, Path(folder), rate or 1.0)
+                _family(record, family, scale, parts, banks, Path(folder), rate or 1.0)
     return record
 
 
@@ -136,7 +138,15 @@ def _tests(seconds: float) -> dict[str, Any]:
     return {"exit_code": code, "summary": output.strip().splitlines()[-1:] or [""]}
 
 
-def _family(record: Record, family: Family, scale: str, parts: Sequence[str], folder: Path, rate: float) -> None:
+def _family(
+    record: Record,
+    family: Family,
+    scale: str,
+    parts: Sequence[str],
+    banks: Sequence[int],
+    folder: Path,
+    rate: float,
+) -> None:
     backbone = None
 
     def build() -> dict[str, Any]:
@@ -172,36 +182,52 @@ def _family(record: Record, family: Family, scale: str, parts: Sequence[str], fo
     def spread(K: int, *assignments: str) -> list[Recipe]:
         return [recipes[i * len(recipes) // K].override(assignments) for i in range(K)]
 
-    if "banks" in parts:
-        for K in BANKS:
-            record.add(f"{family}/banks/{K}", 8 + 1.5 * K, lambda K=K: bank_entry(spread(K)))  # type: ignore[misc]
-    if "settings" in parts:
-        for K, names in ((8, ("compile", "compile + checkpointing")), (1, tuple(SETTINGS)[1:]), (16, ("compile",))):
+    def measure_banks() -> None:
+        for K in banks:
+            record.add(f"{family}/banks/{K}", 5 + 1.5 * K, lambda K=K: bank_entry(spread(K)))  # type: ignore[misc]
+
+    def measure_settings() -> None:
+        for K, names in ((8, ("compile", "compile + checkpointing")), (1, tuple(SETTINGS)[1:4]), (16, ("compile",))):
             for name in names:
                 record.add(
                     f"{family}/settings/{K}/{name}",
                     20 + 2 * K,
                     lambda K=K, name=name: bank_entry(spread(K, *SETTINGS[name])),  # type: ignore[misc]
                 )
+
     single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
-    if "peers" in parts:
-        record.add(f"{family}/peers/trainer_peft", 25, lambda: _trainer(backbone, single, questions, rate, flops))
-        record.add(f"{family}/peers/original_training", 20, lambda: _original(backbone, single, questions, rate, flops))
-    if "ranking" in parts:
-        record.add(f"{family}/ranking/original", 25, lambda: _original_ranking(backbone, single, questions))
+
+    def measure_peers() -> None:
+        record.add(f"{family}/peers/trainer_peft", 20, lambda: _trainer(backbone, single, questions, rate, flops))
+        record.add(f"{family}/peers/original_training", 15, lambda: _original(backbone, single, questions, rate, flops))
+
+    def measure_ranking() -> None:
+        record.add(f"{family}/ranking/original", 15, lambda: _original_ranking(backbone, single, questions))
         for K in (8, 16):
             record.add(
                 f"{family}/ranking/bank of {K}",
-                25,
+                10,
                 lambda K=K: _bank_ranking(backbone, spread(K), questions, sight),  # type: ignore[misc]
             )
-    if "profile" in parts:
+
+    def measure_profiles() -> None:
         for name in ("plain", "compile"):
             record.add(
                 f"{family}/profile/{name}",
                 25,
                 lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, sight),  # type: ignore[misc]
             )
+
+    actions = {
+        "banks": measure_banks,
+        "peers": measure_peers,
+        "settings": measure_settings,
+        "ranking": measure_ranking,
+        "profile": measure_profiles,
+    }
+    for part in parts:
+        if part in actions:
+            actions[part]()
     backbone = None
     _free()
 
@@ -352,9 +378,17 @@ if __name__ == "__main__":
     parser.add_argument("--scale", choices=list(full_size.SCALES), default="full")
     parser.add_argument("--families", default="t5,vicuna")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--banks", default=",".join(map(str, BANKS)))
     parser.add_argument("--to", type=Path, default=None, help="file of the record")
     options = parser.parse_args()
     if options.scale == "full" and not torch.cuda.is_available():
         sys.exit("no GPU here; --scale tiny rehearses the same with the miniatures")
     target = options.to or measure.RESULTS / f"{time.strftime('%Y-%m-%d')}-gpu.json"
-    run(options.scale, options.minutes, options.families.split(","), options.parts.split(","), target)
+    run(
+        options.scale,
+        options.minutes,
+        options.families.split(","),
+        options.parts.split(","),
+        [int(K) for K in options.banks.split(",")],
+        target,
+    )

@@ -1,9 +1,7 @@
 """What tests of several rooms share: small checkpoints of both families and a small data set, written once."""
 
-import importlib
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,20 @@ from blipfit.runtime import layers
 torch.set_num_threads(1)
 
 COUNTS = {"train": 12, "val": 6, "test": 5}
+
+
+COMPILER_WARNINGS = (
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
+)
+"""What torch's compiler says of its own code: the first on its import, the second where it means to hide it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "fresh_compiler" in getattr(item, "fixturenames", ()):
+            for warning in COMPILER_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,9 +70,6 @@ def backbone(small: dict[str, Path], family: str) -> Backbone:
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """A compiler that has compiled nothing yet; what a test compiles is not left to later ones."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, when it is first imported
-        importlib.import_module("torch._inductor.compile_fx")
     limit = torch._dynamo.config.recompile_limit
 
     def forget() -> None:

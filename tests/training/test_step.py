@@ -335,9 +335,10 @@ def test_where_memory_does_not_suffice_for_a_bank_the_backbone_is_whole(small, f
     backbone = checkpoints.load(small[family])
     encoded, recipes = reference.ask(backbone, QUESTIONS), _recipes(small[family], BANKS[bank])
     modules, queries = dict(backbone.hf.named_modules()), backbone.hf.query_tokens
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(step_module, failing, _out_of_memory)
-        Stepper(backbone, recipes, encoded)
+        with pytest.raises(torch.OutOfMemoryError):
+            Stepper(backbone, recipes, encoded)
     assert dict(backbone.hf.named_modules()) == modules
     assert backbone.hf.query_tokens is queries
     assert not any(parameter.requires_grad for parameter in backbone.hf.parameters())
