@@ -12,6 +12,7 @@ Questions are shaped like ScienceQA's: 16 a step, 106 tokens of text, answers of
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import bank, full_size, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
@@ -40,26 +42,28 @@ PARTS = ("tests", "peers", "banks", "settings", "ranking", "profile")
 BANKS = (1, 2, 4, 8, 16)
 WARM_UP, STEPS = 2, 6
 RANKED = 64
+DEFAULT_SETTINGS = "1:cuda_graphs,8:plain,8:padding,8:compile,8:checkpointing,16:checkpointing,1:compile + cuda_graphs"
+_PAD = "performance.pad_to_multiple_of=16"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "compile": ("performance.compile=true",),
+    "padding": (_PAD,),
+    "compile": ("performance.compile=true", _PAD),
     "cuda_graphs": ("performance.cuda_graphs=true",),
-    "compile + cuda_graphs": ("performance.compile=true", "performance.cuda_graphs=true"),
+    "compile + cuda_graphs": ("performance.compile=true", "performance.cuda_graphs=true", _PAD),
     "checkpointing": ("performance.checkpointing=[query,answer]",),
-    "compile + checkpointing": ("performance.compile=true", "performance.checkpointing=[query,answer]"),
+    "compile + checkpointing": ("performance.compile=true", "performance.checkpointing=[query,answer]", _PAD),
 }
-TESTS = [
+TESTS = (
+    "tests/training/test_gpu.py",
     "-m",
-    "gpu",
-    "-q",
+    "gpu and not slow",
+    "-v",
     "--tb=short",
-    "--no-header",
-    "--durations=8",
     "-p",
     "no:cacheprovider",
     "-o",
     "filterwarnings=default",
-]
+)
 
 
 class Record:
@@ -110,32 +114,39 @@ class Record:
 
 
 def run(
-    scale: str, minutes: float, families: Sequence[Family], parts: Sequence[str], banks: Sequence[int], to: Path
+    scale: str,
+    minutes: float,
+    families: Sequence[Family],
+    parts: Sequence[str],
+    banks: Sequence[int],
+    settings: Sequence[tuple[int, str]],
+    to: Path,
 ) -> Record:
     record = Record(to, minutes, scale)
     print(json.dumps(record.entries["machine"]), flush=True)
     if "tests" in parts:
-        record.add("tests", 30, lambda: _tests(min(110.0, record.left())))
+        record.add("tests", 20, lambda: _tests(record.left()))
     device = torch.device(measure.DEVICE)
     rate = record.add("matrix_rate", 5, lambda: full_size.matrix_rate(device))
     for family, _ in measure.LORA:
         if family in families and set(parts) - {"tests"}:
             with tempfile.TemporaryDirectory() as folder:
-                _family(record, family, scale, parts, banks, Path(folder), rate or 1.0)
+                _family(record, family, scale, parts, banks, settings, Path(folder), rate or 1.0)
     return record
 
 
 def _tests(seconds: float) -> dict[str, Any]:
-    """The tests marked gpu, in a process of their own."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *TESTS], capture_output=True, text=True, timeout=seconds, check=False
-        )
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = (error.stdout or b"").decode(errors="replace"), -1
-    print(output[-6000:], flush=True)
-    return {"exit_code": code, "summary": output.strip().splitlines()[-1:] or [""]}
+    """The tests marked gpu, in processes of their own; what they print so far survives a timeout."""
+    command = [sys.executable, "-m", "pytest", *TESTS, "-n", str(min(8, (os.cpu_count() or 2) // 2))]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        output.seek(0)
+        lines = output.read().splitlines()
+    print("\n".join(lines)[-9000:], flush=True)
+    return {"exit_code": code, "passed": sum(" PASSED " in line for line in lines), "last": lines[-1:]}
 
 
 def _family(
@@ -144,6 +155,7 @@ def _family(
     scale: str,
     parts: Sequence[str],
     banks: Sequence[int],
+    settings: Sequence[tuple[int, str]],
     folder: Path,
     rate: float,
 ) -> None:
@@ -168,7 +180,7 @@ def _family(
     flops = full_size.training_flops(backbone.hf.config) * size
 
     def bank_entry(members: Sequence[Recipe]) -> dict[str, Any]:
-        seconds, peak = bank_seconds(backbone, members, questions, sight)
+        seconds, peak, losses = bank_seconds(backbone, members, questions, sight)
         per_experiment = seconds / len(members)
         return {
             "experiments": len(members),
@@ -177,6 +189,8 @@ def _family(
             "utilization": flops / per_experiment / rate,
             "peak_bytes": peak,
             "predicted_bytes": _predicted_bytes(backbone, members),
+            "ids": [recipe.experiment for recipe in members],
+            "first_losses": losses,
         }
 
     def spread(K: int, *assignments: str) -> list[Recipe]:
@@ -187,13 +201,12 @@ def _family(
             record.add(f"{family}/banks/{K}", 5 + 1.5 * K, lambda K=K: bank_entry(spread(K)))  # type: ignore[misc]
 
     def measure_settings() -> None:
-        for K, names in ((8, ("compile", "compile + checkpointing")), (1, tuple(SETTINGS)[1:4]), (16, ("compile",))):
-            for name in names:
-                record.add(
-                    f"{family}/settings/{K}/{name}",
-                    20 + 2 * K,
-                    lambda K=K, name=name: bank_entry(spread(K, *SETTINGS[name])),  # type: ignore[misc]
-                )
+        for K, name in settings:
+            record.add(
+                f"{family}/settings/{K}/{name}",
+                (50 if "compile" in name else 10) + 1.5 * K,
+                lambda K=K, name=name: bank_entry(spread(K, *SETTINGS[name])),  # type: ignore[misc]
+            )
 
     single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
 
@@ -211,10 +224,11 @@ def _family(
             )
 
     def measure_profiles() -> None:
-        for name in ("plain", "compile"):
+        profiled = [name for K, name in settings if K == 8]
+        for name in profiled:
             record.add(
                 f"{family}/profile/{name}",
-                25,
+                100 if "compile" in name and (8, name) not in settings else 15,
                 lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, sight),  # type: ignore[misc]
             )
 
@@ -239,10 +253,11 @@ def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sigh
     stepper.train_mode()
     batches = plan.effective_batches(questions.lengths, stepper.training, 0)
 
-    def step(number: int) -> None:
+    def step(number: int) -> Tensor:
         micros = list(plan.micro_batches(batches[number % len(batches)], stepper.training))
         features = [sight.features([questions.questions[i] for i in micro]) for micro in micros]
-        stepper.step(batches[number % len(batches)], features, 0, number)
+        losses_K, labels = stepper.step(batches[number % len(batches)], features, 0, number)
+        return losses_K / labels
 
     try:
         yield step
@@ -253,15 +268,17 @@ def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sigh
 
 def bank_seconds(
     backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sight: Sight
-) -> tuple[float, int | None]:
-    """Median seconds of a step of the whole bank after a warm-up, and the peak of allocated bytes on a GPU."""
+) -> tuple[float, int | None, list[float]]:
+    """Median seconds of a step of the whole bank after a warm-up, the peak of allocated bytes on a GPU, and the losses
+    of the first step, which must not depend on the setting or the size of the bank (compiled: on other noise alone)."""
     if measure.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with stepping(backbone, recipes, questions, sight) as step:
-        for number in range(WARM_UP):
+        losses = step(0)
+        for number in range(1, WARM_UP):
             step(number)
         times = [measure.seconds(lambda n=n: step(n)) for n in range(WARM_UP, WARM_UP + STEPS)]  # type: ignore[misc]
-    return statistics.median(times), torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else None
+    return statistics.median(times), _peak(), losses.tolist()
 
 
 def _predicted_bytes(backbone: Backbone, recipes: Sequence[Recipe]) -> int:
@@ -269,7 +286,14 @@ def _predicted_bytes(backbone: Backbone, recipes: Sequence[Recipe]) -> int:
     mean = {
         part: sum(each.get(part, 0) for each in trained) // len(trained) for part in {p for t in trained for p in t}
     }
-    estimate = count.memory_estimate(backbone.hf, mean, len(recipes), full_size.TEXT, recipes[0].training.batch_size)
+    estimate = count.memory_estimate(
+        backbone.hf,
+        mean,
+        len(recipes),
+        full_size.TEXT,
+        recipes[0].training.batch_size,
+        recipes[0].performance.checkpointing,
+    )
     return int(sum(estimate.values()))
 
 
@@ -379,16 +403,17 @@ if __name__ == "__main__":
     parser.add_argument("--families", default="t5,vicuna")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--banks", default=",".join(map(str, BANKS)))
+    parser.add_argument("--settings", default=DEFAULT_SETTINGS, help="K:SETTING, comma-separated")
     parser.add_argument("--to", type=Path, default=None, help="file of the record")
     options = parser.parse_args()
     if options.scale == "full" and not torch.cuda.is_available():
         sys.exit("no GPU here; --scale tiny rehearses the same with the miniatures")
-    target = options.to or measure.RESULTS / f"{time.strftime('%Y-%m-%d')}-gpu.json"
     run(
         options.scale,
         options.minutes,
         options.families.split(","),
         options.parts.split(","),
         [int(K) for K in options.banks.split(",")],
-        target,
+        [(int(entry.partition(":")[0]), entry.partition(":")[2]) for entry in options.settings.split(",")],
+        options.to or measure.RESULTS / f"{time.strftime('%Y-%m-%d')}-gpu.json",
     )

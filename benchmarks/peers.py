@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from blipfit.adapters import placement
 from blipfit.data import images
@@ -28,6 +28,9 @@ from blipfit.recipe import Recipe
 def tuned(backbone: Backbone, recipe: Recipe) -> Any:
     """A copy of the model with peft's LoRA and the always-trained parts unfrozen."""
     model = copy.deepcopy(backbone.hf)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("sdpa")  # as users have it
     model.requires_grad_(False)
     placed = placement.resolve(model, backbone.family, recipe.adapter)
     adapter = recipe.adapter

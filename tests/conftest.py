@@ -12,19 +12,18 @@ from PIL import Image
 
 import checkpoints
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import layers
+from blipfit.runtime import execution
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
 
 COUNTS = {"train": 12, "val": 6, "test": 5}
 
-
 COMPILER_WARNINGS = (
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+    r"ignore::DeprecationWarning:torch\..*",
     "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
 )
-"""What torch's compiler says of its own code: the first on its import, the second where it means to hide it."""
+"""What torch's compiler says of its own code; it means to hide the second, and cannot where warnings are errors."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,7 +73,7 @@ def fresh_compiler() -> Iterator[None]:
 
     def forget() -> None:
         torch._dynamo.config.recompile_limit = limit
-        layers._compiled.cache_clear()
+        execution._compiled.cache_clear()
         torch._dynamo.reset()
 
     forget()

@@ -241,11 +241,11 @@ def test_a_recipe_of_version_0_1_has_the_defaults(tmp_path: Path):
     del values["performance"]
     file = tmp_path / "old.yaml"
     file.write_text(yaml.safe_dump(values))
-    old = recipe.load(file)
-    assert old == MINE
-    assert old.differences(MINE) == {}
-    assert old.to_yaml() == MINE.to_yaml()
-    performance = old.performance
+    old_recipe = recipe.load(file)
+    assert old_recipe == MINE
+    assert old_recipe.differences(MINE) == {}
+    assert old_recipe.to_yaml() == MINE.to_yaml()
+    performance = old_recipe.performance
     assert (performance.compile, performance.cuda_graphs, performance.checkpointing) == (False, False, ())
     assert performance.pad_to_multiple_of == 1
 
@@ -263,7 +263,7 @@ def test_performance_goes_through_yaml(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         (
             ["performance.checkpointing=vision"],
@@ -285,8 +285,8 @@ def test_performance_goes_through_yaml(tmp_path: Path):
         (["performance=fast"], "performance is a section; set one of its fields: compile, cuda_graphs"),
     ],
 )
-def test_a_performance_that_cannot_be_is_one_sentence(changes, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_a_performance_that_cannot_be_is_one_sentence(changes, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
         MINE.override(changes)
     assert "\n" not in str(error.value)
 

@@ -239,6 +239,11 @@ class PerformanceConfig(Part):
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("checkpointing")
+    @classmethod
+    def _in_order_of_the_stages(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(stage for stage in ("query", "answer") if stage in value)
+
     @model_validator(mode="after")
     def _can_be_combined(self) -> "PerformanceConfig":
         if self.cuda_graphs and self.checkpointing:

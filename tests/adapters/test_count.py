@@ -46,3 +46,33 @@ def test_memory_grows_with_the_experiments():
     assert two["trained"] == 2 * one["trained"] == 56 * 187_262_464
     assert two["activations"] == 2 * one["activations"]
     assert 2 * 4.0e9 < one["weights"] < 2 * 4.3e9 + 4e8  # 4.0 G parameters, most of them at two bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "experiments", "measured"),
+    [
+        ("flan-t5-xl", 16, 1, 14.86e9),
+        ("flan-t5-xl", 16, 4, 30.44e9),
+        ("flan-t5-xl", 16, 16, 92.38e9),
+        ("vicuna-7b", 8, 1, 22.10e9),
+        ("vicuna-7b", 8, 8, 60.36e9),
+    ],
+)
+def test_the_memory_estimate_is_near_what_a_gpu_took(name, rows, experiments, measured):
+    """Peaks of torch's allocator on an H200, 106 text tokens (benchmarks/results/2026-11-27-gpu-h200-*.json)."""
+    model = shapes.on_meta(f"Salesforce/instructblip-{name}")
+    family = "t5" if "t5" in name else "vicuna"
+    trained = count.trained(model, family, AdapterPart(qformer=("self_attn",), rank=8))
+    estimate = count.memory_estimate(model, trained, experiments, tokens=106, rows=rows)
+    assert sum(estimate.values()) == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpointing_keeps_less():
+    model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
+    trained = count.trained(model, "t5", AdapterPart(qformer=("ffn",)))
+    sizes = [
+        count.memory_estimate(model, trained, 1, 128, 16, stages)["activations"]
+        for stages in ((), ("query",), ("answer",), ("query", "answer"))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == pytest.approx(sizes[0] / 20)

@@ -163,40 +163,40 @@ def test_lengths_and_labels_come_in_multiples(backbone, multiple):
     """An answer's in multiples of eight at most: it is short, and its padding costs a row of the vocabulary's width."""
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
-    plain = text.targets(encoded)
+    plain_batch = text.targets(encoded)
     text.multiple = multiple
     batch = text.targets(encoded)
     for name in LENGTHS:
-        width, expected = getattr(batch, name).shape[1], getattr(plain, name).shape[1]
+        width, expected = getattr(batch, name).shape[1], getattr(plain_batch, name).shape[1]
         assert width % multiple == 0
         assert 0 <= width - expected < multiple
     if backbone.family == "t5":
-        width, expected = batch.decoder_ids_BA.shape[1], plain.decoder_ids_BA.shape[1]
+        width, expected = batch.decoder_ids_BA.shape[1], plain_batch.decoder_ids_BA.shape[1]
         assert width % min(multiple, 8) == 0
         assert 0 <= width - expected < min(multiple, 8)
     assert len(batch.labels_N) == len(batch.positions_N)
     assert len(batch.labels_N) % multiple == 0
-    assert 0 <= len(batch.labels_N) - len(plain.labels_N) < multiple
+    assert 0 <= len(batch.labels_N) - len(plain_batch.labels_N) < multiple
 
 
 @pytest.mark.parametrize("multiple", [8, 64])
 def test_padding_to_a_multiple_says_the_same(backbone, multiple):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
-    plain = text.targets(encoded)
+    plain_batch = text.targets(encoded)
     text.multiple = multiple
     batch = text.targets(encoded)
-    assert _text_of(batch) == _text_of(plain)
-    count = len(plain.labels_N)
-    assert torch.equal(batch.labels_N[:count], plain.labels_N)
+    assert _text_of(batch) == _text_of(plain_batch)
+    count = len(plain_batch.labels_N)
+    assert torch.equal(batch.labels_N[:count], plain_batch.labels_N)
     assert (batch.labels_N[count:] == -100).all()
     assert (batch.positions_N[count:] == 0).all()
     # Each label is predicted from the same token of the same row.
     name = "decoder_ids_BA" if backbone.family == "t5" else "text_ids_BT"
-    ids, plain_ids = getattr(batch, name), getattr(plain, name)
-    assert torch.equal(ids.flatten()[batch.positions_N[:count]], plain_ids.flatten()[plain.positions_N])
+    ids, plain_ids = getattr(batch, name), getattr(plain_batch, name)
+    assert torch.equal(ids.flatten()[batch.positions_N[:count]], plain_ids.flatten()[plain_batch.positions_N])
     rows = batch.positions_N[:count] // ids.shape[1]
-    assert torch.equal(rows, plain.positions_N // plain_ids.shape[1])
+    assert torch.equal(rows, plain_batch.positions_N // plain_ids.shape[1])
 
 
 def test_a_multiple_pads_few_shapes(backbone):
@@ -208,9 +208,9 @@ def test_a_multiple_pads_few_shapes(backbone):
         batches = [text.targets([e]) for e in text.encode(prompts)]
         return {tuple(tensor.shape for tensor in batch.tensors()) for batch in batches}
 
-    many = len(shapes())
+    count = len(shapes())
     text.multiple = 32
-    assert len(shapes()) < many / 4
+    assert len(shapes()) < count / 4
 
 
 def test_what_is_judged_is_not_padded_to_a_multiple(backbone):
@@ -228,5 +228,5 @@ def test_a_batch_is_made_of_its_tensors_again(backbone, multiple):
     batch = backbone.text.targets(backbone.text.encode([SHORT, LONG]))
     tensors = batch.tensors()
     assert len(tensors) == (7 if backbone.family == "t5" else 6)
-    again = TargetBatch.of_tensors(tensors)
-    assert all(getattr(again, f.name) is getattr(batch, f.name) for f in fields(batch))
+    copy = TargetBatch.of_tensors(tensors)
+    assert all(getattr(copy, f.name) is getattr(batch, f.name) for f in fields(batch))

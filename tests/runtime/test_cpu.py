@@ -229,9 +229,13 @@ def test_the_setting_stays_while_another_thread_is_inside():
 @pytest.mark.parametrize("answer", [True, False])
 def test_a_graph_is_traced_as_if_inside(answer, monkeypatch):
     monkeypatch.setattr(cpu, "pays", lambda: answer)
+    with cpu.products():
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert cpu.in_products() is answer
+        assert not cpu.in_products("cuda")
+        monkeypatch.undo()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert cpu.in_products() is answer
-    assert not cpu.in_products("cuda")
+    assert not cpu.in_products()
 
 
 # -------------------------------------------------------- plain_products

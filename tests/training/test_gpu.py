@@ -124,6 +124,7 @@ def test_a_setting_changes_no_number(gpu_backbone, family, assignments):
     assert_alike(run_steps(gpu_backbone, recipes(family, (3, 15), *dropout, *assignments)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["performance.cuda_graphs=true"]], ids=["compiled", "compiled and captured"])
 def test_a_compiled_step_changes_no_number(gpu_backbone, family, more):
     options = ["training.dropout=false", "performance.pad_to_multiple_of=32"]
@@ -131,6 +132,7 @@ def test_a_compiled_step_changes_no_number(gpu_backbone, family, more):
     assert_alike(run_steps(gpu_backbone, recipes(family, (3, 15), *options, "performance.compile=true", *more)), plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_bank_shares_its_noise(gpu_backbone, family):
     options = ["performance.pad_to_multiple_of=32", "performance.compile=true"]
     losses, _ = run_steps(gpu_backbone, recipes(family, (3, 15), *options))

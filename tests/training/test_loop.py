@@ -383,68 +383,68 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def test_a_run_with_checkpointing_is_the_run_without(recipe, train, family):
-    mine = recipe(15 if family == "t5" else 47, family=family)
-    (expected,) = train([mine], "plain")
-    (run,) = train([mine.override([CHECKPOINTING])], "checkpointed")
+    experiment = recipe(15 if family == "t5" else 47, family=family)
+    (expected,) = train([experiment], "plain")
+    (run,) = train([experiment.override([CHECKPOINTING])], "checkpointed")
     assert _facts(run) == _facts(expected)
     assert run.predictions_file.read_text() == expected.predictions_file.read_text()
     assert run.recipe().performance.checkpointing == ("query", "answer")
 
 
 def test_a_run_with_padding_is_the_run_without_but_for_rounding(recipe, train, family):
-    mine = recipe(15 if family == "t5" else 47, "training.dropout=false", family=family)
-    (expected,) = train([mine], "plain")
-    (run,) = train([mine.override(["performance.pad_to_multiple_of=16"])], "padded")
+    experiment = recipe(15 if family == "t5" else 47, "training.dropout=false", family=family)
+    (expected,) = train([experiment], "plain")
+    (run,) = train([experiment.override(["performance.pad_to_multiple_of=16"])], "padded")
     _close(run, expected, 1e-4)
 
 
 def test_a_checkpointed_and_padded_run_is_resumed(recipe, train, monkeypatch):
-    mine = recipe(30, CHECKPOINTING, "performance.pad_to_multiple_of=8")
-    (straight,) = train([mine], "straight")
+    experiment = recipe(30, CHECKPOINTING, "performance.pad_to_multiple_of=8")
+    (straight,) = train([experiment], "straight")
     monkeypatch.setattr(loop, "CHECK_EVERY", 1)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        train([mine], "broken", listen=_at("step", 4))
-    (resumed,) = train([mine], "broken")
+        train([experiment], "broken", listen=_at("step", 4))
+    (resumed,) = train([experiment], "broken")
     assert _same(straight.result(), resumed.result())
 
 
 def test_recipes_of_different_performance_train_in_banks_of_their_own(recipe, train):
     """On the one model of a workshop: what a bank changes in it is gone when the next begins."""
-    several = [recipe(13), recipe(19, CHECKPOINTING), recipe(30), recipe(32, "performance.pad_to_multiple_of=64")]
+    recipes = [recipe(13), recipe(19, CHECKPOINTING), recipe(30), recipe(32, "performance.pad_to_multiple_of=64")]
     banks = []
-    runs = train(several, listen=lambda name, facts: banks.append(facts["recipes"]) if name == "start" else None)
+    runs = train(recipes, listen=lambda name, facts: banks.append(facts["recipes"]) if name == "start" else None)
     assert sorted(len(bank) for bank in banks) == [1, 1, 2]
-    assert all(len({one.performance for one in bank}) == 1 for bank in banks)
-    for run, mine in zip(runs, several, strict=True):
-        (alone,) = train([mine], "alone")
-        _close(run, alone, 1e-4)
+    assert all(len({member.performance for member in bank}) == 1 for bank in banks)
+    for run, experiment in zip(runs, recipes, strict=True):
+        (single_run,) = train([experiment], "alone")
+        _close(run, single_run, 1e-4)
 
 
 def test_a_run_of_version_0_1_is_finished_or_goes_on(recipe, train):
     """Its recipe has no section for performance, which means the defaults."""
-    mine, unfinished = recipe(30), recipe(13)
-    (run,) = train([mine])
+    experiment, interrupted = recipe(30), recipe(13)
+    (run,) = train([experiment])
     with pytest.raises(Interrupted):
-        train([unfinished], listen=_at("epoch", 1))
-    broken = Run(run.folder.parent / "13")
-    for folder in (run, broken):
+        train([interrupted], listen=_at("epoch", 1))
+    interrupted_run = Run(run.folder.parent / "13")
+    for folder in (run, interrupted_run):
         values = yaml.safe_load(folder.recipe_file.read_text())
         del values["performance"]
         folder.recipe_file.write_text(yaml.safe_dump(values))
     events = []
-    train([mine, unfinished], listen=lambda name, facts: events.append(name))
+    train([experiment, interrupted], listen=lambda name, facts: events.append(name))
     assert [name for name in events if name in ("skipped", "finished")] == ["skipped", "finished"]
-    assert broken.state() == "finished"
+    assert interrupted_run.state() == "finished"
     with pytest.raises(UserError, match=r"another recipe \(performance.pad_to_multiple_of is 1 there and 8 here\)"):
-        train([mine.override(["performance.pad_to_multiple_of=8"])])
+        train([experiment.override(["performance.pad_to_multiple_of=8"])])
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_run_without_but_for_rounding(recipe, train, family, fresh_compiler):
-    mine = recipe(15 if family == "t5" else 47, "training.dropout=false", family=family)
-    (expected,) = train([mine], "plain")
-    (run,) = train([mine.override(["performance.compile=true", "performance.pad_to_multiple_of=16"])], "compiled")
+def test_a_compiled_run_is_the_run_without_but_for_rounding(recipe, train, fresh_compiler):
+    experiment = recipe(15, "training.dropout=false")
+    (expected,) = train([experiment], "plain")
+    (run,) = train([experiment.override(["performance.compile=true", "performance.pad_to_multiple_of=64"])], "compiled")
     _close(run, expected, 1e-4)
 
 
@@ -481,21 +481,21 @@ PLACES = {
 def test_a_bank_too_large_for_memory_is_told_and_the_model_is_whole(recipe, train, tmp_path, monkeypatch, place):
     """The sentence says what to do, and the model of the workshop trains the next experiments as a fresh one."""
     workshop = Workshop("cpu", store=tmp_path / "features")
-    several = [recipe(13), recipe(30)]
-    backbone = workshop.backbone(several[0])
+    recipes = [recipe(13), recipe(30)]
+    backbone = workshop.backbone(recipes[0])
     modules, queries = dict(backbone.hf.named_modules()), backbone.hf.query_tokens
     owner, name, failure = PLACES[place]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failure)
         with pytest.raises(UserError, match="2 experiments at once need more memory than cpu has; train") as error:
-            train(several, workshop=workshop)
+            train(recipes, workshop=workshop)
     assert "\n" not in str(error.value)
     assert dict(backbone.hf.named_modules()) == modules
     assert backbone.hf.query_tokens is queries
     assert not any(parameter.requires_grad for parameter in backbone.hf.parameters())
     assert not backbone.hf.training
-    runs = train(several, workshop=workshop)
-    for run, expected in zip(runs, train(several, "fresh"), strict=True):
+    runs = train(recipes, workshop=workshop)
+    for run, expected in zip(runs, train(recipes, "fresh"), strict=True):
         assert _facts(run) == _facts(expected)
 
 

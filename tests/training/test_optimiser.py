@@ -197,6 +197,6 @@ def test_experiments_that_stay_keep_their_settings(small, rows):
         return [bank.state(k) for k in range(bank.K)]
 
     for experiment, state in zip(rows, walk([0, 1], rows), strict=True):
-        (alone,) = walk([experiment], [0])
-        for name, tensor in alone.items():
+        (single_state,) = walk([experiment], [0])
+        for name, tensor in single_state.items():
             torch.testing.assert_close(state[name], tensor, msg=name)

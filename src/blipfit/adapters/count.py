@@ -1,6 +1,6 @@
 """How many parameters an experiment trains, counted on the modules that a placement names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,31 +45,38 @@ def total(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+HALVES_KEPT = {"t5": 20, "llama": 18}
+"""16-bit numbers that backward keeps for each token and unit of width in a layer, by the language model's type.
+
+Measured on an H200 with banks of 1 to 16 experiments in bf16, with dropout (`python -m benchmarks.gpu`)."""
+
+
 def memory_estimate(
-    model: nn.Module, trained_by_part: Mapping[str, int], experiments: int, tokens: int, rows: int
+    model: nn.Module,
+    trained_by_part: Mapping[str, int],
+    experiments: int,
+    tokens: int,
+    rows: int,
+    checkpointing: Sequence[str] = (),
 ) -> dict[str, float]:
     """Bytes that training takes on a GPU with 16-bit frozen parts, by purpose: a sum, not a measurement.
 
-    Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: the bank's
-    matrices at 4 bytes. Activations: what backward keeps of the language model and the Q-Former, about 34 (T5's
-    gated feed-forward included) hidden-width halves a token and layer.
+    Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: the bank's matrices at 4 bytes.
+    Activations: what backward keeps of Q-Former and language model for `rows` questions of `tokens` text tokens and
+    each experiment; of a stage in `checkpointing` (`query`, `answer`) the layers' inputs alone.
     """
     parts = total(model)
     fp32 = sum(n for part, n in parts.items() if part.startswith(("qformer", "query", "projection")))
     config: Any = model.config
-    text = config.text_config
+    text, qformer = config.text_config, config.qformer_config
     width = getattr(text, "d_model", None) or text.hidden_size
     layers = getattr(text, "num_layers", None) or text.num_hidden_layers
-    qformer = config.qformer_config
-    language_tokens = tokens + config.num_query_tokens
-    kept = (
-        34
-        * 2
-        * (
-            language_tokens * width * layers
-            + (128 + config.num_query_tokens) * qformer.hidden_size * qformer.num_hidden_layers
-        )
-    )
+    sizes = {
+        "query": (tokens + config.num_query_tokens) * qformer.hidden_size * qformer.num_hidden_layers,
+        "answer": (tokens + config.num_query_tokens) * width * layers,
+    }
+    halves = HALVES_KEPT[text.model_type]
+    kept = sum(2 * size * (1 if stage in checkpointing else halves) for stage, size in sizes.items())
     return {
         "weights": 4 * fp32 + 2 * (sum(parts.values()) - fp32),
         "trained": 4 * MATRICES * sum(trained_by_part.values()) * experiments,

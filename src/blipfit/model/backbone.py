@@ -43,7 +43,7 @@ class Backbone:
         last = hf.qformer.encoder.layer[-1].attention
         if not hasattr(last, QUERY_ROWS):
             last.register_forward_pre_hook(_queries_only, with_kwargs=True)
-        setattr(last, QUERY_ROWS, hf.query_tokens.shape[1])
+        setattr(last, QUERY_ROWS, None)  # within `query` alone: Hugging Face's own forward stays as it is
 
     @property
     def device(self) -> torch.device:
@@ -59,12 +59,26 @@ class Backbone:
         return self.hf.query_tokens.shape[0]
 
     def layers(self, stage: Literal["query", "answer"]) -> list[nn.Module]:
-        """The transformer layers of a stage: the Q-Former's, or the language model's (T5: encoder, then decoder)."""
+        """The transformer layers of a stage: the Q-Former's, or the language model's (T5: encoder, then decoder).
+
+        The Q-Former's last one is left out: what it computes depends on who calls it, see `query`.
+        """
         if stage == "query":
-            return list(self.hf.qformer.encoder.layer)
+            return list(self.hf.qformer.encoder.layer[:-1])
         if self.family == "t5":
             return [*self.language.encoder.block, *self.language.decoder.block]
         return list(self.language.model.layers)
+
+    def repeated_layers(self) -> list[nn.Module]:
+        """Layers that many others are like, so that compiling one serves them all.
+
+        T5's first layers, which compute the position bias, are left out: each would take as long to compile as all of
+        its neighbors.
+        """
+        answer = self.layers("answer")
+        if self.family == "t5":
+            answer = [*self.language.encoder.block[1:], *self.language.decoder.block[1:]]
+        return [*self.layers("query"), *answer]
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -107,7 +121,7 @@ class Backbone:
             Q = queries.shape[1]
             ids = over_bank(batch.qformer_ids_BT, K)
             mask = torch.cat([batch.qformer_mask_BT.new_ones(B, Q), batch.qformer_mask_BT], dim=1)
-            with _all_rows(hf.qformer.encoder.layer[-1].attention, every_row):
+            with _query_rows(hf.qformer.encoder.layer[-1].attention, None if every_row else Q):
                 hidden = hf.qformer(
                     input_ids=ids,
                     attention_mask=_padding_mask(over_bank(mask, K)),
@@ -272,14 +286,13 @@ def _queries_only(
 
 
 @contextmanager
-def _all_rows(module: Any, enabled: bool) -> Iterator[None]:
-    """Within it, where `enabled`, the Q-Former's last attention computes the text's rows too."""
-    before = getattr(module, QUERY_ROWS)
-    setattr(module, QUERY_ROWS, None if enabled else before)
+def _query_rows(module: Any, count: int | None) -> Iterator[None]:
+    """Within it the Q-Former's last attention computes so many rows, all where None."""
+    setattr(module, QUERY_ROWS, count)
     try:
         yield
     finally:
-        setattr(module, QUERY_ROWS, before)
+        setattr(module, QUERY_ROWS, None)
 
 
 def _padding_mask(mask_NS: Tensor) -> Tensor:

@@ -137,7 +137,9 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     placed = placement.resolve(model, family, recipe.adapter)
     trained, total = count.trained(model, family, recipe.adapter), count.total(model)
     training = recipe.training
-    memory = count.memory_estimate(model, trained, 1, training.max_text_tokens, training.batch_size)
+    memory = count.memory_estimate(
+        model, trained, 1, training.max_text_tokens, training.batch_size, recipe.performance.checkpointing
+    )
     dead = placement.without_gradient(model)
     return {
         "recipe": recipe.model_dump(mode="json"),

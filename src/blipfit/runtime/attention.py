@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -30,8 +31,15 @@ because transformers takes those as they are; other masks it reads on the device
 
 
 def use(model: Any) -> None:
-    """Let a Hugging Face model compute its attention here."""
-    model.set_attn_implementation(NAME)
+    """Let a Hugging Face model compute its attention here.
+
+    Its parts are told one by one: T5's two stacks have configurations of their own, which some versions of transformers
+    leave as they are.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(NAME)
+            assert part.config._attn_implementation == NAME, type(part)
 
 
 def forward(
@@ -105,7 +113,33 @@ def batched(
         noise = draw_mask(_like(query, (*query.shape[:3], key.shape[2])), p, bank_size)
     # Under a GPU's autocast softmax would give fp32, twice the memory.
     with torch.autocast(query.device.type, enabled=False):
-        return _Attention.apply(query, key, value, bias, mask, noise, scale, p)  # type: ignore[no-any-return]
+        inputs = query, key, value, bias, mask, noise, scale, p
+        if torch.compiler.is_compiling():  # torch 2.11's compiler cannot trace the function below
+            return checkpoint(_differentiable, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return _Attention.apply(*inputs)  # type: ignore[no-any-return]
+
+
+def _differentiable(
+    query_NHTD: Tensor,
+    key_NHSD: Tensor,
+    value_NHSD: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    noise: Tensor | None,
+    scale: float,
+    p: float,
+) -> Tensor:
+    """`_Attention` for the compiler, which makes the backward pass and fuses what is not a product."""
+    query_NHTD = query_NHTD if scale == 1 else query_NHTD * scale
+    scores_NHTS = query_NHTD @ key_NHSD.mT
+    if bias is not None:
+        scores_NHTS = scores_NHTS + bias.to(scores_NHTS.dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        scores_NHTS = scores_NHTS.masked_fill(~mask, torch.finfo(scores_NHTS.dtype).min)
+    elif mask is not None:
+        scores_NHTS = scores_NHTS + mask.to(scores_NHTS.dtype)
+    probabilities = scores_NHTS.softmax(-1)
+    return (probabilities if noise is None else apply_mask(probabilities, noise, p)) @ value_NHSD
 
 
 def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -130,9 +164,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         N, H, T, _ = query_NHTD.shape
         scaled = query_NHTD
-        if scale != 1 and torch.compiler.is_compiling():
-            scaled = query_NHTD * scale
-        elif scale != 1:  # one pass: scaled, and in the order that a batched product wants
+        if scale != 1:  # one pass: scaled, and in the order that a batched product wants
             scaled = torch.mul(query_NHTD, scale, out=query_NHTD.new_empty(query_NHTD.shape))
         query, key, value = (x.reshape(N * H, *x.shape[2:]) for x in (scaled, key_NHSD, value_NHSD))
         probabilities = _probabilities(query, key, (N, H), bias, mask)
@@ -144,6 +176,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # A caller may run backward inside autocast.
+        with torch.autocast(grad_NHTD.device.type, enabled=False):
+            return _Attention._gradients(ctx, grad_NHTD)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, noise, probabilities = ctx.saved_tensors
         if probabilities is None:
             probabilities = _probabilities(query, key, ctx.shape, bias, mask)

@@ -112,8 +112,14 @@ def in_products(device: str = "cpu") -> bool:
 
 
 @contextmanager
-def plain_products() -> Iterator[None]:
-    """Within it products are torch's own again; for what oneDNN is slow at, and only inside `products`."""
+def plain_products(device: str = "cpu") -> Iterator[None]:
+    """Within it products are torch's own again, for what oneDNN is slow at; outside `products` it does nothing.
+
+    A compiled graph cannot change the setting midway: while one is traced it does nothing either.
+    """
+    if not in_products(device) or torch.compiler.is_compiling():
+        yield
+        return
     with _lock:
         _allow(_before)
     try:

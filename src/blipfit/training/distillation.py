@@ -55,7 +55,8 @@ class Teacher:
                 taught_NV = self.backbone.target_logits(wanted, batch)[0].float()
             said = F.log_softmax(logits_KNV, dim=-1)
             taught = F.log_softmax(taught_NV, dim=-1).expand_as(said)
-            diverged_K = F.kl_div(said, taught, reduction="none", log_target=True).sum((1, 2))
+            diverged_KN = F.kl_div(said, taught, reduction="none", log_target=True).sum(2)
+            diverged_K = (diverged_KN * (batch.labels_N >= 0)).sum(1)  # −100 only fills up
             learned_K = learned_K + self.part.answers * diverged_K
         return learned_K, ordinary_K
 

@@ -233,17 +233,21 @@ class BankSession:
         self.runs = [run for run, _, _ in members]
         self.recipes = [recipe for _, recipe, _ in members]
         self.training = self.recipes[0].training
-        self.stepper = Stepper(backbone, self.recipes, splits["train"].encoded)
-        self.best = self.bank.values.clone()
         self.progress = [Progress() for _ in members]
         self.finished: list[Finished] = []
         self.saved_at = time.monotonic()
         self._pending: list[tuple[list[str], Tensor]] = []
-        for k, (run, _, resumed) in enumerate(members):
-            if resumed:
-                self._restore(k, *resumed)
-            epochs = self.progress[k].epoch
-            run.truncate_log(lambda line, last=epochs: line["epoch"] <= last)  # type: ignore[misc]
+        self.stepper = Stepper(backbone, self.recipes, splits["train"].encoded)
+        try:
+            self.best = self.bank.values.clone()
+            for k, (run, _, resumed) in enumerate(members):
+                if resumed:
+                    self._restore(k, *resumed)
+                epochs = self.progress[k].epoch
+                run.truncate_log(lambda line, last=epochs: line["epoch"] <= last)  # type: ignore[misc]
+        except BaseException:  # out of memory, above all: the backbone goes back as it was
+            self.stepper.remove()
+            raise
 
     @property
     def bank(self) -> Bank:
@@ -251,7 +255,7 @@ class BankSession:
 
     def release(self) -> None:
         """Give the backbone back as it was, and the memory of training before the test needs some."""
-        self.bank.remove()
+        self.stepper.remove()
         self.backbone.hf.eval()
         del self.stepper, self.best
 

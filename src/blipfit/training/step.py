@@ -1,7 +1,6 @@
 """One optimiser step of a bank: the place where forward, backward and update happen."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from blipfit.data.batches import Encoded, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.runtime import distributed, memory
+from blipfit.runtime.execution import LayerExecution
 from blipfit.runtime.graphs import CapturedFunction
-from blipfit.runtime.layers import LayerExecution
 from blipfit.training import distillation, plan
 from blipfit.training.optimiser import BankAdamW, rate_at
 
@@ -32,9 +31,8 @@ class Stepper:
         self._loss_scale = 2.0**10 if backbone.autocast_dtype == torch.float16 else 1.0
         self._captured: CapturedFunction | None = None
         performance = self.recipes[0].performance
-        stages: tuple[Literal["query", "answer"], ...] = ("query", "answer")
         self.execution = LayerExecution(
-            [layer for stage in stages for layer in backbone.layers(stage)] if performance.compile else [],
+            backbone.repeated_layers() if performance.compile else [],
             [layer for stage in performance.checkpointing for layer in backbone.layers(stage)],
         )
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
@@ -54,6 +52,7 @@ class Stepper:
     def remove(self) -> None:
         """Give the backbone back as it was."""
         self._captured = None
+        self.backbone.text.multiple = 1
         self.execution.remove()
         self.bank.remove()
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import reference
-from blipfit.runtime import layers
+from blipfit.runtime import execution
 from blipfit.runtime.dropout import SharedDropout
-from blipfit.runtime.layers import LayerExecution
+from blipfit.runtime.execution import LayerExecution
 
 WIDTH = 8
 
@@ -31,8 +31,8 @@ class Calls:
     """A replacement of `torch.utils.checkpoint.checkpoint` that counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.count, self.original = 0, layers.checkpoint
-        monkeypatch.setattr(layers, "checkpoint", self)
+        self.count, self.original = 0, execution.checkpoint
+        monkeypatch.setattr(execution, "checkpoint", self)
 
     def __call__(self, *arguments, **options):
         self.count += 1
@@ -144,11 +144,11 @@ def test_removal_gives_the_layers_their_forward_pass_back(fresh_compiler):
 
 
 def test_other_layers_of_the_class_are_left_alone(checkpoint_calls):
-    mine, other = Layer(0), Layer(1)
-    execution = LayerExecution(checkpointed=[mine])
+    layer, neighbor = Layer(0), Layer(1)
+    execution = LayerExecution(checkpointed=[layer])
     execution.install()
-    assert _is_plain([other])
-    other(_inputs())
+    assert _is_plain([neighbor])
+    neighbor(_inputs())
     assert checkpoint_calls.count == 0
     execution.remove()
 
@@ -250,12 +250,12 @@ def test_a_compiled_layer_shares_its_noise_in_a_bank(fresh_compiler):
         return y.detach(), gradient
 
     compiled = LayerExecution(compiled=[layer])
-    single, gradient = outputs(1, compiled)
-    assert not torch.allclose(single, layer.eval()(x))
+    single_output, gradient = outputs(1, compiled)
+    assert not torch.allclose(single_output, layer.eval()(x))
     layer.train()
-    bank, bank_gradient = outputs(2, compiled)
-    for part, part_gradient in zip(bank.chunk(2), bank_gradient.chunk(2), strict=True):
-        torch.testing.assert_close(part, single)
+    bank_output, bank_gradient = outputs(2, compiled)
+    for part, part_gradient in zip(bank_output.chunk(2), bank_gradient.chunk(2), strict=True):
+        torch.testing.assert_close(part, single_output)
         torch.testing.assert_close(part_gradient, gradient)
-    both = outputs(2, LayerExecution(compiled=[layer], checkpointed=[layer]))
-    torch.testing.assert_close(both, (bank, bank_gradient))
+    checkpointed_outputs = outputs(2, LayerExecution(compiled=[layer], checkpointed=[layer]))
+    torch.testing.assert_close(checkpointed_outputs, (bank_output, bank_gradient))
