@@ -73,7 +73,7 @@ def fresh_compiler() -> Iterator[None]:
 
     def forget() -> None:
         torch._dynamo.config.recompile_limit = limit
-        execution._compiled.cache_clear()
+        execution._COMPILED.clear()
         torch._dynamo.reset()
 
     forget()

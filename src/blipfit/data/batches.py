@@ -99,8 +99,10 @@ class TargetBatch(_OnDevice):
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor]) -> "TargetBatch":
         """A batch of the tensors that `tensors` gave: seven with decoder ids, six without."""
-        front, rest = tensors[:4], tensors[4:]
-        return cls(*front, *rest) if len(rest) == 3 else cls(*front, None, *rest)
+        qformer_ids, qformer_mask, text_ids, text_mask = tensors[:4]
+        decoder_ids = tensors[4] if len(tensors) == 7 else None
+        positions, labels = tensors[-2:]
+        return cls(qformer_ids, qformer_mask, text_ids, text_mask, decoder_ids, positions, labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ and computes the rest again in the backward pass.
 """
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +41,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-@cache
+_COMPILED: dict[type[nn.Module], Callable[..., Any]] = {}
+"""The compiled forward pass of every class of layers met so far."""
+
+
 def _compiled(kind: type[nn.Module]) -> Callable[..., Any]:
-    return compiled(kind.forward)
+    if kind not in _COMPILED:
+        _COMPILED[kind] = compiled(kind.forward)
+    return _COMPILED[kind]
 
 
 def _checkpointed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
