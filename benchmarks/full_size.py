@@ -23,12 +23,12 @@ from benchmarks import bank, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
 from blipfit.data.batches import Encoded
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
-from blipfit.evaluation.material import Material
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
-from blipfit.recipe import Family, ModelPart, Recipe
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import Family, ModelConfig, Recipe
 from blipfit.runtime import cpu
 
 FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
@@ -86,7 +86,7 @@ def model_config(family: Family, scale: str) -> Any:
 
 def build_model(config: Any, family: Family, device: torch.device) -> Backbone:
     """A model of that shape with random weights, in the types that loading gives a checkpoint."""
-    text = loading.load(ModelPart(name=f"tiny-{family}")).text
+    text = loading.load(ModelConfig(name=f"tiny-{family}")).text
     low = loading.low_precision("auto", device)
     kind = torch.get_default_dtype()
     torch.set_default_dtype(low or kind)
@@ -105,7 +105,7 @@ def build_model(config: Any, family: Family, device: torch.device) -> Backbone:
     return Backbone(hf, text, family, f"random-{family}", autocast=low)
 
 
-def random_questions(backbone: Backbone, picture: Path, count: int) -> Material:
+def random_questions(backbone: Backbone, picture: Path, count: int) -> EncodedSplit:
     """Questions of random tokens about one picture."""
     draws = random.Random(0)
     read, spoken = backbone.hf.config.qformer_config.vocab_size, backbone.hf.config.text_config.vocab_size
@@ -119,7 +119,7 @@ def random_questions(backbone: Backbone, picture: Path, count: int) -> Material:
         prompt, answers = tokens(TEXT, spoken), [tokens(ANSWER, spoken) for _ in range(CANDIDATES)]
         encoded.append(Encoded(tokens(TEXT, read), prompt, prompt, answers[0], answers))
     questions = [Question(str(i), picture, "", "") for i in range(count)]
-    return Material(questions, [], encoded)
+    return EncodedSplit(questions, [], encoded)
 
 
 def measure_family(
@@ -130,11 +130,11 @@ def measure_family(
     training = recipes[0].training
     train = random_questions(backbone, picture, training.batch_size * training.accumulation * count)
     val = random_questions(backbone, picture, JUDGED)
-    sight = Sight.from_backbone(backbone, "stored", folder / "store")
-    sight.prepare(train.questions)
+    image_features = ImageFeatures.from_backbone(backbone, "stored", folder / "store")
+    image_features.prepare(train.questions)
 
     def steps(size: int) -> None:
-        bank.train(backbone, recipes[:size], train, sight, count)
+        bank.train(backbone, recipes[:size], train, image_features, count)
 
     size, peak = _largest(steps, len(recipes))
     single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
@@ -143,7 +143,7 @@ def measure_family(
     sides.clear()  # the Trainer's copy of the model goes before the next comes
     sides = {
         "original_ranking": _original(backbone, single, val),
-        "bank_ranking": lambda: bank.rank(backbone, recipes[:size], val, sight),
+        "bank_ranking": lambda: bank.rank(backbone, recipes[:size], val, image_features),
     }
     judged = measure.alternately(sides, rounds)
     each = {"trainer_peft": taken["trainer_peft"], "bank": [t / size for t in taken["bank"]]}
@@ -157,18 +157,18 @@ def measure_family(
         "seconds_each": each,
         "against_trainer": measure.ratio(each["trainer_peft"], each["bank"]),
         "ranking": measure.ratio(each["original_ranking"], each["bank_ranking"]),
-        "utilisation": sorted(work / seconds / rate for seconds in each["bank"]),
+        "utilization": sorted(work / seconds / rate for seconds in each["bank"]),
         "bank_peak_bytes": peak,
     }
 
 
-def _trainer(backbone: Backbone, recipe: Recipe, material: Material, count: int) -> Callable[[], None]:
-    peer = TrainerPeer(backbone, recipe, material, bf16=backbone.autocast_dtype is not None)
+def _trainer(backbone: Backbone, recipe: Recipe, encoded_split: EncodedSplit, count: int) -> Callable[[], None]:
+    peer = TrainerPeer(backbone, recipe, encoded_split, bf16=backbone.autocast_dtype is not None)
     return lambda: peer.train(count)
 
 
-def _original(backbone: Backbone, recipe: Recipe, material: Material) -> Callable[[], None]:
-    peer = OriginalPeer(backbone, recipe, material)
+def _original(backbone: Backbone, recipe: Recipe, encoded_split: EncodedSplit) -> Callable[[], None]:
+    peer = OriginalPeer(backbone, recipe, encoded_split)
 
     def rank() -> None:
         with torch.autocast(backbone.device.type, backbone.autocast_dtype, enabled=backbone.autocast_dtype is not None):
@@ -213,7 +213,7 @@ def _print_family(family: str, found: dict[str, Any]) -> None:
     measure.tell_shares(found)
     print(f"  training against Trainer + peft:  {measure.told(found['against_trainer'])}")
     print(f"  ranking against the original:     {measure.told(found['ranking'])}")
-    print(f"  of the matrix product's rate:     {100 * found['utilisation'][-1]:.1f} %", flush=True)
+    print(f"  of the matrix product's rate:     {100 * found['utilization'][-1]:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from benchmarks import bank, full_size, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
 from blipfit.adapters import count
-from blipfit.evaluation.material import Material
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Family, Recipe
 from blipfit.training import plan
 from blipfit.training.step import Stepper
@@ -175,12 +175,12 @@ def _family(
     training = recipes[0].training
     size = training.batch_size * training.accumulation
     questions = full_size.random_questions(backbone, picture, size * (WARM_UP + STEPS))
-    sight = Sight.from_backbone(backbone, "stored", folder / "store")
-    sight.prepare(questions.questions)
+    image_features = ImageFeatures.from_backbone(backbone, "stored", folder / "store")
+    image_features.prepare(questions.questions)
     flops = full_size.training_flops(backbone.hf.config) * size
 
     def bank_entry(members: Sequence[Recipe]) -> dict[str, Any]:
-        seconds, peak, losses = bank_seconds(backbone, members, questions, sight)
+        seconds, peak, losses = bank_seconds(backbone, members, questions, image_features)
         per_experiment = seconds / len(members)
         return {
             "experiments": len(members),
@@ -220,7 +220,7 @@ def _family(
             record.add(
                 f"{family}/ranking/bank of {K}",
                 10,
-                lambda K=K: _bank_ranking(backbone, spread(K), questions, sight),  # type: ignore[misc]
+                lambda K=K: _bank_ranking(backbone, spread(K), questions, image_features),  # type: ignore[misc]
             )
 
     def measure_profiles() -> None:
@@ -229,7 +229,7 @@ def _family(
             record.add(
                 f"{family}/profile/{name}",
                 100 if "compile" in name and (8, name) not in settings else 15,
-                lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, sight),  # type: ignore[misc]
+                lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, image_features),  # type: ignore[misc]
             )
 
     actions = {
@@ -247,7 +247,7 @@ def _family(
 
 
 @contextmanager
-def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sight: Sight) -> Any:
+def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures) -> Any:
     """A function that takes the n-th step of a bank, features read from the store included."""
     stepper = Stepper(backbone, recipes, questions.encoded)
     stepper.train_mode()
@@ -255,7 +255,7 @@ def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sigh
 
     def step(number: int) -> Tensor:
         micros = list(plan.micro_batches(batches[number % len(batches)], stepper.training))
-        features = [sight.features([questions.questions[i] for i in micro]) for micro in micros]
+        features = [image_features.features([questions.questions[i] for i in micro]) for micro in micros]
         losses_K, labels = stepper.step(batches[number % len(batches)], features, 0, number)
         return losses_K / labels
 
@@ -267,13 +267,13 @@ def stepping(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sigh
 
 
 def bank_seconds(
-    backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sight: Sight
+    backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures
 ) -> tuple[float, int | None, list[float]]:
     """Median seconds of a step of the whole bank after a warm-up, the peak of allocated bytes on a GPU, and the losses
     of the first step, which must not depend on the setting or the size of the bank (compiled: on other noise alone)."""
     if measure.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with stepping(backbone, recipes, questions, sight) as step:
+    with stepping(backbone, recipes, questions, image_features) as step:
         losses = step(0)
         for number in range(1, WARM_UP):
             step(number)
@@ -324,22 +324,26 @@ def _original_ranking(backbone: Backbone, recipe: Recipe, questions: Any) -> dic
     return {"question_seconds": seconds}
 
 
-def _bank_ranking(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sight: Sight) -> dict[str, Any]:
-    ranked = Material(questions.questions[:RANKED], [], questions.encoded[:RANKED])
+def _bank_ranking(
+    backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures
+) -> dict[str, Any]:
+    ranked = EncodedSplit(questions.questions[:RANKED], [], questions.encoded[:RANKED])
     if measure.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    bank.rank(backbone, recipes, Material(ranked.questions[:16], [], ranked.encoded[:16]), sight)
-    seconds = measure.seconds(lambda: bank.rank(backbone, recipes, ranked, sight)) / len(ranked)
+    bank.rank(backbone, recipes, EncodedSplit(ranked.questions[:16], [], ranked.encoded[:16]), image_features)
+    seconds = measure.seconds(lambda: bank.rank(backbone, recipes, ranked, image_features)) / len(ranked)
     return {"question_seconds": seconds, "seconds_per_experiment": seconds / len(recipes), "peak_bytes": _peak()}
 
 
-def profile(backbone: Backbone, recipes: Sequence[Recipe], questions: Any, sight: Sight) -> dict[str, Any]:
+def profile(
+    backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures
+) -> dict[str, Any]:
     """Where the time of one step goes: the longest kernels, and how long the device was busy."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     on_gpu = measure.DEVICE == "cuda"
-    with stepping(backbone, recipes, questions, sight) as step:
+    with stepping(backbone, recipes, questions, image_features) as step:
         for number in range(WARM_UP):
             step(number)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

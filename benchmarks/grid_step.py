@@ -9,12 +9,11 @@ from typing import Any
 from benchmarks import bank, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
 from blipfit import grid
-from blipfit.data import icons
-from blipfit.evaluation import material
-from blipfit.evaluation.material import Material
+from blipfit.data import encoded_split, icons
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 
 STEPS = 20
@@ -66,7 +65,7 @@ def _trainer(recipes: list[Recipe], data: Path, store: Path) -> dict[str, Callab
 
 def _original(recipes: list[Recipe], data: Path, store: Path) -> dict[str, Callable[[], object]]:
     backbone, train, val = _loaded(recipes, data)
-    trainer, judge = (OriginalPeer(backbone, _middle(recipes), material) for material in (train, val))
+    trainer, judge = (OriginalPeer(backbone, _middle(recipes), encoded_split) for encoded_split in (train, val))
     return {
         "original_training": lambda: trainer.train(STEPS),
         "original_ranking": lambda: judge.rank(range(JUDGED)),
@@ -75,17 +74,17 @@ def _original(recipes: list[Recipe], data: Path, store: Path) -> dict[str, Calla
 
 def _bank(recipes: list[Recipe], data: Path, store: Path) -> dict[str, Callable[[], object]]:
     backbone, train, val = _loaded(recipes, data)
-    sight = Sight.from_backbone(backbone, "stored", store)
-    sight.prepare([*train.questions, *val.questions])
+    image_features = ImageFeatures.from_backbone(backbone, "stored", store)
+    image_features.prepare([*train.questions, *val.questions])
     return {
-        "bank_training": lambda: bank.train(backbone, recipes, train, sight, STEPS),
-        "bank_ranking": lambda: bank.rank(backbone, recipes, val, sight),
+        "bank_training": lambda: bank.train(backbone, recipes, train, image_features, STEPS),
+        "bank_ranking": lambda: bank.rank(backbone, recipes, val, image_features),
     }
 
 
-def _loaded(recipes: list[Recipe], data: Path) -> tuple[Backbone, Material, Material]:
+def _loaded(recipes: list[Recipe], data: Path) -> tuple[Backbone, EncodedSplit, EncodedSplit]:
     backbone = loading.load(recipes[0].model, device=measure.DEVICE)
-    train, val = (material.read(backbone, recipes[0].data, data, split) for split in ("train", "val"))
+    train, val = (encoded_split.load(backbone.text, recipes[0].data, data, split) for split in ("train", "val"))
     return backbone, train, val
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from benchmarks import bank, measure
 from blipfit import grid
-from blipfit.data import icons
-from blipfit.evaluation import material
-from blipfit.evaluation.material import Material
+from blipfit.data import encoded_split, icons
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.training import trial
 
@@ -46,18 +45,22 @@ def spread(first: int, size: int) -> list[Recipe]:
 def _family(first: int, data: Path, folder: Path, rounds: int) -> dict[str, Any]:
     one = grid.recipe("icons", first, "tiny")
     backbone = loading.load(one.model, device=measure.DEVICE)
-    train, val = (material.read(backbone, one.data, data, split) for split in ("train", "val"))
-    sight = Sight.from_backbone(backbone, "off")
+    train, val = (encoded_split.load(backbone.text, one.data, data, split) for split in ("train", "val"))
+    image_features = ImageFeatures.from_backbone(backbone, "off")
     together = spread(first, TOGETHER)
 
-    def steps(recipes: Sequence[Recipe], read: Material) -> dict[str, float]:
-        tried = trial.measure(backbone, recipes, read, sight)
+    def steps(recipes: Sequence[Recipe], read: EncodedSplit) -> dict[str, float]:
+        tried = trial.measure(backbone, recipes, read, image_features)
         assert tried is not None
         return {"seconds": tried.seconds_each, "bytes": tried.memory}
 
     def ranked(count: int) -> dict[str, float]:
         chosen = _changed(val, lambda e: dataclasses.replace(e, candidates=[e.target] * count))
-        return {"seconds": measure.seconds(lambda: bank.rank(backbone, together, chosen, sight)) / TOGETHER / len(val)}
+        return {
+            "seconds": measure.seconds(lambda: bank.rank(backbone, together, chosen, image_features))
+            / TOGETHER
+            / len(val)
+        }
 
     return {
         "experiments": _grown(
@@ -96,7 +99,7 @@ def _grown(
     return rows
 
 
-def _changed(read: Material, change: Callable[[Any], Any]) -> Material:
+def _changed(read: EncodedSplit, change: Callable[[Any], Any]) -> EncodedSplit:
     return dataclasses.replace(read, encoded=[change(one) for one in read.encoded])
 
 
@@ -111,7 +114,7 @@ def _long(tokens: int) -> Callable[[Any], Any]:
     )
 
 
-def _stored(backbone: Backbone, train: Material, count: int, folder: Path) -> dict[str, float]:
+def _stored(backbone: Backbone, train: EncodedSplit, count: int, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as store:
-        sight = Sight.from_backbone(backbone, "stored", Path(store))
-        return {"seconds": measure.seconds(lambda: sight.prepare(train.questions[:count])) / count}
+        image_features = ImageFeatures.from_backbone(backbone, "stored", Path(store))
+        return {"seconds": measure.seconds(lambda: image_features.prepare(train.questions[:count])) / count}

@@ -15,11 +15,10 @@ import torch
 
 from benchmarks import measure
 from benchmarks.growth import spread
-from blipfit.data import icons
-from blipfit.evaluation import material
+from blipfit.data import encoded_split, icons
 from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.runtime import memory
 from blipfit.training import plan, trial
 from blipfit.training.step import Stepper
@@ -59,10 +58,10 @@ def one(what: str, data: Path, first: int, size: int) -> int:
     """Bytes beyond the loaded model: `measured` in training, or `predicted` by the plan's trial."""
     recipes = spread(first, size)
     backbone = loading.load(recipes[0].model, device=measure.DEVICE)
-    train = material.read(backbone, recipes[0].data, data, "train")
-    sight = Sight.from_backbone(backbone, "off")
+    train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
+    image_features = ImageFeatures.from_backbone(backbone, "off")
     if what == "predicted":
-        told = trial.measure(backbone, recipes, train, sight)
+        told = trial.measure(backbone, recipes, train, image_features)
         assert told is not None
         return told.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
@@ -75,7 +74,9 @@ def one(what: str, data: Path, first: int, size: int) -> int:
     stepper.train_mode()
     for number, batch in enumerate(batches):
         micros = plan.micro_batches(batch, training)
-        stepper.step(batch, [sight.features([train.questions[i] for i in micro]) for micro in micros], 0, number)
+        stepper.step(
+            batch, [image_features.features([train.questions[i] for i in micro]) for micro in micros], 0, number
+        )
     peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else memory.peak()
     del best
     return peak - before

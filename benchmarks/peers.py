@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from blipfit.adapters import placement
 from blipfit.data import images
 from blipfit.data.batches import Encoded
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
-from blipfit.evaluation.material import Material
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 
@@ -45,23 +45,23 @@ def tuned(backbone: Backbone, recipe: Recipe) -> Any:
 class Inputs:
     """Batches as the Hugging Face model takes them: pixels, and image placeholders before the text."""
 
-    def __init__(self, backbone: Backbone, material: Material):
-        self.backbone, self.material = backbone, material
+    def __init__(self, backbone: Backbone, encoded_split: EncodedSplit):
+        self.backbone, self.encoded_split = backbone, encoded_split
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         hf, text = self.backbone.hf, self.backbone.text
-        batch = text.targets([self.material.encoded[i] for i in rows])
+        batch = text.targets([self.encoded_split.encoded[i] for i in rows])
         B, Q = len(rows), hf.config.num_query_tokens
         front = torch.full((B, Q), hf.config.image_token_index)
         ids = torch.cat([front, batch.text_ids_BT], 1)
         inputs = {
-            "pixel_values": self.pixels([self.material.questions[i] for i in rows]),
+            "pixel_values": self.pixels([self.encoded_split.questions[i] for i in rows]),
             "qformer_input_ids": batch.qformer_ids_BT,
             "qformer_attention_mask": batch.qformer_mask_BT,
             "input_ids": ids,
             "attention_mask": torch.cat([torch.ones_like(front), batch.text_mask_BT], 1),
         }
-        targets = [self.material.encoded[i] for i in rows]
+        targets = [self.encoded_split.encoded[i] for i in rows]
         if self.backbone.family == "t5":
             width = max(len(e.target) for e in targets)
             labels = torch.tensor([e.target + [-100] * (width - len(e.target)) for e in targets])
@@ -79,9 +79,9 @@ class Inputs:
 class TrainerPeer:
     """`steps` steps of one experiment through transformers.Trainer."""
 
-    def __init__(self, backbone: Backbone, recipe: Recipe, material: Material, bf16: bool = False):
-        self.backbone, self.recipe, self.material, self.bf16 = backbone, recipe, material, bf16
-        self.inputs = Inputs(backbone, material)
+    def __init__(self, backbone: Backbone, recipe: Recipe, encoded_split: EncodedSplit, bf16: bool = False):
+        self.backbone, self.recipe, self.encoded_split, self.bf16 = backbone, recipe, encoded_split, bf16
+        self.inputs = Inputs(backbone, encoded_split)
         self.model = tuned(backbone, recipe)
 
     def train(self, steps: int, on_step_end: Callable[[], object] = lambda: None) -> None:
@@ -108,7 +108,7 @@ class TrainerPeer:
             trainer = Trainer(
                 self.model,
                 arguments,
-                train_dataset=list(range(len(self.material))),  # type: ignore[arg-type]
+                train_dataset=list(range(len(self.encoded_split))),  # type: ignore[arg-type]
                 data_collator=self.inputs,  # type: ignore[arg-type]
                 callbacks=[_Callback(on_step_end)],
             )
@@ -131,31 +131,31 @@ class _Callback(TrainerCallback):
 class OriginalPeer:
     """The published loop: forward and backward of the whole model, AdamW, one experiment; ranking one by one."""
 
-    def __init__(self, backbone: Backbone, recipe: Recipe, material: Material):
-        self.backbone, self.material, self.recipe = backbone, material, recipe
-        self.inputs = Inputs(backbone, material)
+    def __init__(self, backbone: Backbone, recipe: Recipe, encoded_split: EncodedSplit):
+        self.backbone, self.encoded_split, self.recipe = backbone, encoded_split, recipe
+        self.inputs = Inputs(backbone, encoded_split)
         self.model = tuned(backbone, recipe)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=recipe.training.learning_rate, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(trained, lr=recipe.training.learning_rate, weight_decay=0.05)
 
     def train(self, steps: int) -> None:
         training, device = self.recipe.training, self.backbone.device
         self.model.train()
         size = training.batch_size * training.accumulation
         for step in range(steps):
-            rows = [(step * size + i) % len(self.material) for i in range(size)]
-            self.optimiser.zero_grad()
+            rows = [(step * size + i) % len(self.encoded_split) for i in range(size)]
+            self.optimizer.zero_grad()
             for start in range(0, size, training.batch_size):
                 batch = {k: v.to(device) for k, v in self.inputs(rows[start : start + training.batch_size]).items()}
                 (self.model(**batch).loss / training.accumulation).backward()
-            self.optimiser.step()
+            self.optimizer.step()
 
     @torch.no_grad()
     def rank(self, rows: Sequence[int]) -> list[int]:
         """Each question by itself: the ViT, the Q-Former, and the language model over its candidates."""
         self.model.eval()
         answer = self._t5 if self.backbone.family == "t5" else self._causal
-        return [answer(self.material.questions[i], self.material.encoded[i]) for i in rows]
+        return [answer(self.encoded_split.questions[i], self.encoded_split.encoded[i]) for i in rows]
 
     def _visual(self, question: Question, e: Encoded) -> tuple[Tensor, Tensor]:
         device = self.backbone.device

@@ -16,7 +16,7 @@ from blipfit.data.prompts import PROMPTS, Prompted
 from blipfit.evaluation.use import wordings
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 from blipfit.training.pretrain_texts import as_question
 from blipfit.training.pretrain_tower import pixels
 
@@ -29,7 +29,7 @@ KINDS = [f"{color} {shape}" for color in icons.COLORS for shape in icons.SHAPES]
 def run() -> None:
     record: dict[str, Any] = {"pictures": PICTURES, "top": TOP}
     for name in ("tiny-t5", "tiny-vicuna"):
-        backbone = loading.load(ModelPart(name=name))
+        backbone = loading.load(ModelConfig(name=name))
         found: dict[str, list[tuple[float, float]]] = {}
         for seed in SEEDS:
             for label, pair in _compared(backbone, seed):

@@ -2,7 +2,7 @@
 
 Each size is shrunk, then its Q-Former is trained with the ordinary loop to see as the original does, on pictures and
 questions like those that the original was taught: the icon world's in its prompt and MME's yes/no questions. Labels are
-not used. Judged is both, on fresh pictures, by the whole model. Results are kept after every run, so that what was
+not used. Both are evaluated on fresh pictures by the whole model. Results are kept after every run, so that what was
 stopped is continued.
 """
 
@@ -22,10 +22,18 @@ from blipfit.data.prompts import prompt
 from blipfit.evaluation import retention
 from blipfit.model import cost as costs
 from blipfit.model import shapes
-from blipfit.recipe import AdapterPart, DataPart, DistillationPart, JudgingPart, ModelPart, Recipe, TrainingPart
+from blipfit.recipe import (
+    AdapterConfig,
+    DataConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Recipe,
+    TrainingConfig,
+)
 from blipfit.report import shrinking
 from blipfit.training.loop import train
-from blipfit.training.workshop import Workshop
+from blipfit.training.model_cache import ModelCache
 
 SIZES: dict[str, dict[str, int]] = {
     "79": {"hidden": 112, "heads": 4, "intermediate": 224},
@@ -75,17 +83,17 @@ def _recovered(
         shrinking.run(model, sizes, "taylor", "icons", folders["icons"], 256, 0, to, device)
     recipe = Recipe(
         experiment=f"{to.name}-{seed}",
-        model=ModelPart(name=str(to)),
-        data=DataPart(name="own", prompt="instruction-v1", images="stored"),
-        adapter=AdapterPart(qformer="full"),
-        training=TrainingPart(
+        model=ModelConfig(name=str(to)),
+        data=DataConfig(name="own", prompt="instruction-v1", images="stored"),
+        adapter=AdapterConfig(qformer="full"),
+        training=TrainingConfig(
             batch_size=64, learning_rate=rate, max_epochs=epochs, patience=epochs, seed=seed, dropout=False
         ),
-        judging=JudgingPart(method="generation", decoding="short-answer"),
-        distillation=DistillationPart(teacher=model, labels=0, answers=0),
+        evaluation=EvaluationConfig(method="generation", decoding="short-answer"),
+        distillation=DistillationConfig(teacher=model, labels=0, answers=0),
     )
-    workshop = Workshop("cpu", root / "features")
-    (one,) = train([recipe], folders["own"], root / "results", device="cpu", workshop=workshop)
+    model_cache = ModelCache("cpu", root / "features")
+    (one,) = train([recipe], folders["own"], root / "results", device="cpu", model_cache=model_cache)
     untrained, trained = retention.answers([str(to), str(one.folder)], sets, "cpu")
     before, after = shapes.on_meta(model), shapes.on_meta(str(to))
     return {

@@ -17,9 +17,9 @@ from blipfit.evaluation.benchmarks import Settings
 from blipfit.evaluation.retention import Answers
 from blipfit.model import calibration, cost, importance, loading, shapes, shrink, shrink_size
 from blipfit.model.backbone import Backbone
+from blipfit.model.image_features import ImageFeatures
 from blipfit.model.importance import Scores
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 
 SIZES: dict[str, dict[str, int]] = {
     "64 wide, 2 heads, 128 units": {"hidden": 64, "heads": 2, "intermediate": 128},
@@ -37,7 +37,7 @@ def run(model: str = "tiny-t5", questions: int = 400) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         known = Path(folder) / "icons"
         icons.prepare(known, train=512, val=200, test=questions, seed=77, skills=icons.PRETRAINED)
-        backbone = loading.load(ModelPart(name=model))
+        backbone = loading.load(ModelConfig(name=model))
         bench = _Bench(backbone, known)
         found: dict[str, Any] = {
             "model": Path(model).name,
@@ -55,13 +55,15 @@ def run(model: str = "tiny-t5", questions: int = 400) -> dict[str, Any]:
 class _Bench:
     def __init__(self, backbone: Backbone, folder: Path):
         self.backbone = backbone
-        self.sight = Sight.from_backbone(backbone, "off")
+        self.image_features = ImageFeatures.from_backbone(backbone, "off")
         drawn = calibration.draw(datasets.load("icons", folder, "train"), 256)
-        self.questions = calibration.prepare(backbone, drawn, "iconqa-v1", self.sight)
-        self.unseen = calibration.prepare(backbone, datasets.load("icons", folder, "val"), "iconqa-v1", self.sight)
-        self.paper = benchmarks.read(backbone, "icons", folder)
-        self.seen = self.sight.features(self.paper.material.questions)
-        self.rows = {question.id: row for row, question in enumerate(self.paper.material.questions)}
+        self.questions = calibration.prepare(backbone, drawn, "iconqa-v1", self.image_features)
+        self.unseen = calibration.prepare(
+            backbone, datasets.load("icons", folder, "val"), "iconqa-v1", self.image_features
+        )
+        self.task = benchmarks.read(backbone, "icons", folder)
+        self.seen = self.image_features.features(self.task.encoded_split.questions)
+        self.rows = {question.id: row for row, question in enumerate(self.task.encoded_split.questions)}
         self.chance = retention.told(self.answers(backbone))["chance"]
 
     def rules(self) -> dict[str, list[Scores]]:
@@ -104,7 +106,7 @@ class _Bench:
         return {"accuracy": 100 * sum(right) / len(right), "loss": loss}
 
     def answers(self, backbone: Backbone) -> Answers:
-        return retention.answer(backbone, self.paper, self.features, Settings(batch_size=32))
+        return retention.answer(backbone, self.task, self.features, Settings(batch_size=32))
 
     def features(self, questions: Any) -> torch.Tensor:
         """The tower is the same for all: it sees a picture once."""

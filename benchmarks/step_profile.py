@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bank, measure
 from benchmarks.growth import spread
-from blipfit.data import icons
-from blipfit.evaluation import material
+from blipfit.data import encoded_split, icons
 from blipfit.model import loading
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 
 EXPERIMENTS, STEPS = 16, 20
 
@@ -48,10 +47,10 @@ def run() -> dict[str, Any]:
         for family, first in measure.LORA:
             recipes = spread(first, EXPERIMENTS)
             backbone = loading.load(recipes[0].model, device="cpu")
-            train = material.read(backbone, recipes[0].data, data, "train")
-            sight = Sight.from_backbone(backbone, "stored", Path(folder) / "store")
-            sight.prepare(train.questions)
-            steps = functools.partial(bank.train, backbone, recipes, train, sight, STEPS)
+            train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
+            image_features = ImageFeatures.from_backbone(backbone, "stored", Path(folder) / "store")
+            image_features.prepare(train.questions)
+            steps = functools.partial(bank.train, backbone, recipes, train, image_features, STEPS)
             steps()
             whole = measure.seconds(steps)
             with Operations() as seen:

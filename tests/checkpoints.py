@@ -23,7 +23,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from blipfit.model import loading, tiny
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 
 FAMILIES = ("t5", "vicuna")
 WIDTH, IMAGE_SIZE, QUERY_TOKENS = 32, 32, 4
@@ -75,7 +75,7 @@ def write(
 
 def load(folder: Path, **options: Any) -> Backbone:
     """The checkpoint of a folder, through the one loading place."""
-    return loading.load(ModelPart(name=str(folder)), **options)
+    return loading.load(ModelConfig(name=str(folder)), **options)
 
 
 def _draw(model: InstructBlipForConditionalGeneration, family: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import checkpoints
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import execution
+from blipfit.runtime import cpu, execution
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing that a test stores lands in the user's cache; processes started by tests inherit it."""
     os.environ["BLIPFIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_setting_left() -> Iterator[None]:
+    """A test that leaves oneDNN's setting changed fails itself, not whichever comes after it."""
+    setting = getattr(torch.backends.mkldnn.matmul, "fp32_precision", None)
+    yield
+    assert cpu._entered == 0
+    assert getattr(torch.backends.mkldnn.matmul, "fp32_precision", None) == setting
 
 
 @pytest.fixture(params=checkpoints.FAMILIES)

@@ -11,7 +11,7 @@ from blipfit.adapters.bank import LORA_A, LORA_B
 from blipfit.data.batches import Encoded
 from blipfit.data.prompts import Prompted
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 IGNORED = -100
 
@@ -68,7 +68,7 @@ def log_likelihood(logits: Tensor, answer: Sequence[int]) -> float:
     return float(logits.double().log_softmax(-1)[range(len(answer)), list(answer)].sum())
 
 
-def merged(hf: Any, adapter: AdapterPart, state: Mapping[str, Tensor]) -> Any:
+def merged(hf: Any, adapter: AdapterConfig, state: Mapping[str, Tensor]) -> Any:
     """Write an experiment's tensors into a plain model: LoRA products onto the weights, the others in their place."""
     with torch.no_grad():
         for name, tensor in state.items():
@@ -88,15 +88,15 @@ def _padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
 
-def train(hf, backbone, batches, optimiser, steps) -> list[float]:
-    """Loss of every step of `hf` with a torch optimiser, over the batches (questions, pixels) in turn."""
+def train(hf, backbone, batches, optimizer, steps) -> list[float]:
+    """Loss of every step of `hf` with a torch optimizer, over the batches (questions, pixels) in turn."""
     losses = []
     for step in range(steps):
         encoded, pixels = batches[step % len(batches)]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss, _ = forward(hf, backbone, pixels, [(e.qformer, e.prompt_cut, e.target) for e in encoded])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
 

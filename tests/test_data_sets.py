@@ -18,7 +18,7 @@ data_sets.DATA_SETS["mine"] = data_sets.DataSet("mine", "vqa-v1", open=True)
 from blipfit import data, grid
 print(data.load("mine", Path({str(tmp_path)!r}), "val"), data.prepare("mine", 1, 2))
 recipe = grid.recipe("mine", 28)
-print(recipe.data.prompt, recipe.data.images, recipe.judging.method)
+print(recipe.data.prompt, recipe.data.images, recipe.evaluation.method)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"[({tmp_path.name!r}, 'val')] (1, 2)", "vqa-v1 shared generation"]

@@ -56,7 +56,7 @@ def test_all_64_recipes(dataset):
         assert (r.data.name, r.data.prompt) == (dataset, "scienceqa-v1" if dataset == "scienceqa" else "iconqa-v1")
         assert r.data.images == ("stored" if dataset == "icons" else "shared")
         assert r.training.dropout
-        assert r.judging.method == "ranking"
+        assert r.evaluation.method == "ranking"
 
 
 def test_miniatures_on_drawn_pictures_have_a_recipe_of_their_own():
@@ -157,7 +157,7 @@ def test_explorations(name):
     family, place = grid.EXPLORATIONS[name]
     assert r == grid.explore(name)
     assert (r.experiment, r.model.name, r.data.prompt) == (name, grid.MODELS[family], "instruction-v1")
-    assert (r.judging.method, r.data.images) == ("generation", "stored")
+    assert (r.evaluation.method, r.data.images) == ("generation", "stored")
     counted = count.trained(shapes.on_meta(r.model.name), family, r.adapter)
     language = sum(counted.get(f"llm {part}", 0) for part in LANGUAGE[family])
     whole = 8 * sum(LANGUAGE[family].values())

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 
 from blipfit import grid, recipe
 from blipfit.errors import UserError
-from blipfit.recipe import AdapterPart, DataPart, ModelPart, PerformanceConfig, Recipe, TrainingPart
+from blipfit.recipe import AdapterConfig, DataConfig, ModelConfig, PerformanceConfig, Recipe, TrainingConfig
 
 MINE = Recipe(
     experiment="mine",
-    model=ModelPart(name="tiny-t5", revision="0123abc"),
-    data=DataPart(name="own", prompt="vqa-v1", limit=5, images="stored"),
-    adapter=AdapterPart(qformer=("ffn", "self_attn"), llm=("attn",), rank=3, alpha=16),
-    training=TrainingPart(learning_rate=3e-4, betas=(0.8, 0.99), max_epochs=7, precision="bf16", dropout=False),
+    model=ModelConfig(name="tiny-t5", revision="0123abc"),
+    data=DataConfig(name="own", prompt="vqa-v1", limit=5, images="stored"),
+    adapter=AdapterConfig(qformer=("ffn", "self_attn"), llm=("attn",), rank=3, alpha=16),
+    training=TrainingConfig(learning_rate=3e-4, betas=(0.8, 0.99), max_epochs=7, precision="bf16", dropout=False),
 )
 
 
@@ -35,7 +35,7 @@ def test_yaml_is_plain_and_ordered():
         "data",
         "adapter",
         "training",
-        "judging",
+        "evaluation",
         "distillation",
         "performance",
     ]
@@ -50,9 +50,9 @@ def test_frozen():
 
 
 def test_a_placement_has_one_spelling():
-    one = AdapterPart(qformer=("ffn", "self_attn", "ffn"), llm=("ffn", "attn"))
-    assert one == AdapterPart(qformer=("self_attn", "ffn"), llm=("attn", "ffn"))
-    assert one.llm == recipe.LANGUAGE_PARTS
+    one = AdapterConfig(qformer=("ffn", "self_attn", "ffn"), llm=("ffn", "attn"))
+    assert one == AdapterConfig(qformer=("self_attn", "ffn"), llm=("attn", "ffn"))
+    assert one.llm == recipe.LANGUAGE_SUBLAYERS
     assert MINE.override(["adapter.qformer=ffn"]) == MINE.override(["adapter.qformer=[ffn]"])
 
 
@@ -173,12 +173,12 @@ def test_later_overrides_win_and_differences_tell_both_sides():
 
 
 def test_layers_need_sublayers():
-    assert AdapterPart(llm=("attn",), llm_layers=(5, 0, 5)).llm_layers == (0, 5)
+    assert AdapterConfig(llm=("attn",), llm_layers=(5, 0, 5)).llm_layers == (0, 5)
     for values in ({"llm_layers": (0,)}, {"llm": ("attn",), "llm_layers": ()}):
         with pytest.raises(ValueError, match="give both, or neither"):
-            AdapterPart(**values)
+            AdapterConfig(**values)
     with pytest.raises(ValueError, match="greater than or equal to 0"):
-        AdapterPart(llm=("attn",), llm_layers=(-1,))
+        AdapterConfig(llm=("attn",), llm_layers=(-1,))
 
 
 def test_adalora_takes_its_budget_from_the_rank():
@@ -227,7 +227,7 @@ def test_a_method_that_cannot_be_is_told(changes, told):
 def test_methods_read_what_is_theirs():
     dora = MINE.override(["adapter.method=dora"]).adapter
     assert (dora.start_rank, dora.mean_rank) == (3, 3)
-    MINE.override(["adapter.method=ia3", "adapter.rank=8", f"adapter.alpha={AdapterPart().alpha}"])
+    MINE.override(["adapter.method=ia3", "adapter.rank=8", f"adapter.alpha={AdapterConfig().alpha}"])
     MINE.override(["adapter.method=pissa", "model.quantization=8bit", "adapter.llm=[]", "adapter.qformer=ffn"])
     MINE.override(["adapter.method=dora", "model.quantization=4bit", "adapter.llm=attn"])
 
@@ -294,3 +294,14 @@ def test_a_performance_that_cannot_be_is_one_sentence(changes, sentence):
 def test_each_of_what_excludes_each_other_is_fine_alone():
     assert MINE.override(["performance.cuda_graphs=true", "performance.compile=true"]).performance.cuda_graphs
     assert MINE.override(["performance.checkpointing=query", "performance.compile=true"]).performance.compile
+
+
+def test_recipes_of_version_0_1_are_read(tmp_path):
+    """Their section `judging` is `evaluation` now, in files and assignments; what is written says `evaluation`."""
+    older = MINE.to_yaml().replace("\nevaluation:", "\njudging:")
+    assert "judging:" in older
+    (tmp_path / "older.yaml").write_text(older)
+    assert recipe.load(tmp_path / "older.yaml") == MINE
+    changed = MINE.override(["judging.method=generation"])
+    assert changed == MINE.override(["evaluation.method=generation"])
+    assert "judging" not in changed.to_yaml()

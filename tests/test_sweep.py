@@ -10,8 +10,8 @@ from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
 from blipfit.training.loop import train
+from blipfit.training.model_cache import ModelCache
 from blipfit.training.trial import Trial
-from blipfit.training.workshop import Workshop
 
 SHORT = ["training.max_epochs=2", "training.dropout=false"]
 
@@ -24,8 +24,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop("cpu", store=tmp_path_factory.mktemp("store"))
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> ModelCache:
+    return ModelCache("cpu", store=tmp_path_factory.mktemp("store"))
 
 
 def recipes(*ids: int | str) -> list[Recipe]:
@@ -56,8 +56,8 @@ def test_no_experiments(text: str) -> None:
         sweep.experiments(text)
 
 
-def test_a_plan_measures_and_divides(drawn, workshop, tmp_path: Path) -> None:
-    planned = sweep.make_plan(recipes(13, 14, 1, 29, 45), drawn, tmp_path, workshop)
+def test_a_plan_measures_and_divides(drawn, model_cache, tmp_path: Path) -> None:
+    planned = sweep.make_plan(recipes(13, 14, 1, 29, 45), drawn, tmp_path, model_cache)
     titles = [[recipe.experiment for recipe in bank.recipes] for bank in planned.banks]
     assert sorted(name for bank in titles for name in bank) == ["1", "13", "14", "29", "45"]
     # A fully trained Q-Former and another language model each ask for a bank of their own.
@@ -71,50 +71,50 @@ def test_a_plan_measures_and_divides(drawn, workshop, tmp_path: Path) -> None:
     assert not (tmp_path / "icons").exists(), "a plan claims nothing"
 
 
-def test_a_fixed_bank_is_kept(drawn, workshop, tmp_path: Path) -> None:
-    planned = sweep.make_plan(recipes(13, 14, 15, 16, 17), drawn, tmp_path, workshop, bank=2)
+def test_a_fixed_bank_is_kept(drawn, model_cache, tmp_path: Path) -> None:
+    planned = sweep.make_plan(recipes(13, 14, 15, 16, 17), drawn, tmp_path, model_cache, bank=2)
     assert [len(bank.recipes) for bank in planned.banks] == [1, 2, 2]
 
 
-def test_growth_stops_where_it_no_longer_pays(drawn, workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_stops_where_it_no_longer_pays(drawn, model_cache, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.9}
     asked: list[int] = []
 
-    def measure(backbone: Any, chosen: list[Recipe], material: Any, sight: Any) -> Trial:
+    def measure(backbone: Any, chosen: list[Recipe], encoded_split: Any, image_features: Any) -> Trial:
         asked.append(len(chosen))
         return Trial(len(chosen), shares[len(chosen)] * len(chosen), 1, 0.0)
 
     monkeypatch.setattr(sweep.trial, "measure", measure)
     members = recipes(*range(13, 29))
-    trials = sweep.measured(members, drawn["icons"], workshop, None)
+    trials = sweep.measured(members, drawn["icons"], model_cache, None)
     assert asked == [1, 2, 4, 8]
-    assert [len(bank.recipes) for bank in sweep._divided(members, trials, drawn, workshop)] == [4, 4, 4, 4]
+    assert [len(bank.recipes) for bank in sweep._divided(members, trials, drawn, model_cache)] == [4, 4, 4, 4]
 
 
-def test_memory_that_ends_is_no_end(drawn, workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(backbone: Any, chosen: list[Recipe], material: Any, sight: Any) -> Trial | None:
+def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(backbone: Any, chosen: list[Recipe], encoded_split: Any, image_features: Any) -> Trial | None:
         return Trial(len(chosen), 1.0, 1, 0.0) if len(chosen) < 4 else None
 
     monkeypatch.setattr(sweep.trial, "measure", measure)
-    trials = sweep.measured(recipes(*range(13, 29)), drawn["icons"], workshop, None)
+    trials = sweep.measured(recipes(*range(13, 29)), drawn["icons"], model_cache, None)
     assert [t.experiments for t in trials] == [1, 2]
     with pytest.raises(UserError, match="a bank of 4 does not fit"):
-        sweep.measured(recipes(13, 14, 15, 16), drawn["icons"], workshop, 4)
+        sweep.measured(recipes(13, 14, 15, 16), drawn["icons"], model_cache, 4)
 
 
-def results(planned: sweep.Plan, drawn: dict[str, Path], folder: Path, workshop: Workshop) -> dict[str, dict]:
-    runs = sweep.run(planned, drawn, folder, workshop)
+def results(planned: sweep.Plan, drawn: dict[str, Path], folder: Path, model_cache: ModelCache) -> dict[str, dict]:
+    runs = sweep.run(planned, drawn, folder, model_cache)
     return {one.folder.name: {**one.result(), "lines": run.read_lines(one.predictions_file)} for one in runs}
 
 
 @pytest.mark.parametrize("ids", [(13, 15, 18, 20, 23, 26, 28, 31), (2, 7, 11, "baseline")], ids=["lora", "full"])
-def test_a_swept_bank_equals_single_runs(ids, drawn, workshop, tmp_path: Path) -> None:
+def test_a_swept_bank_equals_single_runs(ids, drawn, model_cache, tmp_path: Path) -> None:
     chosen = recipes(*ids)
-    planned = sweep.make_plan(chosen, drawn, tmp_path / "bank", workshop, bank=len(ids))
+    planned = sweep.make_plan(chosen, drawn, tmp_path / "bank", model_cache, bank=len(ids))
     assert len(planned.banks) == 1
-    together = results(planned, drawn, tmp_path / "bank", workshop)
+    together = results(planned, drawn, tmp_path / "bank", model_cache)
     for recipe in chosen:
-        (alone,) = train([recipe], drawn["icons"], tmp_path / "alone", workshop=workshop)
+        (alone,) = train([recipe], drawn["icons"], tmp_path / "alone", model_cache=model_cache)
         one, other = alone.result(), together[recipe.experiment]
         for a, b in zip(one["history"], other["history"], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
@@ -122,20 +122,20 @@ def test_a_swept_bank_equals_single_runs(ids, drawn, workshop, tmp_path: Path) -
         assert [line["prediction"] for line in lines] == [line["prediction"] for line in other["lines"]]
 
 
-def test_a_sweep_skips_and_refuses(drawn, workshop, tmp_path: Path) -> None:
+def test_a_sweep_skips_and_refuses(drawn, model_cache, tmp_path: Path) -> None:
     chosen = recipes(13, 14)
-    results(sweep.make_plan(chosen[:1], drawn, tmp_path, workshop, bank=2), drawn, tmp_path, workshop)
-    planned = sweep.make_plan(chosen, drawn, tmp_path, workshop, bank=2)
+    results(sweep.make_plan(chosen[:1], drawn, tmp_path, model_cache, bank=2), drawn, tmp_path, model_cache)
+    planned = sweep.make_plan(chosen, drawn, tmp_path, model_cache, bank=2)
     assert [recipe.experiment for recipe in planned.finished] == ["13"]
     assert [recipe.experiment for recipe in planned.banks[0].recipes] == ["14"]
     other = [chosen[0].override(["training.max_epochs=1"])]
     with pytest.raises(UserError, match="another recipe"):
-        sweep.make_plan(other, drawn, tmp_path, workshop)
+        sweep.make_plan(other, drawn, tmp_path, model_cache)
 
 
-def test_one_that_fails_leaves_and_the_others_go_on(drawn, workshop, tmp_path: Path) -> None:
+def test_one_that_fails_leaves_and_the_others_go_on(drawn, model_cache, tmp_path: Path) -> None:
     chosen = recipes(13, 14, 15)
     chosen[1] = chosen[1].override(["training.learning_rate=1e30"])
-    runs = sweep.run(sweep.make_plan(chosen, drawn, tmp_path, workshop, bank=3), drawn, tmp_path, workshop)
+    runs = sweep.run(sweep.make_plan(chosen, drawn, tmp_path, model_cache, bank=3), drawn, tmp_path, model_cache)
     assert {one.folder.name: one.state() for one in runs} == {"13": "finished", "14": "new", "15": "finished"}
     assert "non-finite" in (tmp_path / "icons/14/failure.json").read_text()

@@ -1,7 +1,9 @@
 """The published grid: 64 experiments a data set, and the baseline beside it, as recipes; and ten explorations.
 
-Source: Kim et al., "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks" (ENLSP workshop at
-NeurIPS 2023; Findings of EMNLP 2024) and its 128 configuration files, which this module replaces by arithmetic.
+Sources: Kim et al., "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks" (ENLSP workshop at
+NeurIPS 2023) and Kim et al., "Towards Efficient Visual-Language Alignment of the Q-Former for Visual Reasoning Tasks"
+(Findings of EMNLP 2024, pages 15155-15165); and their 128 configuration files, which this module replaces by
+arithmetic.
 """
 
 import json
@@ -13,16 +15,16 @@ from typing import Any, Literal
 from blipfit.data_sets import DATA_SETS
 from blipfit.errors import UserError
 from blipfit.recipe import (
-    AdapterPart,
-    DataPart,
-    DistillationPart,
+    AdapterConfig,
+    DataConfig,
+    DistillationConfig,
+    EvaluationConfig,
     Family,
-    JudgingPart,
-    LanguagePart,
-    ModelPart,
-    QFormerPart,
+    LanguageSublayer,
+    ModelConfig,
+    QFormerSublayer,
     Recipe,
-    TrainingPart,
+    TrainingConfig,
 )
 
 RANKS = (1, 2, 4, 8)
@@ -58,8 +60,8 @@ BLOCKS: dict[str, tuple[int, ...]] = {
 class Row:
     """A placement: which sublayers of the language model and of the Q-Former are adapted."""
 
-    llm: tuple[LanguagePart, ...]
-    qformer: Literal["full"] | tuple[QFormerPart, ...]
+    llm: tuple[LanguageSublayer, ...]
+    qformer: Literal["full"] | tuple[QFormerSublayer, ...]
 
 
 _LLM, _QFORMER = ("attn", "ffn"), ("self_attn", "cross_attn", "ffn")
@@ -126,16 +128,16 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
         rate, epochs = _DRAWN_RATE_FULL if full else _DRAWN_RATE, _DRAWN_EPOCHS
     return Recipe(
         experiment=str(number or experiment),
-        model=ModelPart(name=name),
-        data=DataPart(name=dataset, prompt=asked.prompt, images="stored" if asked.mirrored_matters else "shared"),
-        adapter=AdapterPart(qformer=row.qformer, llm=row.llm, rank=rank, alpha=8),
-        training=TrainingPart(
+        model=ModelConfig(name=name),
+        data=DataConfig(name=dataset, prompt=asked.prompt, images="stored" if asked.mirrored_matters else "shared"),
+        adapter=AdapterConfig(qformer=row.qformer, llm=row.llm, rank=rank, alpha=8),
+        training=TrainingConfig(
             batch_size=16 if family == "t5" else 8,
             accumulation=1 if family == "t5" else 2,
             learning_rate=_LEARNING_RATES.get(dataset, {}).get(number, rate),
             max_epochs=_MAX_EPOCHS.get(dataset, {}).get(number, epochs),
         ),
-        judging=JudgingPart(method="generation" if asked.open else "ranking"),
+        evaluation=EvaluationConfig(method="generation" if asked.open else "ranking"),
     )
 
 
@@ -150,14 +152,14 @@ def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -
     family, place = EXPLORATIONS[name]
     like = recipe(dataset, 28 if family == "t5" else 60, model)
     depths = BLOCKS.get(like.model.name, BLOCKS[MODELS[family]])
-    adapter = AdapterPart(
+    adapter = AdapterConfig(
         qformer=_QFORMER,
         llm=() if place == "qformer" else _LLM,
         llm_layers=None if place in ("qformer", "all") else _third(depths, place),
         rank=8,
         alpha=8,
     )
-    training = TrainingPart(batch_size=8, accumulation=2, learning_rate=5e-4 if place == "qformer" else 1e-4)
+    training = TrainingConfig(batch_size=8, accumulation=2, learning_rate=5e-4 if place == "qformer" else 1e-4)
     return like.model_copy(update={"experiment": name, "adapter": adapter, "training": training})
 
 
@@ -174,8 +176,8 @@ def recover(dataset: str, model: str | None) -> Recipe:
         )
     like = recipe(dataset, "baseline", model)
     rounds = like.training.max_epochs
-    training = TrainingPart(batch_size=64, learning_rate=1e-3, max_epochs=rounds, patience=rounds, dropout=False)
-    teaching = DistillationPart(teacher=original, labels=0, answers=0)
+    training = TrainingConfig(batch_size=64, learning_rate=1e-3, max_epochs=rounds, patience=rounds, dropout=False)
+    teaching = DistillationConfig(teacher=original, labels=0, answers=0)
     return like.model_copy(update={"experiment": RECOVERY, "training": training, "distillation": teaching})
 
 

@@ -27,7 +27,7 @@ class PeftMethod:
     spectral: bool = False
     """Whether it starts from the weights' singular vectors and takes them out of the frozen weights."""
     quantization: tuple[str, ...] = ("8bit", "4bit")
-    """Quantised weights that it can stand beside."""
+    """Quantized weights that it can stand beside."""
     decays: bool = True
     """Whether AdamW decays its matrices; not where a tensor that does nothing is not zero."""
 

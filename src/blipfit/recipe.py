@@ -13,24 +13,24 @@ from blipfit import methods, sublayers
 from blipfit.errors import UserError
 
 Family = Literal["t5", "vicuna"]
-QFORMER_PARTS = tuple(sublayers.QFORMER)
-LANGUAGE_PARTS = tuple(sublayers.LANGUAGE)
+QFORMER_SUBLAYERS = tuple(sublayers.QFORMER)
+LANGUAGE_SUBLAYERS = tuple(sublayers.LANGUAGE)
 if TYPE_CHECKING:
-    QFormerPart: TypeAlias = str
-    LanguagePart: TypeAlias = str
+    QFormerSublayer: TypeAlias = str
+    LanguageSublayer: TypeAlias = str
 else:
-    QFormerPart, LanguagePart = Literal[QFORMER_PARTS], Literal[LANGUAGE_PARTS]
+    QFormerSublayer, LanguageSublayer = Literal[QFORMER_SUBLAYERS], Literal[LANGUAGE_SUBLAYERS]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Smoothing = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Part(BaseModel):
+class Config(BaseModel):
     """A frozen group of fields; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ModelPart(Part):
+class ModelConfig(Config):
     name: str
     """Hub name (`Salesforce/instructblip-flan-t5-xl`), a local folder of that format, `tiny-t5` or `tiny-vicuna`."""
     revision: str | None = None
@@ -40,7 +40,7 @@ class ModelPart(Part):
     trains as ever; vision tower, Q-Former and head stay as they are."""
 
 
-class DataPart(Part):
+class DataConfig(Config):
     name: str
     """Data set: `scienceqa`, `iconqa`, `icons` or `own`."""
     prompt: str
@@ -59,8 +59,8 @@ class DataPart(Part):
         return "off" if value is False else value
 
 
-class AdaLoRAPart(Part):
-    """AdaLoRA's budget and schedule; read where `method` is `adalora`. Steps are optimiser steps."""
+class AdaLoRAConfig(Config):
+    """AdaLoRA's budget and schedule; read where `method` is `adalora`. Steps are optimizer steps."""
 
     init_rank: int | None = Field(default=None, ge=2)
     """Rank of every layer at the start; half as much again as `target_rank`, rounded up, where absent."""
@@ -80,13 +80,13 @@ class AdaLoRAPart(Part):
     """Weight of the orthogonality penalty in the training loss; evaluation never includes it."""
 
 
-class AdapterPart(Part):
+class AdapterConfig(Config):
     method: str = "lora"
     """How the chosen layers are adapted: `lora`; `adalora`, which spreads a budget of ranks over them by importance;
     or `dora`, `rslora`, `pissa`, `ia3`, through peft and one experiment at a time."""
-    qformer: Literal["full"] | tuple[QFormerPart, ...] = ()
+    qformer: Literal["full"] | tuple[QFormerSublayer, ...] = ()
     """Sublayers of the Q-Former with LoRA, or `full` to train all of it."""
-    llm: tuple[LanguagePart, ...] = ()
+    llm: tuple[LanguageSublayer, ...] = ()
     """Sublayers of the language model with LoRA; empty: frozen."""
     llm_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Only these blocks of the language model, counted from 0; T5: the encoder's first, then the decoder's."""
@@ -94,7 +94,7 @@ class AdapterPart(Part):
     """LoRA rank r; `ia3` has none."""
     alpha: float = Field(default=8, gt=0)
     """LoRA alpha; the scaling is alpha / rank (AdaLoRA: alpha / init_rank; rsLoRA: alpha / √rank)."""
-    adalora: AdaLoRAPart = AdaLoRAPart()
+    adalora: AdaLoRAConfig = AdaLoRAConfig()
 
     @field_validator("method")
     @classmethod
@@ -118,7 +118,7 @@ class AdapterPart(Part):
         """One placement has one spelling: duplicates go, the order is fixed."""
         if value == "full":
             return value
-        known = QFORMER_PARTS if info.field_name == "qformer" else LANGUAGE_PARTS
+        known = QFORMER_SUBLAYERS if info.field_name == "qformer" else LANGUAGE_SUBLAYERS
         return tuple(part for part in known if part in value)
 
     @field_validator("llm_layers")
@@ -127,15 +127,15 @@ class AdapterPart(Part):
         return None if value is None else tuple(sorted(set(value)))
 
     @model_validator(mode="after")
-    def _layers_of_something(self) -> "AdapterPart":
+    def _layers_of_something(self) -> "AdapterConfig":
         if self.llm_layers is not None and not (self.llm and self.llm_layers):
             raise ValueError("llm_layers chooses blocks for the sublayers in llm; give both, or neither")
         return self
 
     @model_validator(mode="after")
-    def _has_ranks_to_spread(self) -> "AdapterPart":
+    def _has_ranks_to_spread(self) -> "AdapterConfig":
         if self.method != "adalora":
-            if self.adalora != AdaLoRAPart():
+            if self.adalora != AdaLoRAConfig():
                 raise ValueError("adapter.adalora is set and would not be read; set adapter.method to adalora too")
         elif self.qformer in ("full", ()) and not self.llm:
             raise ValueError("adalora has no layer to spread ranks over; choose sublayers in adapter.qformer or llm")
@@ -147,7 +147,7 @@ class AdapterPart(Part):
         return self
 
     @model_validator(mode="after")
-    def _is_read_by_its_method(self) -> "AdapterPart":
+    def _is_read_by_its_method(self) -> "AdapterConfig":
         if self.method not in methods.PEFT:
             return self
         if self.qformer in ("full", ()) and not self.llm:
@@ -175,11 +175,11 @@ class AdapterPart(Part):
         return self.adalora.init_rank or math.ceil(1.5 * self.mean_rank)
 
 
-class TrainingPart(Part):
+class TrainingConfig(Config):
     batch_size: int = Field(default=16, ge=1)
     """Questions a forward pass."""
     accumulation: int = Field(default=1, ge=1)
-    """Forward passes an optimiser step; the effective batch is batch_size × accumulation."""
+    """Forward passes an optimizer step; the effective batch is batch_size × accumulation."""
     group_by_length: bool = False
     """Draw each batch from questions of like length, so that little is spent on padding. Where length tells the kind of
     question, batches are then of one kind, and training suffers."""
@@ -205,7 +205,7 @@ class TrainingPart(Part):
     """Of the frozen parts and of autocast; `auto`: bf16 on GPUs that have it, fp32 on CPU."""
 
 
-class JudgingPart(Part):
+class EvaluationConfig(Config):
     method: Literal["ranking", "generation"] = "ranking"
     """`ranking`: the candidate with the highest summed log-likelihood is the answer, and the best epoch has the highest
     validation accuracy. `generation`, for open questions: the model answers in its own words, judged by ROUGE and
@@ -216,7 +216,7 @@ class JudgingPart(Part):
     """Questions a forward pass (their candidates come on top)."""
 
 
-class PerformanceConfig(Part):
+class PerformanceConfig(Config):
     """How fast and in how much memory training runs. Results change by rounding alone, and by other dropout noise where
     code is compiled."""
 
@@ -254,7 +254,7 @@ class PerformanceConfig(Part):
         return self
 
 
-class DistillationPart(Part):
+class DistillationConfig(Config):
     """Where labels and answers weigh nothing, only seeing is learned: the language model is left out of training."""
 
     teacher: str | None = None
@@ -267,18 +267,29 @@ class DistillationPart(Part):
     """Weight of the ordinary loss on the labels."""
 
 
-class Recipe(Part):
+RENAMED_IN_0_2 = {"judging": "evaluation"}
+"""Sections by the names that recipes of version 0.1 give them; read, and never written."""
+
+
+class Recipe(Config):
     """Everything that changes a result, and nothing else."""
 
     experiment: str = Field(coerce_numbers_to_str=True)
     """Name of the experiment: the grid's number, `baseline`, or your own."""
-    model: ModelPart
-    data: DataPart
-    adapter: AdapterPart = AdapterPart()
-    training: TrainingPart = TrainingPart()
-    judging: JudgingPart = JudgingPart()
-    distillation: DistillationPart = DistillationPart()
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    distillation: DistillationConfig = DistillationConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_older_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {RENAMED_IN_0_2.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _names_a_folder(self) -> "Recipe":
@@ -287,7 +298,7 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _can_stand_beside_quantised_weights(self) -> "Recipe":
+    def _can_stand_beside_quantized_weights(self) -> "Recipe":
         method, packed = methods.PEFT.get(self.adapter.method), self.model.quantization
         if method and self.adapter.llm and packed not in ("none", *method.quantization):
             raise ValueError(
@@ -385,7 +396,8 @@ def _sentence(error: Any) -> str:
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:
-    keys = path.split(".")
+    first, *rest = path.split(".")
+    keys = [RENAMED_IN_0_2.get(first, first), *rest]
     section = values
     for depth, key in enumerate(keys):
         if key not in section:

@@ -11,14 +11,14 @@ from typing import Any
 
 from blipfit import grid
 from blipfit.errors import UserError
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed
 from blipfit.training import plan, trial
 from blipfit.training.loop import Listener, check_inputs, train
+from blipfit.training.model_cache import ModelCache
 from blipfit.training.trial import Trial
-from blipfit.training.workshop import Workshop
 
 WORSE = 1.05
 """Growing stops when an experiment's share of a step is that much slower than the best seen."""
@@ -78,7 +78,7 @@ def make_plan(
     recipes: Sequence[Recipe],
     data: Mapping[str, Path],
     results: Path,
-    workshop: Workshop,
+    model_cache: ModelCache,
     bank: int | None = None,
     listen: Listener = lambda event, facts: None,
 ) -> Plan:
@@ -104,8 +104,8 @@ def make_plan(
     for members in groups.values():
         name = f"{members[0].title} and {len(members) - 1} more" if len(members) > 1 else members[0].title
         listen("planning", {"group": name, "experiments": len(members)})
-        trials[name] = measured(members, data[members[0].data.name], workshop, bank)
-        banks += _divided(members, trials[name], data, workshop)
+        trials[name] = measured(members, data[members[0].data.name], model_cache, bank)
+        banks += _divided(members, trials[name], data, model_cache)
     return Plan(tuple(banks), tuple(finished), trials)
 
 
@@ -133,14 +133,14 @@ def _checked(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, s
     return hashes
 
 
-def measured(members: Sequence[Recipe], data: Path, workshop: Workshop, bank: int | None) -> tuple[Trial, ...]:
+def measured(members: Sequence[Recipe], data: Path, model_cache: ModelCache, bank: int | None) -> tuple[Trial, ...]:
     """Trials of growing banks of these experiments, until it stops paying or fitting; at least one."""
-    backbone, material = workshop.backbone(members[0]), workshop.splits(members[0], data)["train"]
-    sight = Sight.from_backbone(backbone, "off")  # a plan writes nothing, so no store
+    backbone, encoded_split = model_cache.backbone(members[0]), model_cache.splits(members[0], data)["train"]
+    image_features = ImageFeatures.from_backbone(backbone, "off")  # a plan writes nothing, so no store
     sizes = [min(bank, len(members))] if bank else _doubling(len(members))
     found: list[Trial] = []
     for size in sizes:
-        one = trial.measure(backbone, _spread(members, size), material, sight)
+        one = trial.measure(backbone, _spread(members, size), encoded_split, image_features)
         if one is None:
             break
         found.append(one)
@@ -148,26 +148,26 @@ def measured(members: Sequence[Recipe], data: Path, workshop: Workshop, bank: in
             break
     if not found:
         raise UserError(
-            f"a bank of {sizes[0]} does not fit the memory of {workshop.device}; "
+            f"a bank of {sizes[0]} does not fit the memory of {model_cache.device}; "
             "use a smaller --bank, or lower training.batch_size and raise training.accumulation"
         )
     return tuple(found)
 
 
 def _divided(
-    members: Sequence[Recipe], trials: Sequence[Trial], data: Mapping[str, Path], workshop: Workshop
+    members: Sequence[Recipe], trials: Sequence[Trial], data: Mapping[str, Path], model_cache: ModelCache
 ) -> Iterable[PlannedBank]:
     """Banks of the best measured size, as even as they can be."""
     best = min(trials, key=lambda t: t.seconds_each)
     number = -(-len(members) // best.experiments)
-    splits = workshop.splits(members[0], data[members[0].data.name])
+    splits = model_cache.splits(members[0], data[members[0].data.name])
     training = members[0].training
     steps = len(splits["train"]) // (training.batch_size * training.accumulation)
     for index in range(number):
         chosen = tuple(members[index * len(members) // number : (index + 1) * len(members) // number])
         epochs = max(recipe.training.max_epochs for recipe in chosen)
         judged = (epochs + 1) * len(splits["val"]) + len(splits["test"])
-        judging = judged * best.judge_seconds / best.experiments
+        judging = judged * best.evaluation_seconds / best.experiments
         seconds = len(chosen) * (epochs * steps * best.seconds_each + judging)
         yield PlannedBank(chosen, best, seconds)
 
@@ -176,7 +176,7 @@ def run(
     planned: Plan,
     data: Mapping[str, Path],
     results: Path,
-    workshop: Workshop,
+    model_cache: ModelCache,
     listen: Listener = lambda event, facts: None,
 ) -> list[Run]:
     """Train every bank of a plan, one after the other; returns all runs, the skipped ones first."""
@@ -186,7 +186,7 @@ def run(
     for number, bank in enumerate(planned.banks):
         listen("bank", {"number": number + 1, "of": len(planned.banks), "recipes": bank.recipes})
         folder = data[bank.recipes[0].data.name]
-        runs += train(bank.recipes, folder, results, workshop=workshop, listen=listen)
+        runs += train(bank.recipes, folder, results, model_cache=model_cache, listen=listen)
     return runs
 
 

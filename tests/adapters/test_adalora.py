@@ -12,8 +12,8 @@ from blipfit.adapters import count, placement
 from blipfit.adapters.adalora import Allocator, Schedule
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, Bank
 from blipfit.errors import UserError
-from blipfit.recipe import AdaLoRAPart, AdapterPart, TrainingPart
-from blipfit.training.optimiser import BankAdamW
+from blipfit.recipe import AdaLoRAConfig, AdapterConfig, TrainingConfig
+from blipfit.training.optimizer import BankAdamW
 
 STEPS = 12
 RATE = 1e-2
@@ -21,7 +21,7 @@ RATE = 1e-2
 
 def adalora(qformer: Sequence[str] = ("self_attn", "cross_attn"), llm: Sequence[str] = ("attn",), **changes):
     part = {"init_rank": 4, "target_rank": 2, "tinit": 3, "tfinal": 3, "delta_t": 2} | changes
-    return AdapterPart(method="adalora", qformer=qformer, llm=llm, adalora=AdaLoRAPart(**part))
+    return AdapterConfig(method="adalora", qformer=qformer, llm=llm, adalora=AdaLoRAConfig(**part))
 
 
 MIXED = [
@@ -38,7 +38,7 @@ class Walk:
         self.backbone = checkpoints.load(folder)
         self.backbone.hf.double()
         self.bank = Bank(self.backbone, adapters, seeds or list(range(len(adapters))), dtype=torch.float64)
-        self.optimiser = BankAdamW(self.bank, [TrainingPart(learning_rate=RATE)] * len(adapters))
+        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=RATE)] * len(adapters))
         self.allocator = Allocator(self.bank, [total] * len(adapters))
         encoded, pixels = reference.ask(self.backbone, 6), reference.pictures(self.backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
@@ -52,8 +52,8 @@ class Walk:
             losses_K = self.backbone.losses(self.backbone.query(self.backbone.see(pixels), batch), batch)
             self.bank.backward(losses_K.sum() / len(batch.labels_N))
             self.allocator.add_penalty()
-            self.optimiser.step([RATE] * self.bank.K)
-            self.allocator.update(self.optimiser.steps)
+            self.optimizer.step([RATE] * self.bank.K)
+            self.allocator.update(self.optimizer.steps)
             losses.append((losses_K.detach() / len(batch.labels_N)).tolist())
         return torch.tensor(losses, dtype=torch.float64)
 
@@ -96,7 +96,7 @@ def _peft_run(walk, folder, adapter, start, steps):
             parameter = hf.get_parameter(f"{name}.default" if low_rank else name)
             parameter.copy_(tensor.view_as(parameter))
             trained[name] = parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.05},
             {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -107,11 +107,11 @@ def _peft_run(walk, folder, adapter, start, steps):
     for step in range(steps):
         encoded, pixels = walk.batches[step % 3]
         rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss, _ = reference.forward(_Called(tuner), backbone, pixels, rows)
         penalty = _penalty(hf)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         tuner.update_and_allocate(step + 1)
         losses.append((loss - part.orthogonal_weight * penalty).item())
     pattern = {name.partition(".lora_E")[0]: sum(kept) for name, kept in config.rank_pattern.items()}
@@ -196,7 +196,7 @@ def test_leaving_midway_changes_nothing_for_the_others(small):
     walk = Walk(small["t5"], MIXED)
     walk.steps(0, 5)
     walk.bank.keep([2, 0])
-    walk.optimiser.keep([2, 0])
+    walk.optimizer.keep([2, 0])
     walk.allocator.keep([2, 0])
     walk.steps(5, STEPS)
     for k, original in enumerate((2, 0)):
@@ -216,7 +216,7 @@ def test_state_is_all_there_is(small, stop):
     first.steps(0, stop)
     for k in range(len(MIXED)):
         second.bank.load_state(k, first.bank.state(k))
-        second.optimiser.load_state(k, first.optimiser.state(k), stop)
+        second.optimizer.load_state(k, first.optimizer.state(k), stop)
         second.allocator.load_state(k, first.allocator.state(k))
     second.steps(stop, STEPS)
     assert torch.equal(second.bank.values, straight.bank.values)
@@ -237,7 +237,7 @@ def test_an_untrained_bank_is_the_base_model(backbone):
 
 def test_lora_and_adalora_cannot_share_a_bank(backbone):
     with pytest.raises(ValueError, match="cannot share a bank"):
-        Bank(backbone, [MIXED[0], AdapterPart(llm=("attn",))], [0, 0])
+        Bank(backbone, [MIXED[0], AdapterConfig(llm=("attn",))], [0, 0])
 
 
 def test_counts_are_of_the_real_tensors(backbone):
@@ -277,7 +277,7 @@ def test_what_does_not_matter_goes_first(small):
         for name in (LORA_A, LORA_B, LORA_E):
             slot = walk.bank.slots[f"{dead}.{name}"]
             walk.bank.columns(walk.bank.grads, slot).zero_()
-        walk.optimiser.step([RATE])
+        walk.optimizer.step([RATE])
         walk.allocator.update(step)
     assert walk.allocator.ranks(0)[dead] == 0
     assert sum(walk.allocator.ranks(0).values()) == walk.allocator.schedules[0].target
@@ -290,10 +290,10 @@ def test_the_schedule_falls_with_the_cube():
 
 
 def test_without_numbers_the_schedule_is_of_the_length():
-    part = AdapterPart(method="adalora", llm=("attn",), rank=8)
+    part = AdapterConfig(method="adalora", llm=("attn",), rank=8)
     assert Schedule.of(part, 10, 300) == Schedule(start=120, target=80, tinit=30, end=150, delta_t=10)
 
 
 def test_a_training_too_short_is_told():
-    with pytest.raises(UserError, match=r"none of the 6 optimiser steps is left.*adapter.adalora.tinit or tfinal"):
+    with pytest.raises(UserError, match=r"none of the 6 optimizer steps is left.*adapter.adalora.tinit or tfinal"):
         Schedule.of(adalora(), 4, 6)

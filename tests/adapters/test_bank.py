@@ -10,19 +10,19 @@ from torch import nn
 import reference
 from blipfit.adapters import placement
 from blipfit.adapters.bank import Bank
-from blipfit.recipe import AdapterPart, TrainingPart
-from blipfit.training.optimiser import BankAdamW
+from blipfit.recipe import AdapterConfig, TrainingConfig
+from blipfit.training.optimizer import BankAdamW
 from checkpoints import load
 
 MIXED = [
-    (AdapterPart(qformer=("self_attn",), rank=1), 1e-3),
-    (AdapterPart(qformer=("cross_attn", "ffn"), llm=("attn",), rank=2), 5e-4),
-    (AdapterPart(llm=("attn", "ffn"), rank=4), 2e-3),
-    (AdapterPart(qformer=("self_attn", "cross_attn", "ffn"), llm=("ffn",), rank=8, alpha=4), 1e-4),
+    (AdapterConfig(qformer=("self_attn",), rank=1), 1e-3),
+    (AdapterConfig(qformer=("cross_attn", "ffn"), llm=("attn",), rank=2), 5e-4),
+    (AdapterConfig(llm=("attn", "ffn"), rank=4), 2e-3),
+    (AdapterConfig(qformer=("self_attn", "cross_attn", "ffn"), llm=("ffn",), rank=8, alpha=4), 1e-4),
 ]
 FULL = [
-    (AdapterPart(qformer="full", llm=("attn",), rank=2), 1e-4),
-    (AdapterPart(qformer="full", llm=("ffn",), rank=4), 3e-4),
+    (AdapterConfig(qformer="full", llm=("attn",), rank=2), 1e-4),
+    (AdapterConfig(qformer="full", llm=("ffn",), rank=4), 3e-4),
 ]
 
 
@@ -36,7 +36,7 @@ class Walk:
         adapters = [adapter for adapter, _ in experiments]
         self.rates = [rate for _, rate in experiments]
         self.bank = Bank(backbone, adapters, seeds or list(range(len(adapters))), dtype=dtype)
-        self.optimiser = BankAdamW(self.bank, [TrainingPart(learning_rate=rate) for rate in self.rates])
+        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=rate) for rate in self.rates])
         encoded = reference.ask(backbone, 6)
         pixels = reference.pictures(backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
@@ -50,13 +50,13 @@ class Walk:
             self.bank.grads.zero_()
             losses_K = self.backbone.losses(self.backbone.query(self.backbone.see(pixels), batch), batch)
             self.bank.backward(losses_K.sum() / len(batch.labels_N))
-            self.optimiser.step(self.rates)
+            self.optimizer.step(self.rates)
             losses.append((losses_K.detach() / len(batch.labels_N)).tolist())
         return torch.tensor(losses, dtype=torch.float64)
 
     def keep(self, rows):
         self.bank.keep(rows)
-        self.optimiser.keep(rows)
+        self.optimizer.keep(rows)
         self.rates = [self.rates[k] for k in rows]
 
 
@@ -126,8 +126,8 @@ def _peft_run(folder, adapter, rate, start, steps, walk):
         {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
-    losses = reference.train(hf, backbone, walk.batches, optimiser, steps)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
+    losses = reference.train(hf, backbone, walk.batches, optimizer, steps)
     return torch.tensor(losses, dtype=torch.float64), trained
 
 
@@ -135,8 +135,8 @@ def _peft_run(folder, adapter, rate, start, steps, walk):
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterPart(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"), rank=4),
-        AdapterPart(qformer="full", llm=("attn",), rank=2),
+        AdapterConfig(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"), rank=4),
+        AdapterConfig(qformer="full", llm=("attn",), rank=2),
     ],
     ids=["all LoRA", "full Q-Former"],
 )
@@ -194,7 +194,7 @@ def test_an_experiment_starts_the_same_in_any_bank(backbone):
 
 def test_lora_starts_as_pefts(backbone):
     """A is Kaiming-uniform with a = √5, which is uniform in ± 1 / √inputs; B is zero."""
-    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), llm=("ffn",), rank=8)], [0])
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), llm=("ffn",), rank=8)], [0])
     for name, tensor in bank.state(0).items():
         if name.endswith("lora_B"):
             assert not tensor.any()

@@ -5,15 +5,15 @@ import pytest
 from blipfit.adapters import count
 from blipfit.adapters.bank import Bank
 from blipfit.model import shapes
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterPart(qformer=("self_attn", "ffn"), llm=("attn",), rank=3),
-        AdapterPart(qformer="full", llm=("attn", "ffn"), rank=2),
-        AdapterPart(),
+        AdapterConfig(qformer=("self_attn", "ffn"), llm=("attn",), rank=3),
+        AdapterConfig(qformer="full", llm=("attn", "ffn"), rank=2),
+        AdapterConfig(),
     ],
 )
 def test_counted_is_what_a_bank_trains(backbone, adapter):
@@ -29,7 +29,7 @@ def test_total_counts_every_parameter_once(backbone):
 
 def test_parts_of_a_published_experiment():
     model = shapes.on_meta("Salesforce/instructblip-vicuna-7b")
-    assert count.trained(model, "vicuna", AdapterPart(qformer=("cross_attn",), llm=("ffn",), rank=4)) == {
+    assert count.trained(model, "vicuna", AdapterConfig(qformer=("cross_attn",), llm=("ffn",), rank=4)) == {
         "query tokens": 32 * 768,
         "vision layer norm": 2 * 1408,
         "projection": 3_149_824,
@@ -40,7 +40,7 @@ def test_parts_of_a_published_experiment():
 
 def test_memory_grows_with_the_experiments():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained(model, "t5", AdapterPart(qformer="full"))
+    trained = count.trained(model, "t5", AdapterConfig(qformer="full"))
     one, two = (count.memory_estimate(model, trained, k, tokens=128, rows=16) for k in (1, 2))
     assert two["weights"] == one["weights"]
     assert two["trained"] == 2 * one["trained"] == 56 * 187_262_464
@@ -62,14 +62,14 @@ def test_the_memory_estimate_is_near_what_a_gpu_took(name, rows, experiments, me
     """Peaks of torch's allocator on an H200, 106 text tokens (benchmarks/results/2026-11-27-gpu-h200-*.json)."""
     model = shapes.on_meta(f"Salesforce/instructblip-{name}")
     family = "t5" if "t5" in name else "vicuna"
-    trained = count.trained(model, family, AdapterPart(qformer=("self_attn",), rank=8))
+    trained = count.trained(model, family, AdapterConfig(qformer=("self_attn",), rank=8))
     estimate = count.memory_estimate(model, trained, experiments, tokens=106, rows=rows)
     assert sum(estimate.values()) == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointing_keeps_less():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained(model, "t5", AdapterPart(qformer=("ffn",)))
+    trained = count.trained(model, "t5", AdapterConfig(qformer=("ffn",)))
     sizes = [
         count.memory_estimate(model, trained, 1, 128, 16, stages)["activations"]
         for stages in ((), ("query",), ("answer",), ("query", "answer"))

@@ -1,4 +1,4 @@
-"""K-fold layers give every slice of rows what its own plain layer gives."""
+"""multi-adapter layers give every slice of rows what its own plain layer gives."""
 
 from contextlib import nullcontext
 

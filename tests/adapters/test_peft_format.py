@@ -16,13 +16,13 @@ import reference
 from blipfit.adapters import peft_format, placement
 from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
-from blipfit.recipe import AdaLoRAPart, AdapterPart
+from blipfit.recipe import AdaLoRAConfig, AdapterConfig
 
-LORA = AdapterPart(qformer=("self_attn", "ffn"), llm=("attn",), rank=3, alpha=6)
-FULL = AdapterPart(qformer="full", llm=("ffn",), rank=2)
+LORA = AdapterConfig(qformer=("self_attn", "ffn"), llm=("attn",), rank=3, alpha=6)
+FULL = AdapterConfig(qformer="full", llm=("ffn",), rank=2)
 
 
-def _trained(backbone, adapter: AdapterPart, seed: int = 3) -> dict[str, torch.Tensor]:
+def _trained(backbone, adapter: AdapterConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     """An experiment's tensors as training would leave them: every one of them moved."""
     bank = Bank(backbone, [adapter], [seed])
     bank.values.add_(torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.05)
@@ -43,7 +43,9 @@ def saved(backbone, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL, AdapterPart()], ids=["LoRA", "full", "nothing but the always trained"])
+@pytest.mark.parametrize(
+    "adapter", [LORA, FULL, AdapterConfig()], ids=["LoRA", "full", "nothing but the always trained"]
+)
 def test_what_was_saved_comes_back(backbone, tmp_path, adapter):
     state = _trained(backbone, adapter)
     digest = peft_format.save(tmp_path / "adapter", adapter, state, backbone.name)
@@ -113,7 +115,7 @@ def test_the_configuration_is_pefts(saved, backbone):
     with safe_open(saved / "trained.safetensors", "pt") as file:
         header = file.metadata()
         assert set(file.keys()) >= {"query_tokens", "language_projection.bias"}
-    assert AdapterPart.model_validate_json(header["adapter"]) == LORA
+    assert AdapterConfig.model_validate_json(header["adapter"]) == LORA
     assert (header["base"], header["seed"]) == (backbone.name, "3")
 
 
@@ -229,15 +231,15 @@ def test_a_damaged_folder_is_refused(backbone, saved, spoil, told):
 
 
 def test_saving_again_replaces_the_whole_folder(backbone, saved):
-    peft_format.save(saved, AdapterPart(), _trained(backbone, AdapterPart()), backbone.name)
+    peft_format.save(saved, AdapterConfig(), _trained(backbone, AdapterConfig()), backbone.name)
     assert [p.name for p in saved.iterdir()] == ["trained.safetensors"]
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
 # -------------------------------------------------------------------- AdaLoRA
 
-ADALORA = AdapterPart(
-    method="adalora", qformer=("self_attn",), llm=("attn",), alpha=6, adalora=AdaLoRAPart(init_rank=4, target_rank=2)
+ADALORA = AdapterConfig(
+    method="adalora", qformer=("self_attn",), llm=("attn",), alpha=6, adalora=AdaLoRAConfig(init_rank=4, target_rank=2)
 )
 
 

@@ -17,28 +17,28 @@ from blipfit.adapters.peft_methods import PeftLayers
 from blipfit.errors import UserError
 from blipfit.model import loading, shapes
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import AdapterPart, ModelPart, TrainingPart
-from blipfit.training.optimiser import BankAdamW
+from blipfit.recipe import AdapterConfig, ModelConfig, TrainingConfig
+from blipfit.training.optimizer import BankAdamW
 
 METHODS = tuple(methods.PEFT)
 RATE = 1e-3
 ASKS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
 
 
-def part(method: str, qformer=("self_attn", "ffn"), llm=("attn", "ffn"), **more) -> AdapterPart:
+def part(method: str, qformer=("self_attn", "ffn"), llm=("attn", "ffn"), **more) -> AdapterConfig:
     low_rank = {} if method == "ia3" else {"rank": 3, "alpha": 6}
-    return AdapterPart(method=method, qformer=qformer, llm=llm, **low_rank, **more)
+    return AdapterConfig(method=method, qformer=qformer, llm=llm, **low_rank, **more)
 
 
 class Walk:
     """A bank of one in training, without dropout."""
 
-    def __init__(self, model: Path | Backbone, adapter: AdapterPart, seed: int = 0, dtype=torch.float32):
+    def __init__(self, model: Path | Backbone, adapter: AdapterConfig, seed: int = 0, dtype=torch.float32):
         self.backbone = model if isinstance(model, Backbone) else checkpoints.load(model)
-        if dtype != torch.float32:  # quantised weights cannot be cast
+        if dtype != torch.float32:  # quantized weights cannot be cast
             self.backbone.hf.to(dtype)
         self.bank = Bank(self.backbone, [adapter], [seed], dtype)
-        self.optimiser = BankAdamW(self.bank, [TrainingPart(learning_rate=RATE)])
+        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=RATE)])
         encoded, pixels = reference.ask(self.backbone, 6), reference.pictures(self.backbone, 6).to(dtype)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
 
@@ -50,7 +50,7 @@ class Walk:
             self.bank.grads.zero_()
             losses_K = self.backbone.losses(self.backbone.query(self.backbone.see(pixels), batch), batch)
             self.bank.backward(losses_K.sum() / len(batch.labels_N))
-            self.optimiser.step([RATE])
+            self.optimizer.step([RATE])
             losses.append(losses_K.item() / len(batch.labels_N))
         return losses
 
@@ -61,7 +61,7 @@ def _scores(backbone) -> torch.Tensor:
     return backbone.score(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).sums_KM[0]
 
 
-def _trained(folder: Path, adapter: AdapterPart, steps: int = 4) -> tuple[Walk, dict[str, torch.Tensor]]:
+def _trained(folder: Path, adapter: AdapterConfig, steps: int = 4) -> tuple[Walk, dict[str, torch.Tensor]]:
     walk = Walk(folder, adapter)
     walk.steps(steps)
     return walk, walk.bank.state(0)
@@ -70,7 +70,7 @@ def _trained(folder: Path, adapter: AdapterPart, steps: int = 4) -> tuple[Walk, 
 # ------------------------------------------------------------------- against peft
 
 
-def _configuration(adapter: AdapterPart, layers: tuple[str, ...]):
+def _configuration(adapter: AdapterConfig, layers: tuple[str, ...]):
     """peft's configuration as its documentation writes each method."""
     from peft import IA3Config, LoraConfig
 
@@ -84,7 +84,7 @@ def _configuration(adapter: AdapterPart, layers: tuple[str, ...]):
     )
 
 
-def _plain(folder: Path, adapter: AdapterPart, start: dict[str, torch.Tensor], walk: Walk, steps: int):
+def _plain(folder: Path, adapter: AdapterConfig, start: dict[str, torch.Tensor], walk: Walk, steps: int):
     """The same training by peft's own model, torch's AdamW and Hugging Face's forward and loss."""
     from peft import get_peft_model
 
@@ -108,8 +108,8 @@ def _plain(folder: Path, adapter: AdapterPart, start: dict[str, torch.Tensor], w
         {"params": [p for n, p in trained.items() if decays[n]], "weight_decay": 0.05},
         {"params": [p for n, p in trained.items() if not decays[n]], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=RATE)
-    return reference.train(hf, backbone, walk.batches, optimiser, steps), trained
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
+    return reference.train(hf, backbone, walk.batches, optimizer, steps), trained
 
 
 @ASKS
@@ -137,7 +137,7 @@ def test_a_method_trains_as_with_peft_and_torch(small, family, method, qformer):
 
 def test_rslora_is_lora_with_another_scale(small):
     """alpha / √r of the one is alpha / r of the other, from the same A."""
-    rs = AdapterPart(method="rslora", qformer=("self_attn",), llm=("attn",), rank=4, alpha=3)
+    rs = AdapterConfig(method="rslora", qformer=("self_attn",), llm=("attn",), rank=4, alpha=3)
     one, other = Walk(small["t5"], rs), Walk(small["t5"], rs.model_copy(update={"method": "lora", "alpha": 6}))
     assert one.steps(4) == pytest.approx(other.steps(4), abs=1e-5)
     banked = other.bank.state(0)
@@ -211,7 +211,7 @@ def test_taken_out_it_leaves_no_trace(small, family, method):
     assert set(vars(backbone.hf)) == attributes
     assert torch.equal(_scores(backbone), plain)
     assert (changed - plain).abs().max() > 0.1
-    Bank(backbone, [AdapterPart(llm=("attn",))], [0])  # and others can come in
+    Bank(backbone, [AdapterConfig(llm=("attn",))], [0])  # and others can come in
     bank.remove()
     assert backbone.hf.get_submodule("language_projection").weight.ndim == 3  # which it then leaves alone
 
@@ -224,7 +224,7 @@ def test_a_failed_start_leaves_no_trace(small, monkeypatch, failure):
     if failure == "a layer is missed":
         monkeypatch.setattr(peft_methods, "configuration", lambda adapter, layers: made(adapter, layers[1:]))
     else:
-        monkeypatch.setattr(Bank, "_initialise", _runs_out)
+        monkeypatch.setattr(Bank, "_initialize", _runs_out)
     with pytest.raises((AssertionError, MemoryError), match=r"SelfAttention\.q|^$"):
         Bank(backbone, [part("pissa", (), ("attn",))], [0])
     assert {id(module) for module in backbone.hf.modules()} == modules
@@ -250,16 +250,16 @@ def test_pissa_needs_layers_as_wide_as_its_rank(small):
     backbone = checkpoints.load(small["t5"])
     modules = {id(module) for module in backbone.hf.modules()}
     with pytest.raises(UserError, match=r"pissa cannot take rank 33 out of qformer\.\S+, which has 32 singular values"):
-        Bank(backbone, [AdapterPart(method="pissa", qformer=("self_attn",), rank=33)], [0])
+        Bank(backbone, [AdapterConfig(method="pissa", qformer=("self_attn",), rank=33)], [0])
     assert {id(module) for module in backbone.hf.modules()} == modules
 
 
 @pytest.mark.parametrize(
     ("method", "how"), [(name, how) for name, method in methods.PEFT.items() for how in method.quantization]
 )
-def test_beside_quantised_weights(method, how, capfd):
+def test_beside_quantized_weights(method, how, capfd):
     """They are not compared afterwards: bitsandbytes itself repacks 4-bit weights when a CPU first answers."""
-    backbone = loading.load(ModelPart(name="tiny-t5", quantization=how))
+    backbone = loading.load(ModelConfig(name="tiny-t5", quantization=how))
     modules = {id(module) for module in backbone.hf.modules()}
     walk = Walk(backbone, part(method, ()))
     losses = walk.steps(7)
@@ -283,7 +283,7 @@ def test_counted_is_what_a_bank_trains(backbone, method):
 def test_parts_of_the_published_model():
     """From shapes alone. DoRA: LoRA's and a magnitude for every output; (IA)³: a number for every in- or output."""
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    adapters = {m: AdapterPart(method=m, qformer=("self_attn",), llm=("ffn",)) for m in METHODS}
+    adapters = {m: AdapterConfig(method=m, qformer=("self_attn",), llm=("ffn",)) for m in METHODS}
     found = {m: count.trained(model, "t5", adapter) for m, adapter in adapters.items()}
     layers = 48
     assert found["rslora"] == found["pissa"]

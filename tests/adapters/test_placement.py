@@ -9,7 +9,7 @@ from blipfit import grid
 from blipfit.adapters import placement
 from blipfit.errors import UserError
 from blipfit.model import shapes
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 QFORMER_LAYERS, CROSS_LAYERS = 12, 6
 
@@ -45,7 +45,7 @@ def _ends(names):
     ],
 )
 def test_q_former_sublayers(part, kinds, count):
-    placed = placement.resolve(_real("t5"), "t5", AdapterPart(qformer=(part,)))
+    placed = placement.resolve(_real("t5"), "t5", AdapterConfig(qformer=(part,)))
     assert _ends(placed.lora) == {f"qformer.encoder.layer.N.{kind}" for kind in kinds}
     assert len(placed.lora) == len(set(placed.lora)) == count
     assert not placed.qformer_full
@@ -82,7 +82,7 @@ def test_q_former_sublayers(part, kinds, count):
     ],
 )
 def test_language_model_sublayers(family, part, kinds, count):
-    placed = placement.resolve(_real(family), family, AdapterPart(llm=(part,)))
+    placed = placement.resolve(_real(family), family, AdapterConfig(llm=(part,)))
     assert _ends(placed.lora) == {f"language_model.{kind}" for kind in kinds}
     assert len(placed.lora) == len(set(placed.lora)) == count
 
@@ -96,8 +96,8 @@ def test_language_model_sublayers(family, part, kinds, count):
 )
 def test_chosen_blocks(family, layers, stacks):
     model = _real(family)
-    every = placement.resolve(model, family, AdapterPart(qformer=("ffn",), llm=("attn", "ffn")))
-    chosen = placement.resolve(model, family, AdapterPart(qformer=("ffn",), llm=("attn", "ffn"), llm_layers=layers))
+    every = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn")))
+    chosen = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn"), llm_layers=layers))
     ours = {f"language_model.{stack}." for stack in stacks}
     wanted = [n for n in every.lora if n.startswith((*ours, "qformer."))]
     assert sorted(chosen.lora) == sorted(wanted)
@@ -107,13 +107,13 @@ def test_chosen_blocks(family, layers, stacks):
 
 @pytest.mark.parametrize(("family", "last"), [("t5", 47), ("vicuna", 31)])
 def test_a_block_that_is_not_there_is_an_error(family, last):
-    adapter = AdapterPart(llm=("attn",), llm_layers=(0, last + 1))
+    adapter = AdapterConfig(llm=("attn",), llm_layers=(0, last + 1))
     with pytest.raises(UserError, match=rf"llm_layers has {last + 1}, .* blocks 0 to {last} "):
         placement.resolve(_real(family), family, adapter)
 
 
 def test_the_self_attentions_output_is_never_adapted():
-    every = AdapterPart(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"))
+    every = AdapterConfig(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"))
     for family in ("t5", "vicuna"):
         names = placement.resolve(_real(family), family, every).lora
         assert not [n for n in names if re.search(r"\.attention\.output\.|\.(k|o|k_proj|o_proj)$|lm_head", n)]
@@ -121,14 +121,14 @@ def test_the_self_attentions_output_is_never_adapted():
 
 
 def test_always_trained():
-    placed = placement.resolve(_real("t5"), "t5", AdapterPart())
+    placed = placement.resolve(_real("t5"), "t5", AdapterConfig())
     assert placed.lora == ()
     assert set(placed.full) == {"vision_model.post_layernorm", "language_projection"}
 
 
 def test_a_full_q_former_is_all_of_it():
     model = _real("vicuna")
-    placed = placement.resolve(model, "vicuna", AdapterPart(qformer="full"))
+    placed = placement.resolve(model, "vicuna", AdapterConfig(qformer="full"))
     parameters = {
         f"{name}.{p}" for name in placed.full for p, _ in model.get_submodule(name).named_parameters(recurse=False)
     }
@@ -144,11 +144,11 @@ def test_a_name_that_matches_nothing_is_an_error():
     model.qformer = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"layer": torch.nn.ModuleList()})})
     layer = torch.nn.ModuleDict({"output": torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})})
     model.qformer["encoder"]["layer"].append(layer)
-    assert placement.resolve(model, "t5", AdapterPart(qformer=("ffn",))).lora == (
+    assert placement.resolve(model, "t5", AdapterConfig(qformer=("ffn",))).lora == (
         "qformer.encoder.layer.0.output.dense",
     )
     with pytest.raises(ValueError, match="no layer of this model matches qformer cross_attn"):
-        placement.resolve(model, "t5", AdapterPart(qformer=("ffn", "cross_attn")))
+        placement.resolve(model, "t5", AdapterConfig(qformer=("ffn", "cross_attn")))
 
 
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
@@ -174,7 +174,7 @@ def test_layers_without_gradient_are_those_of_the_model(backbone):
     import reference
     from blipfit.adapters.bank import Bank
 
-    bank = Bank(backbone, [AdapterPart(qformer="full")], [0])
+    bank = Bank(backbone, [AdapterConfig(qformer="full")], [0])
     batch = backbone.text.targets(reference.ask(backbone))
     bank.backward(backbone.losses(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).sum())
     dead = placement.without_gradient(backbone.hf)

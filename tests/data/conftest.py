@@ -13,7 +13,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 @pytest.fixture
 def shared() -> Path:
-    """Real material, present only where the project's authors put it."""
+    """Real encoded_split, present only where the project's authors put it."""
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED

@@ -20,9 +20,9 @@ from blipfit.data import features, images
 from blipfit.data.feature_shard import DamagedShard
 from blipfit.data.features import BLOCK, Facts, Store
 from blipfit.errors import UserError
-from blipfit.model import loading, sight
+from blipfit.model import image_features, loading
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,12 +36,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tower() -> Backbone:
-    return loading.load(ModelPart(name="tiny-t5"))
+    return loading.load(ModelConfig(name="tiny-t5"))
 
 
 @pytest.fixture(scope="module")
 def facts(tower: Backbone) -> Facts:
-    return sight.facts(tower)
+    return image_features.facts(tower)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def count_seen(tower: Backbone) -> tuple[Callable[[torch.Tensor], torch.Tensor],
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stored_features_are_the_computed_ones_bit_for_bit(precision: str, paths: list[Path], tmp_path: Path):
-    tower = loading.load(ModelPart(name="tiny-t5"), precision)
-    facts = sight.facts(tower)
+    tower = loading.load(ModelConfig(name="tiny-t5"), precision)
+    facts = image_features.facts(tower)
     # A tower of 16 bits loses nothing in the store; one of 32 is rounded to the finer 16-bit type.
     assert facts.dtype == {"fp32": torch.float16, "bf16": torch.bfloat16}[precision]
     Store.open(tmp_path, facts).build(features.by_content(paths), tower.see)

@@ -33,16 +33,16 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 def test_open_image_gives_rgb(tmp_path: Path):
     image = noise(30, 20)
-    image.convert("L").save(tmp_path / "grey.png")
-    opened = open_image(tmp_path / "grey.png")
+    image.convert("L").save(tmp_path / "gray.png")
+    opened = open_image(tmp_path / "gray.png")
     assert (opened.mode, opened.size) == ("RGB", (30, 20))
     assert same(opened, image.convert("L").convert("RGB"))
 
 
 def test_transparency_is_dropped_without_a_warning():
-    colours = noise(8, 8).convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
-    opened = decode_image(png(colours, transparency=bytes(range(16))), "x")
-    assert same(opened, colours.convert("RGB"))
+    colors = noise(8, 8).convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+    opened = decode_image(png(colors, transparency=bytes(range(16))), "x")
+    assert same(opened, colors.convert("RGB"))
     with_alpha = noise(8, 8)
     with_alpha.putalpha(7)
     assert same(decode_image(png(with_alpha), "x"), noise(8, 8))
@@ -166,7 +166,7 @@ def test_half_of_the_augmented_images_are_flipped():
 
 
 def test_augmentation_is_the_one_of_earlier_versions():
-    # A ramp of grey tells where the crop lay; other numbers here mean that old runs cannot be repeated.
+    # A ramp of gray tells where the crop lay; other numbers here mean that old runs cannot be repeated.
     ramp = Image.linear_gradient("L").convert("RGB")
     tops = [augment(ramp, seed=42, epoch=epoch, image_id="17", size=4).getpixel((0, 0))[0] for epoch in range(6)]
     assert tops == [46, 54, 38, 37, 34, 40]

@@ -17,8 +17,8 @@ from blipfit.evaluation.benchmarks import Settings
 from blipfit.evaluation.mme import score_mme
 from blipfit.evaluation.rewardbench import score_rewardbench
 from blipfit.model import clip
-from blipfit.model.sight import Sight
-from blipfit.recipe import AdapterPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import AdapterConfig
 from blipfit.run import Evaluation, read_json, read_lines
 
 # Random models never end by themselves, and 256 tokens of nonsense prove no more than 10.
@@ -37,7 +37,7 @@ def sets(tmp_path_factory):
 @pytest.fixture
 def adapter(backbone, tmp_path):
     """An adapter that changes the answers."""
-    part = AdapterPart(qformer=("ffn",), rank=2)
+    part = AdapterConfig(qformer=("ffn",), rank=2)
     bank = Bank(backbone, [part], [0])
     bank.values.add_(torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(3)), alpha=0.3)
     state = bank.state(0)
@@ -47,14 +47,14 @@ def adapter(backbone, tmp_path):
 
 
 def _take(backbone, sets, names, tmp_path, settings=SETTINGS, adapter=None, split="test"):
-    papers = [benchmarks.read(backbone, name, sets / name, split) for name in names]
-    see = Sight.from_backbone(backbone, "off").features
+    tasks = [benchmarks.read(backbone, name, sets / name, split) for name in names]
+    see = ImageFeatures.from_backbone(backbone, "off").features
     folder, digest = adapter or (None, None)
 
-    def place(paper):
-        return Evaluation(tmp_path / "out" / paper.title)
+    def place(task):
+        return Evaluation(tmp_path / "out" / task.title)
 
-    return benchmarks.side_by_side(backbone, folder, papers, see, settings, place, {"run": None}, digest)
+    return benchmarks.side_by_side(backbone, folder, tasks, see, settings, place, {"run": None}, digest)
 
 
 def test_base_and_adapter_side_by_side(backbone, adapter, sets, tmp_path):
@@ -111,12 +111,12 @@ def test_rewardbench_is_scored_from_its_lines(backbone, sets, tmp_path):
 def test_responses_are_scored_whole(small, sets):
     """The likelihood is of the response itself: for T5, whose end token counts in both, the negated training loss."""
     backbone = checkpoints.load(small["t5"])
-    paper = benchmarks.read(backbone, "rewardbench", sets / "rewardbench")
-    see = Sight.from_backbone(backbone, "off").features
-    outcome = benchmarks.answer(backbone, paper, see, SETTINGS)
-    for row, (pair, record) in enumerate(zip(paper.pairs, outcome.records, strict=True)):
-        batch = backbone.text.targets([paper.material.encoded[row]])
-        visual = backbone.query(see([paper.material.questions[row]]), batch)
+    task = benchmarks.read(backbone, "rewardbench", sets / "rewardbench")
+    see = ImageFeatures.from_backbone(backbone, "off").features
+    outcome = benchmarks.answer(backbone, task, see, SETTINGS)
+    for row, (pair, record) in enumerate(zip(task.pairs, outcome.records, strict=True)):
+        batch = backbone.text.targets([task.encoded_split.encoded[row]])
+        visual = backbone.query(see([task.encoded_split.questions[row]]), batch)
         loss = backbone.losses(visual, batch).item()
         assert record["sums"][pair.best] == pytest.approx(-loss, abs=1e-3)
 

@@ -12,7 +12,7 @@ from blipfit.data.prompts import Prompted
 from blipfit.errors import UserError
 from blipfit.evaluation import generation
 from blipfit.evaluation.generation import PRESETS, Decoding, preset
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 
 def _mixed(backbone, count):
@@ -88,7 +88,7 @@ def test_every_experiment_of_a_bank_speaks_for_itself(backbone):
     encoded, pixels = _mixed(backbone, 5), reference.pictures(backbone, 5)
     decoding = Decoding(beams=2, max_tokens=5, min_tokens=5)
     (base,) = _said(backbone, encoded, pixels, decoding, 2)
-    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * 2, [0, 1])
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 2, [0, 1])
     bank.tensor(1, "language_projection.bias").add_(
         torch.linspace(-3, 3, bank.tensor(1, "language_projection.bias").numel())
     )
@@ -109,7 +109,7 @@ def test_a_seed_decides_the_lot(backbone):
 
 def test_drawing_follows_the_softmax():
     scores = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
-    by_lot = generation.ByLot([7])
+    by_lot = generation.GumbelSampling([7])
     counts = torch.zeros(4)
     for _ in range(4000):
         counts[by_lot(None, scores).argmax()] += 1  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from blipfit.data.prompts import Prompted
 from blipfit.data.question import Question
 from blipfit.evaluation import ranking
 from blipfit.evaluation.ranking import Choice
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 
 def _rank(backbone, encoded, pixels, batch_size):
@@ -48,7 +48,7 @@ def test_answers_come_in_the_order_of_the_questions(backbone, batch_size):
 def test_every_experiment_of_a_bank_is_judged(backbone):
     encoded, pixels = reference.ask(backbone, 3), reference.pictures(backbone, 3)
     base = _rank(backbone, encoded, pixels, 2)
-    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * 2, [0, 1])
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 2, [0, 1])
     bank.tensor(1, "language_projection.bias").add_(1.0)
     judged = _rank(backbone, encoded, pixels, 2)
     assert len(judged) == 2
@@ -101,7 +101,7 @@ def test_right_is_equal_to_the_letter():
 
 
 def test_summary():
-    summary = ranking.summarise(QUESTIONS, ranking.predictions(QUESTIONS, PROMPTED, CHOICES))
+    summary = ranking.summarize(QUESTIONS, ranking.predictions(QUESTIONS, PROMPTED, CHOICES))
     assert (summary["method"], summary["accuracy"], summary["right"], summary["questions"]) == ("ranking", 50.0, 1, 2)
     assert summary["accuracy_by_mean"] == 50.0
     assert summary["chance"] == 37.5
@@ -150,7 +150,7 @@ def test_a_large_bank_ranks_fewer_questions_at_once(backbone, monkeypatch, most)
     """The limit is of the candidates of all experiments; what is judged does not show it."""
     bank_size, questions = 3, 7
     encoded, pixels = reference.ask(backbone, questions), reference.pictures(backbone, questions)
-    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * bank_size, [0, 1, 2])
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * bank_size, [0, 1, 2])
     bank.tensor(1, "language_projection.bias").add_(1.0)
     expected = _rank(backbone, encoded, pixels, questions)
     batches, advances = [], []

@@ -12,7 +12,7 @@ from blipfit.evaluation import benchmarks, ranking, retention
 from blipfit.evaluation.benchmarks import Settings
 from blipfit.evaluation.retention import Answers
 from blipfit.model import tiny
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 
 
 def drawn(share: float, count: int, seed: int, chance: float = 0.5) -> Answers:
@@ -91,12 +91,12 @@ def sets(tmp_path, iconqa):
 
 
 def test_values_and_chance_of_every_kind(backbone, sets):
-    see = Sight.from_backbone(backbone, "off").features
+    see = ImageFeatures.from_backbone(backbone, "off").features
     found = {}
     for name, folder in sets.items():
-        paper = benchmarks.read(backbone, name, folder)
-        found[name] = retention.answer(backbone, paper, see, Settings(batch_size=4))
-        assert len(found[name].values) == len(found[name].samples) == len(paper.material)
+        task = benchmarks.read(backbone, name, folder)
+        found[name] = retention.answer(backbone, task, see, Settings(batch_size=4))
+        assert len(found[name].values) == len(found[name].samples) == len(task.encoded_split)
         assert set(found[name].values) <= {0.0, 0.5, 1.0} or name == "own"
     assert set(found["iconqa"].chance) <= {1 / 2, 1 / 3, 1 / 4}
     assert set(found["mme"].chance) == set(found["rewardbench"].chance) == {0.5}
@@ -104,12 +104,12 @@ def test_values_and_chance_of_every_kind(backbone, sets):
 
 
 def test_a_pair_is_right_where_the_preferred_response_is_likelier(backbone, sets):
-    see = Sight.from_backbone(backbone, "off").features
-    paper = benchmarks.read(backbone, "rewardbench", sets["rewardbench"])
-    found = retention.answer(backbone, paper, see, Settings())
-    chosen = paper.material
+    see = ImageFeatures.from_backbone(backbone, "off").features
+    task = benchmarks.read(backbone, "rewardbench", sets["rewardbench"])
+    found = retention.answer(backbone, task, see, Settings())
+    chosen = task.encoded_split
     (choices,) = ranking.rank(backbone, chosen.encoded, lambda rows: see([chosen.questions[i] for i in rows]), 1)
-    assert found.values == [float(c.best == pair.best) for c, pair in zip(choices, paper.pairs, strict=True)]
+    assert found.values == [float(c.best == pair.best) for c, pair in zip(choices, task.pairs, strict=True)]
 
 
 def test_every_model_answers_the_same_samples(small, family, sets):

@@ -61,7 +61,7 @@ def test_exact_match():
     said, wanted = ["(b) The  Red star!", "red star", "a", ""], ["b red star", "Red star", "an", ""]
     assert text.exact_match(said, wanted).tolist() == [1, 1, 1, 1]
     assert text.exact_match(said, wanted, strict=True).tolist() == [0, 0, 0, 1]
-    assert text.normalised("The theatre, an act: (a)") == "theatre act"
+    assert text.normalized("The theatre, an act: (a)") == "theatre act"
 
 
 def test_texts_without_their_references_are_a_defect():

@@ -14,7 +14,7 @@ from blipfit.adapters.bank import Bank
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.evaluation.use import Model, wordings
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 from blipfit.training import loop
 
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos"
@@ -158,8 +158,8 @@ def test_a_runs_adapter_is_used(small, family, iconqa, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(backbone, tmp_path):
-    bank = Bank(backbone, [AdapterPart()], [0])
+    bank = Bank(backbone, [AdapterConfig()], [0])
     bank.values.add_(1)
-    peft_format.save(tmp_path / "adapter", AdapterPart(), bank.state(0), "elsewhere")
+    peft_format.save(tmp_path / "adapter", AdapterConfig(), bank.state(0), "elsewhere")
     with pytest.raises(UserError, match="was not trained on tiny-t5"):
         blipfit.load("tiny-t5", tmp_path / "adapter")

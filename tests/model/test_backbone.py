@@ -8,7 +8,7 @@ import torch
 import reference
 from blipfit.adapters.bank import Bank
 from blipfit.model.backbone import Backbone, fingerprint
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 from checkpoints import load
 
 
@@ -50,7 +50,7 @@ def test_features_are_those_before_the_trained_layer_norm(backbone: Backbone):
 
 
 def test_losses_flow_back_to_the_query_stage_through_the_frozen_language_model(backbone: Backbone):
-    bank = Bank(backbone, [AdapterPart(qformer=("self_attn",), rank=2)], [0])
+    bank = Bank(backbone, [AdapterConfig(qformer=("self_attn",), rank=2)], [0])
     batch = backbone.text.targets(reference.ask(backbone))
     bank.backward(backbone.losses(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).sum())
     for name in bank.names(0):
@@ -93,9 +93,9 @@ def test_candidate_scores_equal_brute_force(backbone: Backbone):
 @torch.no_grad()
 def test_candidate_scores_equal_brute_force_in_a_bank(backbone: Backbone):
     adapters = [
-        AdapterPart(qformer=("self_attn",), rank=1),
-        AdapterPart(llm=("attn", "ffn"), rank=4),
-        AdapterPart(qformer=("ffn", "cross_attn"), llm=("attn",), rank=2, alpha=3),
+        AdapterConfig(qformer=("self_attn",), rank=1),
+        AdapterConfig(llm=("attn", "ffn"), rank=4),
+        AdapterConfig(qformer=("ffn", "cross_attn"), llm=("attn",), rank=2, alpha=3),
     ]
     encoded, pixels = reference.ask(backbone, 3), reference.pictures(backbone, 3)
     plain = copy.deepcopy(backbone.hf)

@@ -19,7 +19,7 @@ from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
 from blipfit.model import cost, loading, tiny
 from blipfit.model.backbone import fingerprint, head
-from blipfit.recipe import AdapterPart, ModelPart
+from blipfit.recipe import AdapterConfig, ModelConfig
 from blipfit.training import pretrain_check
 
 
@@ -74,7 +74,7 @@ def test_16_bit_trains_and_scores_close_to_fp32(small, family):
     for precision in ("fp32", "bf16"):
         backbone = checkpoints.load(small[family], precision=precision)
         encoded, pixels = reference.ask(backbone), reference.pictures(backbone, 4)
-        bank = Bank(backbone, [AdapterPart(qformer=("ffn",), llm=("attn", "ffn"), rank=2)] * 2, [0, 1])
+        bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), llm=("attn", "ffn"), rank=2)] * 2, [0, 1])
         batch, candidates = backbone.text.targets(encoded), backbone.text.candidates(encoded)
         loss_K = backbone.losses(backbone.query(backbone.see(pixels), batch), batch)
         bank.backward(loss_K.sum())
@@ -191,9 +191,9 @@ def test_other_models_are_refused():
     with pytest.raises(UserError, match="is a model of type 'clip'"):
         checkpoints.load(tiny.clip_folder())
     with pytest.raises(UserError, match=r"unknown model 'tinyt5'.*tiny-t5, tiny-vicuna"):
-        loading.load(ModelPart(name="tinyt5"))
+        loading.load(ModelConfig(name="tinyt5"))
     with pytest.raises(UserError, match="is not a model folder"):
-        loading.load(ModelPart(name="./no/such/folder"))
+        loading.load(ModelConfig(name="./no/such/folder"))
 
 
 def test_vicuna_with_bos_s_is_refused(copy):
@@ -251,12 +251,12 @@ _OFFLINE = """
 import sys, time
 from blipfit.errors import UserError
 from blipfit.model import loading
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 import torch, transformers
 for name in ("Salesforce/instructblip-flan-t5-xl", "someone/small"):
     started = time.perf_counter()
     try:
-        print("loaded", loading.load(ModelPart(name=name)).name)
+        print("loaded", loading.load(ModelConfig(name=name)).name)
     except UserError as error:
         print(error)
     print(time.perf_counter() - started)
@@ -299,13 +299,13 @@ def test_who_asks_to_stay_offline_is_heard(monkeypatch, tmp_path, variable):
     else:
         monkeypatch.setenv(variable, "1")
     with pytest.raises(UserError, match="offline: `someone/small` is not in the local cache"):
-        loading.load(ModelPart(name="someone/small"))
+        loading.load(ModelConfig(name="someone/small"))
 
 
 @pytest.mark.parametrize("how", ["8bit", "4bit"])
-def test_a_quantised_language_model_answers_alike_and_lets_gradients_through(family, how, capfd):
+def test_a_quantized_language_model_answers_alike_and_lets_gradients_through(family, how, capfd):
     name = tiny.NAMES[family]
-    plain, packed = (loading.load(ModelPart(name=name, quantization=q)) for q in ("none", how))  # type: ignore[arg-type]
+    plain, packed = (loading.load(ModelConfig(name=name, quantization=q)) for q in ("none", how))  # type: ignore[arg-type]
     assert cost.parameters(packed.hf) == cost.parameters(plain.hf)
     assert sum(cost.weight_bytes(packed.hf).values()) < 0.9 * sum(cost.weight_bytes(plain.hf).values())
     kept = {name for name, module in packed.hf.named_modules() if type(module) is torch.nn.Linear}
@@ -330,4 +330,4 @@ def test_a_quantised_language_model_answers_alike_and_lets_gradients_through(fam
 def test_without_bitsandbytes_the_mend_is_said(monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"blipfit\[quant\]"):
-        loading.load(ModelPart(name="tiny-t5", quantization="8bit"))
+        loading.load(ModelConfig(name="tiny-t5", quantization="8bit"))

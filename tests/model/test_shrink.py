@@ -212,6 +212,6 @@ def test_calibration_questions_are_drawn_by_seed():
 
 
 def test_source_folder_of_a_local_model(small):
-    from blipfit.recipe import ModelPart
+    from blipfit.recipe import ModelConfig
 
-    assert rewrite.source_folder(ModelPart(name=str(small["t5"]))) == Path(small["t5"])
+    assert rewrite.source_folder(ModelConfig(name=str(small["t5"]))) == Path(small["t5"])

@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPProcessor, InstructBlipForConditionalGen
 from blipfit.data import icons
 from blipfit.model import tiny, tiny_tokenizers
 from blipfit.model.loading import load
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 from blipfit.training import pretrain, pretrain_check
 
 FAMILIES: tuple[tiny.Family, ...] = ("t5", "vicuna")
@@ -34,7 +34,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def backbone(family):
-    return load(ModelPart(name=tiny.NAMES[family]))
+    return load(ModelConfig(name=tiny.NAMES[family]))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_weights_load_as_float32_and_nothing_is_missing(family):
 
 
 def test_t5_has_its_own_head():
-    language_model = load(ModelPart(name="tiny-t5")).hf.language_model
+    language_model = load(ModelConfig(name="tiny-t5")).hf.language_model
     assert language_model.lm_head.weight.data_ptr() != language_model.shared.weight.data_ptr()
     assert not torch.equal(language_model.lm_head.weight, language_model.shared.weight)
 

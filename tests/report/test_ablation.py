@@ -11,16 +11,16 @@ import pytest
 import checkpoints
 from blipfit import grid
 from blipfit.adapters.bank import Bank
+from blipfit.data import encoded_split
 from blipfit.errors import UserError
-from blipfit.evaluation import material
-from blipfit.evaluation.judging import Judged
 from blipfit.evaluation.metrics import accuracy
-from blipfit.recipe import AdapterPart, Recipe
+from blipfit.evaluation.protocol import SplitEvaluation
+from blipfit.recipe import AdapterConfig, Recipe
 from blipfit.report import ablation, terminal
 from blipfit.run import Run
 from blipfit.training import record
 from blipfit.training.checkpoint import Progress
-from blipfit.training.workshop import SPLITS
+from blipfit.training.model_cache import SPLITS
 
 QUESTIONS = 1000
 POINTS = {"self_attn": 4.0, "cross_attn": -2.0, "ffn": 1.5}
@@ -42,7 +42,7 @@ def finish(small, iconqa) -> Callable[[Path, Recipe, float], Run]:
     backbones = {family: checkpoints.load(small[family]) for family in checkpoints.FAMILIES}
     data = grid.recipe("iconqa", 1).data
     splits = {
-        family: {split: material.read(backbone, data, iconqa, split) for split in SPLITS}
+        family: {split: encoded_split.load(backbone.text, data, iconqa, split) for split in SPLITS}
         for family, backbone in backbones.items()
     }
 
@@ -55,7 +55,7 @@ def finish(small, iconqa) -> Callable[[Path, Recipe, float], Run]:
         bank.remove()
         finished = record.Finished(run, recipe, Progress(best_epoch=0), state, counts)
         right = round(percent * QUESTIONS / 100)
-        judged = Judged([], {"method": "ranking", **accuracy([n < right for n in range(QUESTIONS)]), "by": {}})
+        judged = SplitEvaluation([], {"method": "ranking", **accuracy([n < right for n in range(QUESTIONS)]), "by": {}})
         record.write(finished, backbones[family], splits[family], {"val": judged, "test": judged}, "")
         return run
 
@@ -147,7 +147,7 @@ def test_a_single_sublayer_of_the_qformer_where_experiments_differ_in_it(tmp_pat
         for rank in (2, 4):
             for experiment in (18, 26):
                 like = grid.recipe("iconqa", experiment, str(small["t5"]))
-                adapter = AdapterPart(qformer=parts, llm=("attn",), rank=rank)
+                adapter = AdapterConfig(qformer=parts, llm=("attn",), rank=rank)
                 name = f"{experiment}-{number}-{rank}"
                 changes = {"experiment": name, "adapter": adapter}
                 changes["training"] = like.training.model_copy(update={"seed": experiment})
@@ -211,11 +211,11 @@ def test_a_folder_without_results_is_told(tmp_path, make):
 def test_what_training_itself_writes_is_read(iconqa, tmp_path, small):
     """Two short trainings end to end, one with LoRA in the language model beside."""
     from blipfit.training import loop
-    from blipfit.training.workshop import Workshop
+    from blipfit.training.model_cache import ModelCache
 
     own = ["training.batch_size=4", "training.max_epochs=1", "training.learning_rate=5e-4"]
     two = [grid.recipe("iconqa", n, str(small["t5"])).override(own) for n in (28, 32)]
-    runs = loop.train(two, iconqa, tmp_path, workshop=Workshop("cpu", store=tmp_path / "features"))
+    runs = loop.train(two, iconqa, tmp_path, model_cache=ModelCache("cpu", store=tmp_path / "features"))
     effect = _effects(ablation.examine([tmp_path / "iconqa"])[0])["added", "llm attn+ffn", ""]
     first, second = (run.result()["metrics"]["test"]["accuracy"] for run in runs)
     assert effect["runs"] == [["28", "32", pytest.approx(second - first, abs=1e-4)]]

@@ -6,7 +6,7 @@ import torch
 from blipfit import grid
 from blipfit.errors import UserError
 from blipfit.model.cost import Lengths
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 from blipfit.report import costs, terminal
 from blipfit.training.loop import train
 
@@ -54,7 +54,7 @@ def test_a_data_set_alone_is_not_enough():
 def test_an_unknown_model_is_told():
     with pytest.raises(UserError, match="unknown model 'tiny-t6'"):
         costs.describe("tiny-t6", None, None, LENGTHS)
-    assert ModelPart(name="tiny-t6")
+    assert ModelConfig(name="tiny-t6")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from blipfit.errors import UserError
 from blipfit.report import ranks, terminal
 from blipfit.run import Run
 from blipfit.training import loop
-from blipfit.training.workshop import Workshop
+from blipfit.training.model_cache import ModelCache
 
 HISTORY = {
     "layers": [
@@ -80,7 +80,7 @@ def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
     own = ["adapter.method=adalora", "adapter.adalora.delta_t=2", "training.batch_size=2", "training.max_epochs=3"]
     made = [grid.recipe("iconqa", n, str(small["t5"])).override(own) for n in (30, 2)]
     made[1] = made[1].override(["adapter.qformer=[]", "training.learning_rate=5e-4"])
-    done = loop.train(made, iconqa, tmp_path, workshop=Workshop("cpu", store=tmp_path / "features"))
+    done = loop.train(made, iconqa, tmp_path, model_cache=ModelCache("cpu", store=tmp_path / "features"))
     records = [ranks.examine(one.folder) for one in done]
     assert [record["title"] for record in records] == ["iconqa/30", "iconqa/2"]
     table, *pictures = ranks.shown(records)

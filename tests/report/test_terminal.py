@@ -2,17 +2,20 @@
 
 import pytest
 
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 from blipfit.report import terminal
 
 
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (AdapterPart(qformer="full", llm=("attn",)), "QF full · LLM attn"),
-        (AdapterPart(method="adalora", qformer=("ffn",)), "QF ffn · AdaLoRA"),
-        (AdapterPart(method="ia3", llm=("attn", "ffn"), llm_layers=(0, 1, 3)), "LLM attn+ffn in blocks 0–1, 3 · (IA)³"),
-        (AdapterPart(), "always-trained parts only"),
+        (AdapterConfig(qformer="full", llm=("attn",)), "QF full · LLM attn"),
+        (AdapterConfig(method="adalora", qformer=("ffn",)), "QF ffn · AdaLoRA"),
+        (
+            AdapterConfig(method="ia3", llm=("attn", "ffn"), llm_layers=(0, 1, 3)),
+            "LLM attn+ffn in blocks 0–1, 3 · (IA)³",
+        ),
+        (AdapterConfig(), "always-trained parts only"),
     ],
 )
 def test_a_placement_names_its_method(adapter, told):

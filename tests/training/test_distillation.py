@@ -11,7 +11,7 @@ import reference
 from blipfit import grid
 from blipfit.errors import UserError
 from blipfit.model import loading
-from blipfit.recipe import DistillationPart, ModelPart
+from blipfit.recipe import DistillationConfig, ModelConfig
 from blipfit.report import shrinking
 from blipfit.training import distillation, plan
 from blipfit.training.loop import train
@@ -119,7 +119,7 @@ def test_a_bank_learns_as_each_alone(small, family, smaller):
 def test_other_teachings_share_no_bank(small, smaller, family):
     with_teacher = recipe(smaller, small[family])
     assert plan.bank_key(with_teacher) != plan.bank_key(with_teacher.override(["distillation.visual=2"]))
-    assert DistillationPart() == grid.recipe("iconqa", 28).distillation
+    assert DistillationConfig() == grid.recipe("iconqa", 28).distillation
 
 
 def test_weights_of_both_are_in_memory_once(small, family, smaller):
@@ -173,4 +173,4 @@ def test_who_cannot_teach(small, family, smaller, tmp_path):
     with pytest.raises(UserError, match=r"has 4 query tokens and .* 2, and no shrink.json"):
         distillation.teacher(recipe(smaller, small[family]), student)
     assert distillation.teacher(recipe(smaller, small[family], visual=0), student)
-    assert loading.locate(ModelPart(name=str(smaller)))
+    assert loading.locate(ModelConfig(name=str(smaller)))

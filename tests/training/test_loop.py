@@ -21,14 +21,14 @@ from blipfit.data import iconqa as iconqa_data
 from blipfit.data import images
 from blipfit.data.prompts import prompt
 from blipfit.errors import UserError
-from blipfit.evaluation.ranking import summarise
+from blipfit.evaluation.ranking import summarize
 from blipfit.model.backbone import fingerprint, head
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.training import loop
 from blipfit.training import step as step_module
+from blipfit.training.model_cache import ModelCache
 from blipfit.training.step import Stepper
-from blipfit.training.workshop import Workshop
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 FILES = {"recipe.yaml", "data.json", "log.jsonl", "adapter", "predictions.jsonl", "result.json"}
@@ -50,8 +50,8 @@ def train(iconqa: Path, tmp_path: Path) -> Callable[..., list[Run]]:
     """Train in a folder below `tmp_path`, with a store of image features of its own."""
 
     def run(recipes: list[Recipe], folder: str = "results", data: Path = iconqa, **options: Any) -> list[Run]:
-        shop = options.pop("workshop", None) or Workshop("cpu", store=tmp_path / "features")
-        return loop.train(recipes, data, tmp_path / folder, workshop=shop, **options)
+        shop = options.pop("model_cache", None) or ModelCache("cpu", store=tmp_path / "features")
+        return loop.train(recipes, data, tmp_path / folder, model_cache=shop, **options)
 
     return run
 
@@ -149,7 +149,7 @@ def test_the_recorded_numbers_are_those_of_the_files(recipe, train, family, smal
         assert record["correct"] == (best["text"] == written.target)
     for split in questions:
         mine = [r for r in records if r["split"] == split]
-        assert json.loads(json.dumps(summarise(questions[split], mine))) == result["metrics"][split]
+        assert json.loads(json.dumps(summarize(questions[split], mine))) == result["metrics"][split]
 
 
 def test_the_best_epoch_is_what_is_tested(recipe, train):
@@ -177,9 +177,9 @@ def test_training_learns(recipe, train, family):
 
 
 def test_nothing_of_the_model_changes(recipe, train, small, family, tmp_path):
-    shop = Workshop("cpu", store=tmp_path / "features")
+    shop = ModelCache("cpu", store=tmp_path / "features")
     both = [recipe(9, family=family), recipe(30, family=family)]
-    train(both, workshop=shop)
+    train(both, model_cache=shop)
     used, fresh = shop.backbone(both[0]).hf, checkpoints.load(small[family]).hf
     assert used.state_dict().keys() == fresh.state_dict().keys()
     assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in used.state_dict().items())
@@ -410,7 +410,7 @@ def test_a_checkpointed_and_padded_run_is_resumed(recipe, train, monkeypatch):
 
 
 def test_recipes_of_different_performance_train_in_banks_of_their_own(recipe, train):
-    """On the one model of a workshop: what a bank changes in it is gone when the next begins."""
+    """On the one model of a model_cache: what a bank changes in it is gone when the next begins."""
     recipes = [recipe(13), recipe(19, CHECKPOINTING), recipe(30), recipe(32, "performance.pad_to_multiple_of=64")]
     banks = []
     runs = train(recipes, listen=lambda name, facts: banks.append(facts["recipes"]) if name == "start" else None)
@@ -473,28 +473,28 @@ PLACES = {
     "the optimizer": (step_module, "BankAdamW", _out_of_memory),
     "the best epoch": (loop, "Stepper", _without_room_for_the_best_epoch),
     "the first step": (Stepper, "step", _out_of_memory),
-    "judging": (loop.judging, "look", _out_of_memory),
+    "validation": (loop.protocol, "validate", _out_of_memory),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bank_too_large_for_memory_is_told_and_the_model_is_whole(recipe, train, tmp_path, monkeypatch, place):
-    """The sentence says what to do, and the model of the workshop trains the next experiments as a fresh one."""
-    workshop = Workshop("cpu", store=tmp_path / "features")
+    """The sentence says what to do, and the model of the model_cache trains the next experiments as a fresh one."""
+    model_cache = ModelCache("cpu", store=tmp_path / "features")
     recipes = [recipe(13), recipe(30)]
-    backbone = workshop.backbone(recipes[0])
+    backbone = model_cache.backbone(recipes[0])
     modules, queries = dict(backbone.hf.named_modules()), backbone.hf.query_tokens
     owner, name, failure = PLACES[place]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failure)
         with pytest.raises(UserError, match="2 experiments at once need more memory than cpu has; train") as error:
-            train(recipes, workshop=workshop)
+            train(recipes, model_cache=model_cache)
     assert "\n" not in str(error.value)
     assert dict(backbone.hf.named_modules()) == modules
     assert backbone.hf.query_tokens is queries
     assert not any(parameter.requires_grad for parameter in backbone.hf.parameters())
     assert not backbone.hf.training
-    runs = train(recipes, workshop=workshop)
+    runs = train(recipes, model_cache=model_cache)
     for run, expected in zip(runs, train(recipes, "fresh"), strict=True):
         assert _facts(run) == _facts(expected)
 
@@ -596,7 +596,7 @@ def test_adalora_runs_end_at_their_budget(recipe, train):
 
 
 def test_a_training_too_short_for_adalora_is_told(recipe, train, tmp_path):
-    with pytest.raises(UserError, match="none of the 18 optimiser steps is left"):
+    with pytest.raises(UserError, match="none of the 18 optimizer steps is left"):
         train([recipe(30, *ADALORA, "adapter.adalora.tinit=18")])
     assert not (tmp_path / "results").exists()
 
@@ -624,7 +624,7 @@ def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkey
 
 @pytest.mark.parametrize("method", ["dora", "rslora", "pissa", "ia3"])
 def test_a_run_of_a_peft_method_is_used_like_any_other(recipe, train, family, small, iconqa, method):
-    """Judged again from its folder, counted, and loaded by hand it is what was recorded."""
+    """SplitEvaluation again from its folder, counted, and loaded by hand it is what was recorded."""
     import blipfit
     from blipfit.report import experiments
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from blipfit import grid
-from blipfit.recipe import TrainingPart
+from blipfit.recipe import TrainingConfig
 from blipfit.training import plan
 
 
@@ -16,7 +16,7 @@ def equal(count):
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_every_question_once_an_epoch_and_no_short_batch(grouped):
-    training = TrainingPart(batch_size=3, accumulation=2, group_by_length=grouped)
+    training = TrainingConfig(batch_size=3, accumulation=2, group_by_length=grouped)
     batches = plan.effective_batches([i % 5 for i in range(20)], training, 0)
     assert [len(batch) for batch in batches] == [6, 6, 6]
     used = [i for batch in batches for i in batch]
@@ -27,7 +27,7 @@ def test_every_question_once_an_epoch_and_no_short_batch(grouped):
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(grouped):
     def batches(epoch, count=40, **settings):
-        part = TrainingPart(group_by_length=grouped, **settings)
+        part = TrainingConfig(group_by_length=grouped, **settings)
         return plan.effective_batches(equal(count), part, epoch)
 
     one = batches(3, batch_size=4, learning_rate=1e-3)
@@ -41,7 +41,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(grouped):
 
 def test_grouped_batches_hold_little_padding_and_still_change_with_the_epoch():
     lengths = [random.Random(i).randint(10, 60) for i in range(800)]
-    training = TrainingPart(batch_size=16, group_by_length=True)
+    training = TrainingConfig(batch_size=16, group_by_length=True)
 
     def padded(batches):
         return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
@@ -58,7 +58,7 @@ def test_grouped_batches_hold_little_padding_and_still_change_with_the_epoch():
 
 def test_a_batch_comes_by_length_and_its_questions_are_those_drawn():
     lengths = [random.Random(i).randint(10, 60) for i in range(96)]
-    training = TrainingPart(batch_size=8, accumulation=2)
+    training = TrainingConfig(batch_size=8, accumulation=2)
     batches = plan.effective_batches(lengths, training, 0)
     drawn = plan.effective_batches(equal(96), training, 0)
     assert [set(batch) for batch in batches] == [set(batch) for batch in drawn]
@@ -68,12 +68,12 @@ def test_a_batch_comes_by_length_and_its_questions_are_those_drawn():
 
 
 def test_fewer_questions_than_a_batch_make_none():
-    assert plan.effective_batches(equal(5), TrainingPart(batch_size=6), 0) == []
-    assert len(plan.effective_batches(equal(6), TrainingPart(batch_size=6), 0)) == 1
+    assert plan.effective_batches(equal(5), TrainingConfig(batch_size=6), 0) == []
+    assert len(plan.effective_batches(equal(6), TrainingConfig(batch_size=6), 0)) == 1
 
 
 def test_micro_batches_are_the_batch_in_order():
-    training = TrainingPart(batch_size=2, accumulation=3)
+    training = TrainingConfig(batch_size=2, accumulation=3)
     assert list(plan.micro_batches([5, 4, 3, 2, 1, 0], training)) == [[5, 4], [3, 2], [1, 0]]
 
 
@@ -101,7 +101,7 @@ def test_the_grid_falls_into_banks_of_equal_questions():
         "data.images=stored",
         "model.revision=abc",
         "model.name=tiny-t5",
-        "judging.batch_size=4",
+        "evaluation.batch_size=4",
         "adapter.qformer=full",
         "performance.compile=true",
         "performance.cuda_graphs=true",

@@ -13,18 +13,18 @@ import checkpoints
 import reference
 from blipfit.adapters.bank import Bank
 from blipfit.data.batches import Encoded
-from blipfit.recipe import AdapterPart, DataPart, ModelPart, Recipe
+from blipfit.recipe import AdapterConfig, DataConfig, ModelConfig, Recipe
 from blipfit.training import distillation
 from blipfit.training import step as step_module
 from blipfit.training.step import Stepper
 
 LORA = [
-    AdapterPart(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"), rank=2),
-    AdapterPart(qformer=("ffn",), llm=("attn",), rank=4),
+    AdapterConfig(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"), rank=2),
+    AdapterConfig(qformer=("ffn",), llm=("attn",), rank=4),
 ]
-FULL = [AdapterPart(qformer="full", llm=("ffn",), rank=2), AdapterPart(qformer="full", rank=4)]
-ADALORA = [AdapterPart(qformer=("ffn",), llm=("attn",), rank=2, method="adalora")]
-DORA = [AdapterPart(qformer=("ffn",), llm=("attn",), rank=8, method="dora")]
+FULL = [AdapterConfig(qformer="full", llm=("ffn",), rank=2), AdapterConfig(qformer="full", rank=4)]
+ADALORA = [AdapterConfig(qformer=("ffn",), llm=("attn",), rank=2, method="adalora")]
+DORA = [AdapterConfig(qformer=("ffn",), llm=("attn",), rank=8, method="dora")]
 
 NO_DROPOUT = "training.dropout=false"
 QUESTIONS, BATCH = 6, 2
@@ -44,7 +44,7 @@ class Outcome:
 class Walk:
     """A bank in training on a few questions, through the stepper."""
 
-    def __init__(self, folder: Path, adapters: Sequence[AdapterPart], *changes: str):
+    def __init__(self, folder: Path, adapters: Sequence[AdapterConfig], *changes: str):
         self.backbone = checkpoints.load(folder)
         self.encoded = reference.ask(self.backbone, QUESTIONS)
         self.features = self.backbone.see(reference.pictures(self.backbone, QUESTIONS))
@@ -74,10 +74,10 @@ class Walk:
         return Outcome(torch.stack(losses), gradients, self.bank.values.clone())
 
 
-def _recipes(folder: Path, adapters: Sequence[AdapterPart], *changes: str) -> list[Recipe]:
-    data = DataPart(name="iconqa", prompt="iconqa-v1")
+def _recipes(folder: Path, adapters: Sequence[AdapterConfig], *changes: str) -> list[Recipe]:
+    data = DataConfig(name="iconqa", prompt="iconqa-v1")
     recipes = [
-        Recipe(experiment=str(number), model=ModelPart(name=str(folder)), data=data, adapter=adapter)
+        Recipe(experiment=str(number), model=ModelConfig(name=str(folder)), data=data, adapter=adapter)
         for number, adapter in enumerate(adapters)
     ]
     settings = [f"training.batch_size={BATCH}", "training.learning_rate=0.001", *changes]
@@ -375,7 +375,7 @@ def test_compiled_layers_compute_the_same(small, family, fresh_compiler):
 @pytest.mark.slow
 def test_compiled_experiments_share_their_noise(small, family, fresh_compiler):
     """A compiled bank of two is two compiled banks of one; dropout is on."""
-    adapters = [AdapterPart(qformer=("ffn",), llm=("attn",), rank=2, alpha=alpha) for alpha in (4, 32)]
+    adapters = [AdapterConfig(qformer=("ffn",), llm=("attn",), rank=2, alpha=alpha) for alpha in (4, 32)]
     bank = Walk(small[family], adapters, COMPILED)
     outcome = bank.steps(0, 0)
     assert outcome.losses.isfinite().all()

@@ -1,7 +1,7 @@
 """AdaLoRA's budget: which triplets (a row of A, a value of E, a column of B) of every experiment stay.
 
 Source: Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning" (ICLR 2023), in the
-order of peft: backward, optimiser step, importance from the new values and the step's gradients, then the mask.
+order of peft: backward, optimizer step, importance from the new values and the step's gradients, then the mask.
 
 `K` experiments, `L` adapted layers, `r` the largest start rank of a layer, `P` columns of the bank's low-rank tensors.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, Bank
 from blipfit.errors import UserError
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 MEANS = ("sensitivity", "uncertainty")
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How many triplets stay after the n-th optimiser step, counted from 1."""
+    """How many triplets stay after the n-th optimizer step, counted from 1."""
 
     start: int
     target: int
@@ -33,14 +33,14 @@ class Schedule:
     delta_t: int
 
     @classmethod
-    def of(cls, adapter: AdapterPart, layers: int, total: int) -> "Schedule":
-        """The schedule over `total` optimiser steps; UserError where no step is left to lower the budget."""
+    def of(cls, adapter: AdapterConfig, layers: int, total: int) -> "Schedule":
+        """The schedule over `total` optimizer steps; UserError where no step is left to lower the budget."""
         part = adapter.adalora
         tinit = total // 10 if part.tinit is None else part.tinit
         end = total - (total // 2 if part.tfinal is None else part.tfinal)
         if tinit >= end:
             raise UserError(
-                f"adalora: with tinit {tinit} and tfinal {total - end} none of the {total} optimiser steps is left to "
+                f"adalora: with tinit {tinit} and tfinal {total - end} none of the {total} optimizer steps is left to "
                 "lower the budget; lower adapter.adalora.tinit or tfinal, or train longer"
             )
         return cls(adapter.start_rank * layers, max(1, round(adapter.mean_rank * layers)), tinit, end, part.delta_t)
@@ -60,7 +60,7 @@ class Schedule:
 
 
 class Allocator:
-    """Importances, masks and penalty of a bank of AdaLoRA experiments; `totals` are their optimiser steps to the end.
+    """Importances, masks and penalty of a bank of AdaLoRA experiments; `totals` are their optimizer steps to the end.
 
     Importances are exponential means of |value × gradient| and of its deviation; a triplet's score is the product of
     both for its value, plus the mean product over its row of A and over its column of B. Each experiment keeps the
@@ -116,7 +116,7 @@ class Allocator:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimiser's `step`-th update: measure importances, then mask to the budget where it is due."""
+        """After the optimizer's `step`-th update: measure importances, then mask to the budget where it is due."""
         if any(step < schedule.end for schedule in self.schedules):
             self._measure()
         due = [k for k, schedule in enumerate(self.schedules) if schedule.allocates(step)]
@@ -163,7 +163,7 @@ class Allocator:
     # --------------------------------------------------------------- looking
 
     def settled(self, k: int, step: int) -> bool:
-        """Whether experiment k has its final ranks after `step` optimiser steps."""
+        """Whether experiment k has its final ranks after `step` optimizer steps."""
         return step >= self.schedules[k].end
 
     def ranks(self, k: int) -> dict[str, int]:

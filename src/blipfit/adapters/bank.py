@@ -1,8 +1,8 @@
 """The bank: K experiments' trained tensors inside one frozen model.
 
 All trained tensors of all experiments lie in one matrix `values` (K × P), their gradients in `grads` of the same
-shape; the K-fold layers hold views of both. So the optimiser is a few operations on a matrix, an experiment is a row,
-and leaving the bank is dropping a row.
+shape; the multi-adapter layers hold views of both. So the optimizer is a few operations on a matrix, an experiment is
+a row, and leaving the bank is dropping a row.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, Ba
 from blipfit.adapters.peft_methods import PEFT_A, PEFT_B, PeftLayers
 from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 from blipfit.runtime import cpu, dropout
 
 LORA_A, LORA_B, LORA_E = "lora_A", "lora_B", "lora_E"
@@ -58,7 +58,7 @@ class Bank:
     def __init__(
         self,
         backbone: Backbone,
-        adapters: Sequence[AdapterPart],
+        adapters: Sequence[AdapterConfig],
         seeds: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ):
@@ -86,7 +86,7 @@ class Bank:
         self.values = torch.zeros(len(self.adapters), P, dtype=dtype, device=self._query_tokens.device)
         self.grads = torch.zeros_like(self.values)
         self._parameters: dict[str, nn.Parameter] = {}
-        self._initialise(seeds)
+        self._initialize(seeds)
         self._install()
 
     # ---------------------------------------------------------------- shape
@@ -141,7 +141,7 @@ class Bank:
                 ranks[name] = max(ranks.get(name, 0), adapter.start_rank)
         return ranks
 
-    def _initialise(self, seeds: Sequence[int]) -> None:
+    def _initialize(self, seeds: Sequence[int]) -> None:
         """Trained tensors start as the model's own; A Kaiming-uniform (a = √5), B zero.
 
         AdaLoRA: A and B from N(0, 0.02²), E zero. peft's layers: as peft starts them, but an A beside a B of zeros as

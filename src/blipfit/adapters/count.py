@@ -9,10 +9,10 @@ from blipfit.adapters import placement as places
 from blipfit.adapters.bank import MATRICES
 from blipfit.adapters.peft_methods import PeftLayers
 from blipfit.methods import PEFT
-from blipfit.recipe import AdapterPart, Family
+from blipfit.recipe import AdapterConfig, Family
 
 
-def trained(model: nn.Module, family: Family, adapter: AdapterPart) -> dict[str, int]:
+def trained(model: nn.Module, family: Family, adapter: AdapterConfig) -> dict[str, int]:
     """Trained parameters by component, always-trained ones included; works on the meta device."""
     placed = places.resolve(model, family, adapter)
     query_tokens: Any = model.query_tokens

@@ -1,4 +1,4 @@
-"""K-fold layers: each holds the weights of K experiments and gives every slice of rows its own.
+"""multi-adapter layers: each holds the weights of K experiments and gives every slice of rows its own.
 
 Inputs have K·B rows, K-major. `K` experiments, `R` rows × positions of one experiment, `r` rank, `I` in, `O` out.
 """
@@ -111,9 +111,9 @@ class BankLinear(nn.Module):
 
 
 class BankLayerNorm(nn.Module):
-    """K layer norms: the normalisation is shared arithmetic, scale and shift are each experiment's.
+    """K layer norms: the normalization is shared arithmetic, scale and shift are each experiment's.
 
-    Rows that are the same for all, `1 × B × … × D`, are normalised once and become `K × B × … × D`.
+    Rows that are the same for all, `1 × B × … × D`, are normalized once and become `K × B × … × D`.
     """
 
     def __init__(self, weight_KD: nn.Parameter, bias_KD: nn.Parameter, eps: float):

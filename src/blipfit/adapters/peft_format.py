@@ -21,13 +21,13 @@ from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
 from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone, fingerprint
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 LORA_FILE, TRAINED_FILE = "adapter_model.safetensors", "trained.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save(folder: Path, adapter: AdapterPart, state: Mapping[str, Tensor], base: str, seed: int = 0) -> str:
+def save(folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base: str, seed: int = 0) -> str:
     """Write an experiment's tensors (`Bank.state`) as an adapter folder; return its SHA-256.
 
     AdaLoRA is written as plain LoRA with a rank for each layer, its values multiplied into A: only what was kept, for
@@ -55,12 +55,12 @@ def save(folder: Path, adapter: AdapterPart, state: Mapping[str, Tensor], base: 
     return digest(state)
 
 
-def read(folder: Path) -> tuple[AdapterPart, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read an adapter folder back: its description and all its tensors."""
     try:
         with safe_open(folder / TRAINED_FILE, "pt") as file:
             header = file.metadata()
-            adapter = AdapterPart.model_validate(json.loads(header["adapter"]))
+            adapter = AdapterConfig.model_validate(json.loads(header["adapter"]))
         state, lora = load_file(folder / TRAINED_FILE), {}
         if (folder / LORA_FILE).exists():
             lora = load_file(folder / LORA_FILE)
@@ -104,7 +104,7 @@ def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
     return bank, digest(state)
 
 
-def changes(adapter: AdapterPart, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+def changes(adapter: AdapterConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
     """Whether an adapter makes another model of the base: some B (AdaLoRA: E) is not zero or some trained tensor
     moved."""
     if adapter.method in PEFT:
@@ -124,12 +124,12 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return fingerprint(*(state[name] for name in sorted(state)))
 
 
-def _suffix(adapter: AdapterPart) -> str:
+def _suffix(adapter: AdapterConfig) -> str:
     """What the file's names have beyond the bank's; tensors of peft's layers have peft's names already."""
     return "" if adapter.method in PEFT else ".weight"
 
 
-def _peft_config(adapter: AdapterPart, lora: Mapping[str, Tensor], base: str):  # type: ignore[no-untyped-def]
+def _peft_config(adapter: AdapterConfig, lora: Mapping[str, Tensor], base: str):  # type: ignore[no-untyped-def]
     if adapter.method in PEFT:
         return peft_methods.saved_configuration(adapter, lora, base)
     from peft import LoraConfig

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blipfit.adapters import placement as places
 from blipfit.errors import UserError
 from blipfit.methods import PEFT
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 PEFT_A, PEFT_B = ".lora_A.", ".lora_B."
 """What tells the low-rank matrices by their names."""
@@ -27,7 +27,7 @@ class PeftLayers:
     smaller than the rank that the method takes out of it.
     """
 
-    def __init__(self, model: nn.Module, adapter: AdapterPart, layers: Sequence[str], seed: int = 0):
+    def __init__(self, model: nn.Module, adapter: AdapterConfig, layers: Sequence[str], seed: int = 0):
         from peft import get_peft_model_state_dict, inject_adapter_in_model
 
         self._model = model
@@ -76,7 +76,7 @@ class PeftLayers:
             self._model.get_submodule(name).train(original.training)
 
 
-def configuration(adapter: AdapterPart, layers: Sequence[str], **more: Any) -> Any:
+def configuration(adapter: AdapterConfig, layers: Sequence[str], **more: Any) -> Any:
     """peft's configuration of a method at exactly these layers; `more` are further arguments of its class."""
     import peft
 
@@ -93,7 +93,7 @@ def stored(method: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if mark in name}
 
 
-def saved_configuration(adapter: AdapterPart, tensors: Mapping[str, Tensor], base: str) -> Any:
+def saved_configuration(adapter: AdapterConfig, tensors: Mapping[str, Tensor], base: str) -> Any:
     """The configuration to store beside tensors of `stored`."""
     mark = _mark(adapter.method)
     layers = sorted({name.partition(mark)[0] for name in tensors})
@@ -117,7 +117,7 @@ def _mark(method: str) -> str:
     return "." + PEFT_TYPE_TO_PREFIX_MAPPING[getattr(peft, PEFT[method].config)().peft_type]
 
 
-def _refuse_small(linears: Mapping[str, Any], adapter: AdapterPart) -> None:
+def _refuse_small(linears: Mapping[str, Any], adapter: AdapterConfig) -> None:
     for name, linear in linears.items():
         if adapter.rank > (most := min(linear.in_features, linear.out_features)):
             raise UserError(

@@ -8,7 +8,7 @@ from torch import nn
 
 from blipfit import sublayers
 from blipfit.errors import UserError
-from blipfit.recipe import AdapterPart, Family
+from blipfit.recipe import AdapterConfig, Family
 
 _BLOCKS = {
     "t5": (r"language_model\.encoder\.block\.(\d+)\.", r"language_model\.decoder\.block\.(\d+)\."),
@@ -33,7 +33,7 @@ class Placement:
         return any(name.startswith("qformer.") for name in self.full)
 
 
-def resolve(model: nn.Module, family: Family, adapter: AdapterPart) -> Placement:
+def resolve(model: nn.Module, family: Family, adapter: AdapterConfig) -> Placement:
     """Enumerate what an adapter trains in this model.
 
     ValueError where a sublayer name matches no layer, UserError where a chosen block is none of this model's.

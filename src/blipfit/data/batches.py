@@ -138,7 +138,7 @@ class TextEncoder:
         self.qformer.truncation_side = self.llm.truncation_side = "left"
 
     def encode(self, prompted: Sequence[Prompted]) -> list[Encoded]:
-        """Tokenise prompts, targets and candidates."""
+        """Tokenize prompts, targets and candidates."""
         prompts = [p.prompt for p in prompted]
         candidates = iter(self._answers([text for p in prompted for text in p.candidates], ended=self.family == "t5"))
         return [

@@ -93,7 +93,7 @@ def check(home: Path, repair: bool = False, progress: Callable[[int], None] = la
     """Read every row and hold it against its checksum; `progress` is called with how many more images were read.
 
     `repair` deletes damaged shards: the next build computes their images again. Whether a tower of today gives the
-    stored numbers is another question (`blipfit.model.sight.Sight.check`).
+    stored numbers is another question (`blipfit.model.image_features.ImageFeatures.check`).
     """
     _, shape, dtype = _manifest(home)
     found = Check()

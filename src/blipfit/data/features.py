@@ -3,7 +3,7 @@
 `B` images of a forward pass, `S` pixels a side, `P` image tokens, `D` width. A folder of stores holds one folder a
 key, `FOLDER/KEY/`: `manifest.json` for people, and shards (`feature_shard`). The key stands for everything the
 features depend on but the image; an image is named by its content, so a renamed file is found and a copy is stored
-once. `feature_stores` looks after such folders, `blipfit.model.sight` brings a model and a store together.
+once. `feature_stores` looks after such folders, `blipfit.model.image_features` brings a model and a store together.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Images: opened safely, resized or augmented as published, turned into normalised pixels.
+"""Images: opened safely, resized or augmented as published, turned into normalized pixels.
 
 Shapes: B images, S pixels a side.
 """
@@ -109,14 +109,14 @@ def crop_box(width: int, height: int, generator: random.Random) -> tuple[int, in
 
 
 def pixels(images: Sequence[Image.Image], size: int = SIZE) -> "torch.Tensor":
-    """Return [B, 3, S, S] float32: resized where needed, scaled to 0–1, normalised with MEAN and STD.
+    """Return [B, 3, S, S] float32: resized where needed, scaled to 0–1, normalized with MEAN and STD.
 
     The numbers are those of transformers' `BlipImageProcessorPil`, to the last bit.
     """
     import numpy as np
     import torch
 
-    table = _normalised()
+    table = _normalized()
     batch = np.empty((len(images), 3, size, size), dtype=np.float32)
     for row, image in zip(batch, images, strict=True):
         levels = np.asarray(plain(image, size))
@@ -126,8 +126,8 @@ def pixels(images: Sequence[Image.Image], size: int = SIZE) -> "torch.Tensor":
 
 
 @lru_cache(maxsize=1)
-def _normalised() -> "np.ndarray":
-    """The 256 values a channel can have after normalisation, [3, 256]: a look-up instead of arithmetic."""
+def _normalized() -> "np.ndarray":
+    """The 256 values a channel can have after normalization, [3, 256]: a look-up instead of arithmetic."""
     import numpy as np
 
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
@@ -158,12 +158,12 @@ def _centre_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow would cut 16-bit grey off at 255 and leave a white image.
+        # Pillow would cut 16-bit gray off at 255 and leave a white image.
         import numpy as np
 
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit pixels (mode {image.mode}): save it with 8 bits a channel")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # same colours, without Pillow's warning about the direct way
+        image = image.convert("RGBA")  # same colors, without Pillow's warning about the direct way
     return image.convert("RGB")

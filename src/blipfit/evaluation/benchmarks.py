@@ -15,17 +15,18 @@ from typing import Any
 from blipfit import data as datasets
 from blipfit import run as folders
 from blipfit.adapters import peft_format
+from blipfit.data import encoded_split
 from blipfit.data import rewardbench as rows
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import Prompted, clean, prompt
 from blipfit.data.question import SPLITS
 from blipfit.data.rewardbench import Pair
 from blipfit.errors import UserError
-from blipfit.evaluation import clip_score, generation, judging, material, mme, ranking, rewardbench, text
-from blipfit.evaluation.judging import See
-from blipfit.evaluation.material import Material
+from blipfit.evaluation import clip_score, generation, mme, protocol, ranking, rewardbench, text
+from blipfit.evaluation.protocol import See
 from blipfit.model.backbone import Backbone
 from blipfit.model.clip import Clip
-from blipfit.recipe import DataPart, JudgingPart
+from blipfit.recipe import DataConfig, EvaluationConfig
 from blipfit.run import Evaluation
 from blipfit.runtime import distributed
 
@@ -47,13 +48,13 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Paper:
+class EvaluationTask:
     """One set as it is asked."""
 
     name: str
     split: str
     prompt: str
-    material: Material
+    encoded_split: EncodedSplit
     pairs: tuple[Pair, ...] = ()
 
     @property
@@ -81,39 +82,44 @@ def read(
     split: str = "test",
     prompt_name: str | None = None,
     limit: int | None = None,
-) -> Paper:
+) -> EvaluationTask:
     """A set ready for the model; VL-RewardBench has the split `all` too."""
     asked = prompt_name or datasets.dataset(name).prompt
     if name == "rewardbench":
         pairs = _pairs(folder, split, limit)
-        return Paper(name, split, asked, _of_pairs(backbone, pairs, asked), tuple(pairs))
+        return EvaluationTask(name, split, asked, _of_pairs(backbone, pairs, asked), tuple(pairs))
     if name == "mme" and limit is not None and limit % 2:
         raise UserError(f"MME has two questions an image; give an even limit, not {limit}")
-    return Paper(
-        name, split, asked, material.read(backbone, DataPart(name=name, prompt=asked, limit=limit), folder, split)
+    return EvaluationTask(
+        name,
+        split,
+        asked,
+        encoded_split.load(backbone.text, DataConfig(name=name, prompt=asked, limit=limit), folder, split),
     )
 
 
-def answer(backbone: Backbone, paper: Paper, see: See, settings: Settings) -> Outcome:
+def answer(backbone: Backbone, task: EvaluationTask, see: See, settings: Settings) -> Outcome:
     """Let what is in the backbone (nothing, or a bank of one) take a set."""
     backbone.hf.eval()
-    if paper.name == "mme":
-        return _mme(backbone, paper, see, settings)
-    if paper.name == "rewardbench":
-        return _rewardbench(backbone, paper, see, settings)
-    if all(question.choices for question in paper.material.questions):
-        (judged,) = judging.judge(backbone, paper.material, see, JudgingPart(batch_size=settings.batch_size))
+    if task.name == "mme":
+        return _mme(backbone, task, see, settings)
+    if task.name == "rewardbench":
+        return _rewardbench(backbone, task, see, settings)
+    if all(question.choices for question in task.encoded_split.questions):
+        (judged,) = protocol.evaluate_split(
+            backbone, task.encoded_split, see, EvaluationConfig(batch_size=settings.batch_size)
+        )
         return Outcome(judged.records, judged.metrics, {"accuracy": _percent(judged.records, "correct")})
-    return _worded(backbone, paper.material, see, settings)
+    return _worded(backbone, task.encoded_split, see, settings)
 
 
 def side_by_side(
     backbone: Backbone,
     adapter: Path | None,
-    papers: Sequence[Paper],
+    tasks: Sequence[EvaluationTask],
     see: See,
     settings: Settings,
-    place: Callable[[Paper], Evaluation],
+    place: Callable[[EvaluationTask], Evaluation],
     facts: Mapping[str, Any],
     expected: str | None = None,
     listen: Callable[[str], None] = lambda sentence: None,
@@ -133,37 +139,37 @@ def side_by_side(
         try:
             if bank is not None and expected not in (None, digest):
                 raise UserError(f"{adapter} is not the adapter that its result was made with; train it again")
-            for paper in papers:
-                listen(f"{paper.title}, {who}: {len(paper.material)} questions")
-                found[who].append(answer(backbone, paper, see, settings))
+            for task in tasks:
+                listen(f"{task.title}, {who}: {len(task.encoded_split)} questions")
+                found[who].append(answer(backbone, task, see, settings))
                 seconds.append(time.perf_counter())
         finally:
             if bank is not None:
                 bank.remove()
     spent = [b - a for a, b in pairwise(seconds)]
     records = []
-    for number, paper in enumerate(papers):
+    for number, task in enumerate(tasks):
         outcomes = {who: outcomes[number] for who, outcomes in found.items() if outcomes}
         record = {
-            **_described(backbone, paper, settings),
+            **_described(backbone, task, settings),
             **facts,
             **{who: outcome.metrics for who, outcome in outcomes.items()},
-            "seconds": round(sum(spent[number :: len(papers)]), 3),
+            "seconds": round(sum(spent[number :: len(tasks)]), 3),
         }
         if TUNED in outcomes:
             record["difference"] = _differences(outcomes[BASE], outcomes[TUNED])
-        _write(place(paper), paper, outcomes, record)
+        _write(place(task), task, outcomes, record)
         records.append(record)
     return records
 
 
-def _described(backbone: Backbone, paper: Paper, settings: Settings) -> dict[str, Any]:
+def _described(backbone: Backbone, task: EvaluationTask, settings: Settings) -> dict[str, Any]:
     return {
-        "on": paper.name,
-        "split": paper.split,
-        "questions": len(paper.material),
-        "prompt": paper.prompt,
-        "prompt_example": paper.material.prompted[0].prompt,
+        "on": task.name,
+        "split": task.split,
+        "questions": len(task.encoded_split),
+        "prompt": task.prompt,
+        "prompt_example": task.encoded_split.prompted[0].prompt,
         "model": backbone.name,
         "batch_size": settings.batch_size,
         "clip": None if settings.clip is None else settings.clip.name,
@@ -173,14 +179,16 @@ def _described(backbone: Backbone, paper: Paper, settings: Settings) -> dict[str
     }
 
 
-def _write(evaluation: Evaluation, paper: Paper, outcomes: Mapping[str, Outcome], record: Mapping[str, Any]) -> None:
+def _write(
+    evaluation: Evaluation, task: EvaluationTask, outcomes: Mapping[str, Outcome], record: Mapping[str, Any]
+) -> None:
     """The record last: it makes the evaluation whole."""
     lines = [{"who": who, **line} for who, outcome in outcomes.items() for line in outcome.records]
     folders.write_lines(evaluation.predictions_file, lines)
     for who, outcome in outcomes.items():
-        if paper.name == "mme":
+        if task.name == "mme":
             said = [line["prediction"] for line in outcome.records]
-            mme.write_answers(evaluation.answers(who), paper.material.questions, said)
+            mme.write_answers(evaluation.answers(who), task.encoded_split.questions, said)
         if outcome.judgements:
             folders.write_lines(evaluation.judgements_file(who), outcome.judgements)
     folders.write_json(evaluation.record_file, record)
@@ -198,9 +206,9 @@ def _differences(base: Outcome, tuned: Outcome) -> dict[str, Any]:
 # -------------------------------------------------------------- words
 
 
-def _worded(backbone: Backbone, chosen: Material, see: See, settings: Settings) -> Outcome:
-    part = JudgingPart(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
-    (judged,) = judging.judge(backbone, chosen, see, part)
+def _worded(backbone: Backbone, chosen: EncodedSplit, see: See, settings: Settings) -> Outcome:
+    part = EvaluationConfig(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
+    (judged,) = protocol.evaluate_split(backbone, chosen, see, part)
     values = {"rougeL": _percent(judged.records, "rougeL"), "exact": _percent(judged.records, "correct")}
     if settings.clip is not None:
         images = [question.image for question in chosen.questions]
@@ -220,9 +228,9 @@ def _percent(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 # ---------------------------------------------------------------- MME
 
 
-def _mme(backbone: Backbone, paper: Paper, see: See, settings: Settings) -> Outcome:
+def _mme(backbone: Backbone, task: EvaluationTask, see: See, settings: Settings) -> Outcome:
     decoding = replace(generation.PRESETS["greedy"], max_tokens=WORDS_OF_MME)
-    chosen = paper.material
+    chosen = task.encoded_split
     (said,) = generation.generate(
         backbone,
         chosen.encoded,
@@ -265,18 +273,18 @@ def _pairs(folder: Path, split: str, limit: int | None) -> list[Pair]:
     return rows.unique(found)[:limit]
 
 
-def _of_pairs(backbone: Backbone, pairs: Sequence[Pair], name: str) -> Material:
+def _of_pairs(backbone: Backbone, pairs: Sequence[Pair], name: str) -> EncodedSplit:
     """The queries as questions; both responses are candidates, the preferred one is wanted."""
     questions = [rows.question(pair, f"{pair.id}#{number}") for number, pair in enumerate(pairs, start=1)]
     prompted = [
         Prompted(prompt(name)(question).prompt, pair.responses[pair.best], pair.responses)
         for question, pair in zip(questions, pairs, strict=True)
     ]
-    return Material(questions, prompted, backbone.text.encode(prompted))
+    return EncodedSplit(questions, prompted, backbone.text.encode(prompted))
 
 
-def _rewardbench(backbone: Backbone, paper: Paper, see: See, settings: Settings) -> Outcome:
-    chosen, pairs = paper.material, list(paper.pairs)
+def _rewardbench(backbone: Backbone, task: EvaluationTask, see: See, settings: Settings) -> Outcome:
+    chosen, pairs = task.encoded_split, list(task.pairs)
     spoken = _worded(backbone, chosen, see, settings)
     (choices,) = ranking.rank(
         backbone, chosen.encoded, lambda at: see([chosen.questions[i] for i in at]), settings.batch_size
@@ -300,7 +308,7 @@ def _rewardbench(backbone: Backbone, paper: Paper, see: See, settings: Settings)
         record |= {"category": pair.category, "best": pair.best, "sums": both, "means": mean}
     judgements: list[dict[str, Any]] = []
     if settings.samples:
-        judged, judgements = _asked_to_judge(backbone, paper, see, settings)
+        judged, judgements = _asked_to_judge(backbone, task, see, settings)
         metrics["judgements"] = judged
     return Outcome(spoken.records, metrics, values, judgements)
 
@@ -312,7 +320,7 @@ def _preferred(pair: Pair, both: tuple[float, float]) -> float:
 
 
 def _asked_to_judge(
-    backbone: Backbone, paper: Paper, see: See, settings: Settings
+    backbone: Backbone, task: EvaluationTask, see: See, settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Judgements in words, both orders, `samples` times; and their score by the official rule."""
     made, records = [], []
@@ -320,15 +328,15 @@ def _asked_to_judge(
     for sample in range(settings.samples):
         decoding = replace(generation.PRESETS[drawn], seed=sample)
         for swapped in (False, True):
-            asked = [Prompted(clean(rewardbench.judge_prompt(pair, swapped)), "", ()) for pair in paper.pairs]
+            asked = [Prompted(clean(rewardbench.judge_prompt(pair, swapped)), "", ()) for pair in task.pairs]
             (said,) = generation.generate(
                 backbone,
                 backbone.text.encode(asked),
-                lambda at: see([paper.material.questions[i] for i in at]),
+                lambda at: see([task.encoded_split.questions[i] for i in at]),
                 decoding,
                 settings.batch_size,
             )
-            for pair, words in zip(paper.pairs, said, strict=True):
+            for pair, words in zip(task.pairs, said, strict=True):
                 made.append(rewardbench.Judgement(pair.id, pair.key, pair.best, swapped, words))
                 records.append(rewardbench.judgement_record(pair, swapped, words))
     return {**rewardbench.score(made), "decoding": drawn}, records

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from blipfit.adapters import peft_format
+from blipfit.data import encoded_split
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.errors import UserError
-from blipfit.evaluation import judging, material
-from blipfit.evaluation.material import Material
+from blipfit.evaluation import protocol
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 
@@ -30,16 +31,16 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
     backbone = loading.load(
         recipe.model, training.precision, device, training.max_text_tokens, training.max_target_tokens
     )
-    chosen = material.read(backbone, recipe.data, data, split)
-    sight = judging_sight(backbone, recipe)
+    chosen = encoded_split.load(backbone.text, recipe.data, data, split)
+    image_features = evaluation_features(backbone, recipe)
     facts: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
     if base:
-        facts["base"] = summary(backbone, recipe, chosen, sight)
+        facts["base"] = summary(backbone, recipe, chosen, image_features)
     bank, digest = peft_format.install(backbone, run.adapter)
     try:
         if digest != recorded["adapter_sha256"]:
             raise UserError(f"{run.adapter} is not the adapter that {run.result_file} was made with; train it again")
-        facts["tuned"] = summary(backbone, recipe, chosen, sight)
+        facts["tuned"] = summary(backbone, recipe, chosen, image_features)
     finally:
         bank.remove()
     facts["adapter_sha256"] = digest
@@ -47,18 +48,20 @@ def evaluate(folder: Path, data: Path, split: str, device: torch.device | str, b
     return facts
 
 
-def summary(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> dict[str, Any]:
+def summary(backbone: Backbone, recipe: Recipe, chosen: EncodedSplit, image_features: ImageFeatures) -> dict[str, Any]:
     """Judge a split with what is installed in the backbone (a bank of one, or nothing)."""
-    (judged,) = judging.judge(backbone, chosen, sight.features, recipe.judging)
+    (judged,) = protocol.evaluate_split(backbone, chosen, image_features.features, recipe.evaluation)
     return judged.metrics
 
 
-def answers(backbone: Backbone, recipe: Recipe, chosen: Material, sight: Sight) -> list[dict[str, Any]]:
+def answers(
+    backbone: Backbone, recipe: Recipe, chosen: EncodedSplit, image_features: ImageFeatures
+) -> list[dict[str, Any]]:
     """Prediction records of a split, in its order."""
-    (judged,) = judging.judge(backbone, chosen, sight.features, recipe.judging)
+    (judged,) = protocol.evaluate_split(backbone, chosen, image_features.features, recipe.evaluation)
     return judged.records
 
 
-def judging_sight(backbone: Backbone, recipe: Recipe, store: Path | None = None) -> Sight:
+def evaluation_features(backbone: Backbone, recipe: Recipe, store: Path | None = None) -> ImageFeatures:
     """Where a recipe's validation and test features come from: they never change, so the store unless it is off."""
-    return Sight.from_backbone(backbone, "off" if recipe.data.images == "off" else "stored", store)
+    return ImageFeatures.from_backbone(backbone, "off" if recipe.data.images == "off" else "stored", store)

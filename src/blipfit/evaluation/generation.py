@@ -108,7 +108,7 @@ def write(backbone: Backbone, visual: Tensor, batch: PromptBatch, decoding: Deco
         "num_beams": decoding.beams,
         "max_new_tokens": decoding.max_tokens,
         "min_new_tokens": decoding.min_tokens,
-        "do_sample": False,  # drawing by lot is ours: see `ByLot`
+        "do_sample": False,  # drawing by lot is ours: see `GumbelSampling`
         "repetition_penalty": 1.0,  # and so is this, below
         "early_stopping": False,
         "logits_processor": LogitsProcessorList(_processors(visual, batch, decoding)),
@@ -127,11 +127,11 @@ def _processors(visual: Tensor, batch: PromptBatch, decoding: Decoding) -> list[
         made += [TemperatureLogitsWarper(decoding.temperature), TopPLogitsWarper(decoding.top_p)]
         B = len(batch.text_ids_BT)
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch.text_ids_BT, batch.text_mask_BT, strict=True)]
-        made.append(ByLot([_seed(decoding.seed, prompts[row % B]) for row in range(len(visual))]))
+        made.append(GumbelSampling([_seed(decoding.seed, prompts[row % B]) for row in range(len(visual))]))
     return made
 
 
-class ByLot(LogitsProcessor):
+class GumbelSampling(LogitsProcessor):
     """Adds Gumbel noise to the scores, so that the highest is a draw from their softmax.
 
     Every row has a generator of its own, whatever stands beside it in the batch; the noise is drawn on the CPU, so it

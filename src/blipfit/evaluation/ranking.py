@@ -1,7 +1,7 @@
 """Judging by ranking: the candidate with the highest summed log-likelihood is the answer.
 
 Source: the original experiments. The score is the SUM over a candidate's tokens (T5's end token included, Vicuna's
-not), not normalised by length; the mean is reported beside it. An answer is right if its text equals the labelled
+not), not normalized by length; the mean is reported beside it. An answer is right if its text equals the labelled
 option's, to the letter.
 """
 
@@ -110,7 +110,7 @@ def predictions(questions: Sequence[Any], prompted: Sequence[Prompted], choices:
     ]
 
 
-def summarise(questions: Sequence[Any], records: Sequence[dict]) -> dict[str, Any]:
+def summarize(questions: Sequence[Any], records: Sequence[dict]) -> dict[str, Any]:
     """Accuracy with interval, accuracy by mean, what chance would give, and the breakdowns."""
     correct = [record["correct"] for record in records]
     by_mean = [record["prediction_by_mean"] == record["answer"] for record in records]

@@ -19,12 +19,12 @@ import torch
 from blipfit.adapters import peft_format
 from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, ranking, text
-from blipfit.evaluation.benchmarks import Paper, Settings
-from blipfit.evaluation.judging import See
+from blipfit.evaluation.benchmarks import EvaluationTask, Settings
+from blipfit.evaluation.protocol import See
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.run import Run
 
 
@@ -42,7 +42,7 @@ def opened(name: str, device: torch.device | str, precision: str = "auto") -> It
     """A model by its name or folder, or a finished run: its model with the adapter in it."""
     run = Run(Path(name))
     if not run.recipe_file.exists():
-        yield loading.load(ModelPart(name=name), precision, device)
+        yield loading.load(ModelConfig(name=name), precision, device)
         return
     if run.state() != "finished":
         raise UserError(f"{name} is not finished; run the same `blipfit train` again to continue it")
@@ -58,25 +58,25 @@ def opened(name: str, device: torch.device | str, precision: str = "auto") -> It
         bank.remove()
 
 
-def answer(backbone: Backbone, paper: Paper, see: See, settings: Settings) -> Answers:
+def answer(backbone: Backbone, task: EvaluationTask, see: See, settings: Settings) -> Answers:
     """Let a model take a set."""
-    samples = [question.id for question in paper.material.questions]
-    if paper.name == "rewardbench":
-        return Answers(samples, _preferred(backbone, paper, see, settings.batch_size), [0.5] * len(samples))
-    outcome = benchmarks.answer(backbone, paper, see, settings)
+    samples = [question.id for question in task.encoded_split.questions]
+    if task.name == "rewardbench":
+        return Answers(samples, _preferred(backbone, task, see, settings.batch_size), [0.5] * len(samples))
+    outcome = benchmarks.answer(backbone, task, see, settings)
     if "accuracy" not in outcome.values:
         return Answers(samples, [value / 100 for value in outcome.values["rougeL"]], [0.0] * len(samples))
-    candidates = [len(prompted.candidates) or 2 for prompted in paper.material.prompted]  # MME: yes or no
+    candidates = [len(prompted.candidates) or 2 for prompted in task.encoded_split.prompted]  # MME: yes or no
     return Answers(samples, [value / 100 for value in outcome.values["accuracy"]], [1 / count for count in candidates])
 
 
-def _preferred(backbone: Backbone, paper: Paper, see: See, batch_size: int) -> list[float]:
+def _preferred(backbone: Backbone, task: EvaluationTask, see: See, batch_size: int) -> list[float]:
     """1 where the preferred response of a pair is the likelier one, one half where both are equal."""
-    chosen = paper.material
+    chosen = task.encoded_split
     (choices,) = ranking.rank(
         backbone, chosen.encoded, lambda rows: see([chosen.questions[i] for i in rows]), batch_size
     )
-    best = [pair.best for pair in paper.pairs]
+    best = [pair.best for pair in task.pairs]
     return [
         0.5 if choice.sums[0] == choice.sums[1] else float(choice.best == wanted)
         for choice, wanted in zip(choices, best, strict=True)
@@ -96,12 +96,12 @@ def answers(
     found: list[dict[str, Answers]] = []
     for name in names:
         with opened(name, device) as backbone:
-            see = Sight.from_backbone(backbone, "off").features
+            see = ImageFeatures.from_backbone(backbone, "off").features
             mine: dict[str, Answers] = {}
             for what, folder in sets:
-                paper = benchmarks.read(backbone, what, folder, "test" if what == "mme" else split, limit=limit)
-                listen(f"{name} on {what}: {len(paper.material)} samples")
-                mine[what] = answer(backbone, paper, see, settings or Settings())
+                task = benchmarks.read(backbone, what, folder, "test" if what == "mme" else split, limit=limit)
+                listen(f"{name} on {what}: {len(task.encoded_split)} samples")
+                mine[what] = answer(backbone, task, see, settings or Settings())
             found.append(mine)
     assert all(one[what].samples == found[0][what].samples for one in found for what in one), "the same samples"
     return found

@@ -37,12 +37,12 @@ def rouge(predictions: Sequence[str], references: Sequence[str], stemmer: bool =
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], strict: bool = False) -> Values:
-    """1 where a prediction equals its reference, else 0; both are normalised first unless `strict`."""
-    alike: Callable[[str], str] = str if strict else normalised
+    """1 where a prediction equals its reference, else 0; both are normalized first unless `strict`."""
+    alike: Callable[[str], str] = str if strict else normalized
     return np.array([alike(p) == alike(r) for p, r in zip(predictions, references, strict=True)], dtype=np.float64)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Lower case, without ASCII punctuation, English articles and superfluous blanks (SQuAD's rule)."""
     return " ".join(word for word in text.lower().translate(_PUNCTUATION).split() if word not in _ARTICLES)
 

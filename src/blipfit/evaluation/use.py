@@ -21,8 +21,8 @@ from blipfit.errors import UserError
 from blipfit.evaluation import generation
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.run import Run
 from blipfit.runtime import distributed
 
@@ -88,11 +88,11 @@ def load(
         raise UserError(f"{adapter} is not finished; run the same `blipfit train` again to continue it")
     folder = None if run is None else run.adapter if recipe is not None else run.folder
     if model is not None:
-        part = ModelPart(name=grid.model_name("t5", model))
+        part = ModelConfig(name=grid.model_name("t5", model))
     elif recipe is not None:
         part = recipe.model
     else:
-        part = ModelPart(name=grid.MODELS["t5"] if folder is None else peft_format.base(folder))
+        part = ModelConfig(name=grid.MODELS["t5"] if folder is None else peft_format.base(folder))
     text, target = (
         (128, 256) if recipe is None else (recipe.training.max_text_tokens, recipe.training.max_target_tokens)
     )
@@ -114,7 +114,7 @@ class Model:
     ):
         self.backbone, self.announce = backbone, announce
         self.asked = asked or FREELY[0]
-        self._store: Sight | None = None
+        self._store: ImageFeatures | None = None
 
     def ask(
         self,
@@ -174,22 +174,22 @@ class Model:
         """
         files = _files(images)
         made = Prompted(_prompted(CAPTION).prompt, text, wordings(text))
-        sight = self._stored()
+        image_features = self._stored()
         questions = [Question(str(file), file, "", "") for file in files]
-        sight.prepare(questions, advance)
+        image_features.prepare(questions, advance)
         (gray,) = self._scores(self._even(), made).logsumexp(1).tolist()
         found: list[Found] = []
         for start in range(0, len(files), batch_size):
             some = files[start : start + batch_size]
-            scores = self._scores(sight.features(questions[start : start + batch_size]), made).logsumexp(1)
+            scores = self._scores(image_features.features(questions[start : start + batch_size]), made).logsumexp(1)
             found += [Found(file, score - gray) for file, score in zip(some, scores.tolist(), strict=True)]
         return sorted(found, key=lambda one: -one.score)[:top]
 
     # ------------------------------------------------------------- inside
 
-    def _stored(self) -> Sight:
+    def _stored(self) -> ImageFeatures:
         if self._store is None:
-            self._store = Sight.from_backbone(self.backbone, "stored", announce=self.announce)
+            self._store = ImageFeatures.from_backbone(self.backbone, "stored", announce=self.announce)
         return self._store
 
     def _seen(self, images: Sequence[Picture]) -> Tensor:

@@ -113,7 +113,7 @@ class Backbone:
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]
         with self.arithmetic():
-            # A bank's layer norm makes K of the one: what is normalised is the same for all.
+            # A bank's layer norm makes K of the one: what is normalized is the same for all.
             normed = hf.vision_model.post_layernorm(features_BPD.to(hf.query_tokens.dtype).unsqueeze(0))
             features = normed.expand(K, -1, -1, -1).flatten(0, 1)
             queries_KQD = hf.query_tokens

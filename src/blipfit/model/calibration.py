@@ -13,7 +13,7 @@ from blipfit.data.batches import Encoded, TargetBatch
 from blipfit.data.prompts import prompt
 from blipfit.data.question import Question
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 
 BATCH = 16
 
@@ -37,10 +37,12 @@ def draw(questions: Sequence[Question], count: int, seed: int = 0) -> list[Quest
     return [questions[i] for i in sorted(order[:count])]
 
 
-def prepare(backbone: Backbone, questions: Sequence[Question], asked: str, sight: Sight) -> Calibration:
+def prepare(
+    backbone: Backbone, questions: Sequence[Question], asked: str, image_features: ImageFeatures
+) -> Calibration:
     """Questions, written with the prompt `asked`, as the model will read them in training."""
     encoded = backbone.text.encode([prompt(asked)(question) for question in questions])
-    return of_encoded(backbone, encoded, lambda indices: sight.features([questions[i] for i in indices]))
+    return of_encoded(backbone, encoded, lambda indices: image_features.features([questions[i] for i in indices]))
 
 
 def of_encoded(backbone: Backbone, encoded: Sequence[Encoded], features) -> Calibration:  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
 from blipfit.model import tiny
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import Family, ModelPart
+from blipfit.recipe import Family, ModelConfig
 
 _MINIATURES: dict[str, Family] = {name: family for family, name in tiny.NAMES.items()}
 
@@ -36,7 +36,7 @@ _KNOWN_IDS: dict[tuple[str, int], list[int]] = {
 
 
 def load(
-    model: ModelPart,
+    model: ModelConfig,
     precision: str = "auto",
     device: torch.device | str = "cpu",
     max_text: int = 128,
@@ -44,7 +44,7 @@ def load(
 ) -> Backbone:
     """Load a checkpoint as a frozen Backbone in eval mode.
 
-    `precision`: see `TrainingPart.precision`. The Q-Former, its layer norm, the query tokens and the projection stay
+    `precision`: see `TrainingConfig.precision`. The Q-Former, its layer norm, the query tokens and the projection stay
     fp32; the ViT and the language model take the 16-bit type. Raises UserError where the checkpoint cannot be had or
     is one of the known broken copies.
     """
@@ -52,7 +52,7 @@ def load(
     folder, revision = locate(model)
     low = low_precision(precision, device)
     with quiet():
-        hf = weights(folder, revision, low or torch.float32, model.name, quantised(model.quantization, low, device))
+        hf = weights(folder, revision, low or torch.float32, model.name, quantized(model.quantization, low, device))
         qformer_tokenizer, tokenizer = tokenizers(folder, revision)
     family = family_of(hf.config)
     prepare(hf, family, model.name)
@@ -61,14 +61,14 @@ def load(
             f"{model.name}: the Q-Former reads at most {positions} tokens; lower training.max_text_tokens={max_text}"
         )
     hf.requires_grad_(False).eval()
-    if model.quantization == "none":  # a quantised model was loaded where it stays
+    if model.quantization == "none":  # a quantized model was loaded where it stays
         hf.to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
     text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start(hf, family), max_text, max_target)
     return Backbone(hf, text, family, model.name, autocast=low)
 
 
-def locate(model: ModelPart) -> tuple[str, str | None]:
+def locate(model: ModelConfig) -> tuple[str, str | None]:
     """Where to load from: a folder, or a hub name with its revision; offline and absent is said at once."""
     name = model.name
     if name in _MINIATURES:
@@ -113,11 +113,11 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-# What quantisation leaves as it is: all but the layers inside the language model.
+# What quantization leaves as it is: all but the layers inside the language model.
 _NOT_QUANTISED = ["vision_model", "qformer", "language_projection", "lm_head"]
 
 
-def quantised(how: str, low: torch.dtype | None, device: torch.device) -> dict[str, Any]:
+def quantized(how: str, low: torch.dtype | None, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a language model in 8 or 4 bit; none for `none`."""
     if how == "none":
         return {}
@@ -142,7 +142,7 @@ def weights(
 ) -> Any:
     """The model with all its weights, of type `dtype` where they stay frozen and fp32 where they may be trained.
 
-    `options` are passed to `from_pretrained` (see `quantised`). UserError where the copy is of another kind, damaged
+    `options` are passed to `from_pretrained` (see `quantized`). UserError where the copy is of another kind, damaged
     or not whole.
     """
     from transformers import InstructBlipForConditionalGeneration, PreTrainedConfig

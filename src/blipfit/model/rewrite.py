@@ -13,7 +13,7 @@ from torch import Tensor
 from blipfit import run
 from blipfit.errors import UserError
 from blipfit.model import loading
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".index.json")
@@ -22,7 +22,7 @@ Edit = Callable[[dict[str, Any]], None]
 """Changes the content of a JSON file in place."""
 
 
-def source_folder(model: ModelPart) -> Path:
+def source_folder(model: ModelConfig) -> Path:
     """The folder of a checkpoint with all its files; from the hub they are fetched as far as the cache lacks them."""
     place, revision = loading.locate(model)
     if Path(place).is_dir():

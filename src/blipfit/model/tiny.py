@@ -169,7 +169,7 @@ def clip_config(vocabulary: int) -> CLIPConfig:
 
 
 def image_processor() -> BlipImageProcessorPil:
-    """Resizing to 64 × 64 and the published normalisation, through Pillow."""
+    """Resizing to 64 × 64 and the published normalization, through Pillow."""
     return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 

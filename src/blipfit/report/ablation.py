@@ -17,10 +17,10 @@ from blipfit import methods
 from blipfit.errors import UserError
 from blipfit.evaluation import text
 from blipfit.model import shapes
-from blipfit.recipe import LANGUAGE_PARTS, QFORMER_PARTS, Recipe
+from blipfit.recipe import LANGUAGE_SUBLAYERS, QFORMER_SUBLAYERS, Recipe
 from blipfit.run import Run
 
-TOWERS: Mapping[str, tuple[str, ...]] = {"qformer": QFORMER_PARTS, "llm": LANGUAGE_PARTS}
+TOWERS: Mapping[str, tuple[str, ...]] = {"qformer": QFORMER_SUBLAYERS, "llm": LANGUAGE_SUBLAYERS}
 _SINGLE = tuple(f"{tower} {part}" for tower, parts in TOWERS.items() for part in parts)
 TUNED = ("learning_rate", "max_epochs", "patience", "weight_decay", "betas", "batch_size", "accumulation")
 """Fields of training that are chosen for each experiment to do its best, so pairs may differ in them."""

@@ -15,7 +15,7 @@ from blipfit.errors import UserError
 from blipfit.model import cost, latency, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
-from blipfit.recipe import ModelPart, Recipe
+from blipfit.recipe import ModelConfig, Recipe
 from blipfit.run import Run
 
 
@@ -87,7 +87,7 @@ def _measured(
     if recipe:
         backbone = loading.load(recipe.model, recipe.training.precision, device, recipe.training.max_text_tokens)
     else:
-        backbone = loading.load(ModelPart(name=name), device=device)
+        backbone = loading.load(ModelConfig(name=name), device=device)
     weights = cost.weight_bytes(backbone.hf)
     return {"weight_bytes": weights, **_with_adapter(backbone, run, lengths)}
 

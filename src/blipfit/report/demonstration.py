@@ -9,8 +9,9 @@ import torch
 from rich.table import Table
 
 from blipfit import data, grid, run
+from blipfit.data import encoded_split
 from blipfit.data.images import open_image
-from blipfit.evaluation import evaluate, material, ranking
+from blipfit.evaluation import evaluate, ranking
 from blipfit.model import loading
 from blipfit.recipe import Recipe
 from blipfit.report import pictures, terminal
@@ -35,18 +36,18 @@ def run_demo(folder: Path, device: torch.device, seed: int = 42) -> dict[str, An
     data.prepare("icons", source, **SIZES, seed=seed)
     chosen = recipes()
     backbone = loading.load(chosen[0].model, device=device)
-    test = material.read(backbone, chosen[0].data, source, "test")
+    test = encoded_split.load(backbone.text, chosen[0].data, source, "test")
     picked = [next(i for i, q in enumerate(test.questions) if q.tags["skill"] == skill) for skill in SHOWN]
     images = [open_image(test.questions[i].image) for i in picked]
     screen.print("Three pictures, each with a kind of question that this miniature InstructBLIP was never asked:\n")
     if screen.is_terminal:
         screen.print(pictures.in_terminal(images))
-    answers = {"base": evaluate.answers(backbone, chosen[0], test, evaluate.judging_sight(backbone, chosen[0]))}
+    answers = {"base": evaluate.answers(backbone, chosen[0], test, evaluate.evaluation_features(backbone, chosen[0]))}
     for i in picked:
         question = test.questions[i]
         screen.print(f"  {question.question}  ({', '.join(question.choices)})", soft_wrap=True)
     screen.print(f"\nThe base model says: {_said(answers['base'], picked)}\n", soft_wrap=True)
-    before = ranking.summarise(test.questions, answers["base"])
+    before = ranking.summarize(test.questions, answers["base"])
     screen.print(
         f"Right on {before['questions']} such questions: {terminal.percent(before)} %, chance {before['chance']}"
     )
@@ -111,7 +112,7 @@ def _said(records: list[dict[str, Any]], picked: list[int]) -> str:
     return "   ".join(f"{records[i]['prediction']} {'✓' if records[i]['correct'] else '✗'}" for i in picked)
 
 
-def _caption(test: material.Material, answers: Mapping[str, list[dict[str, Any]]], i: int) -> str:
+def _caption(test: encoded_split.EncodedSplit, answers: Mapping[str, list[dict[str, Any]]], i: int) -> str:
     question = test.questions[i]
     lines = [f"{name}: {records[i]['prediction']}" for name, records in answers.items()]
     return "\n".join([question.question, f"right: {question.answer}", *lines])

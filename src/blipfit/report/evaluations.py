@@ -11,11 +11,11 @@ from blipfit import data as datasets
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, mme, rewardbench
-from blipfit.evaluation.benchmarks import BASE, TUNED, Paper, Settings
-from blipfit.evaluation.evaluate import judging_sight
+from blipfit.evaluation.benchmarks import BASE, TUNED, EvaluationTask, Settings
+from blipfit.evaluation.evaluate import evaluation_features
 from blipfit.model import clip, loading, tiny
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.report import experiments, judges, terminal
 from blipfit.run import Evaluation, Run
 from blipfit.runtime import distributed
@@ -42,35 +42,35 @@ def run(
         raise UserError(f"{subject} is not finished; run the same `blipfit train` again to continue it")
     asked = places(on, data)
     _refuse_trained(asked, split, None if recipe is None else recipe.data.name)
-    part = ModelPart(name=subject) if recipe is None else recipe.model
+    part = ModelConfig(name=subject) if recipe is None else recipe.model
     loading.locate(part)
     judge = _clip(part.name, clip_name, asked, device)
     if recipe is None:
         backbone = loading.load(part, device=device)
-        sight = Sight.from_backbone(backbone, "stored")
+        image_features = ImageFeatures.from_backbone(backbone, "stored")
     else:
         training = recipe.training
         backbone = loading.load(part, training.precision, device, training.max_text_tokens, training.max_target_tokens)
-        sight = judging_sight(backbone, recipe)
-    sight.announce = lambda sentence: screen.print(sentence, soft_wrap=True)
-    papers = []
+        image_features = evaluation_features(backbone, recipe)
+    image_features.announce = lambda sentence: screen.print(sentence, soft_wrap=True)
+    tasks = []
     for name, folder in asked:
         own = recipe.data.prompt if recipe is not None and recipe.data.name == name else None
         at = "test" if name == "mme" else split
-        papers.append(benchmarks.read(backbone, name, folder, at, own, limit))
+        tasks.append(benchmarks.read(backbone, name, folder, at, own, limit))
 
-    sight.prepare([question for paper in papers for question in paper.material.questions])
+    image_features.prepare([question for task in tasks for question in task.encoded_split.questions])
 
-    def place(paper: Paper) -> Evaluation:
+    def place(task: EvaluationTask) -> Evaluation:
         if recipe is not None:
-            return trained.evaluation(paper.title)
-        return Evaluation.of_model(results, subject, paper.title)
+            return trained.evaluation(task.title)
+        return Evaluation.of_model(results, subject, task.title)
 
     return benchmarks.side_by_side(
         backbone,
         None if recipe is None else trained.adapter,
-        papers,
-        sight.features,
+        tasks,
+        image_features.features,
         Settings(decoding=decoding, samples=samples, clip=judge),
         place,
         {"run": None if recipe is None else subject},

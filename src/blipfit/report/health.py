@@ -100,9 +100,9 @@ def _hub() -> Check:
 
 def _loads(name: str) -> str:
     from blipfit.model.loading import load
-    from blipfit.recipe import ModelPart
+    from blipfit.recipe import ModelConfig
 
-    backbone = load(ModelPart(name=name))
+    backbone = load(ModelConfig(name=name))
     count = sum(p.numel() for p in backbone.hf.parameters())
     return f"{count:,} parameters, {backbone.family}; head, query tokens, tokenizers and activation as they must be"
 

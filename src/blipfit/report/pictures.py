@@ -10,7 +10,7 @@ _UPPER_HALF = "▀"
 
 
 def in_terminal(images: Sequence[Image.Image], side: int = 32, gap: int = 4) -> Text:
-    """Pictures side by side, two pixels a character cell: the upper as its colour, the lower as its background."""
+    """Pictures side by side, two pixels a character cell: the upper as its color, the lower as its background."""
     shown = [image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for image in images]
     text = Text()
     for row in range(0, side, 2):

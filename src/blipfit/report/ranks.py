@@ -140,7 +140,7 @@ def draw(history: Mapping[str, Any], title: str, file: Path) -> None:
     figure.colorbar(image, ax=left, label="rank")
     for name, part in sublayers(history).items():
         right.plot(history["steps"], [kept / part["layers"] for kept in part["over_training"]], label=name, marker=".")
-    right.set(xlabel="optimiser step", ylabel="mean rank of a layer", ylim=(0, history["start_rank"] + 0.5))
+    right.set(xlabel="optimizer step", ylabel="mean rank of a layer", ylim=(0, history["start_rank"] + 0.5))
     right.legend(fontsize=7)
     with runs.replacing(file) as temporary:
         figure.savefig(temporary, dpi=130)

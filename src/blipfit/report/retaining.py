@@ -13,7 +13,7 @@ from blipfit.evaluation import retention
 from blipfit.evaluation.retention import Answers
 from blipfit.model import cost, loading, shapes
 from blipfit.model.cost import Lengths
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 from blipfit.report import evaluations, terminal
 from blipfit.run import Run
 
@@ -33,7 +33,7 @@ def run(
     if len(set(names)) < len(names):
         raise UserError("a model is named twice; give the original once and every candidate once")
     for name in names:  # before anything is judged
-        loading.locate(ModelPart(name=_model(name)))
+        loading.locate(ModelConfig(name=_model(name)))
     sets = evaluations.places(on, folder)
     screen = terminal.console(stderr=True)
     found = retention.answers(

@@ -14,8 +14,8 @@ from blipfit.model import calibration, cost, importance, loading, rewrite, shape
 from blipfit.model.backbone import Backbone
 from blipfit.model.calibration import Calibration
 from blipfit.model.cost import Lengths
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.report import costs, experiments
 
 LENGTHS = Lengths()
@@ -64,7 +64,7 @@ def run(
         raise UserError(f"unknown importance {method!r}; known: {', '.join(importance.METHODS)}")
     rewrite.refuse_existing(to)
     size = shrink_size.wanted(shapes.on_meta(model).config, **sizes)
-    part = ModelPart(name=model)
+    part = ModelConfig(name=model)
     backbone = loading.load(part, device=device)
     questions = _questions(backbone, dataset, folder, count, seed) if dataset else None
     small, record = shrink.shrink(backbone, size, method, questions)  # type: ignore[arg-type]
@@ -77,7 +77,9 @@ def run(
 def _questions(backbone: Backbone, dataset: str, folder: Path | None, count: int, seed: int) -> Calibration:
     source = experiments.data_folder(dataset, folder)
     drawn = calibration.draw(data.load(dataset, source, "train"), count, seed)
-    return calibration.prepare(backbone, drawn, data.dataset(dataset).prompt, Sight.from_backbone(backbone, "off"))
+    return calibration.prepare(
+        backbone, drawn, data.dataset(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")
+    )
 
 
 def shown(record: Mapping[str, Any]) -> list[Any]:

@@ -13,8 +13,8 @@ from blipfit.data import feature_stores, features
 from blipfit.data.question import SPLITS
 from blipfit.errors import UserError
 from blipfit.model import loading
-from blipfit.model.sight import Sight
-from blipfit.recipe import ModelPart
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.report import experiments, terminal
 
 ACTIONS = ("list", "build", "check", "delete")
@@ -53,11 +53,13 @@ def _with_model(
     screen = terminal.console(stderr=True)
     source = experiments.data_folder(dataset, folder)
     questions = [question for split in SPLITS for question in data.load(dataset, source, split)]
-    backbone = loading.load(ModelPart(name=model), device=device or "cpu")
-    sight = Sight.from_backbone(backbone, "stored", home, lambda text: screen.print(text, soft_wrap=True))
+    backbone = loading.load(ModelConfig(name=model), device=device or "cpu")
+    image_features = ImageFeatures.from_backbone(
+        backbone, "stored", home, lambda text: screen.print(text, soft_wrap=True)
+    )
     if action == "build":
-        return {"built": sight.prepare(questions), "questions": len(questions), "folder": str(home)}
-    return {"compared": asdict(sight.check(questions))}
+        return {"built": image_features.prepare(questions), "questions": len(questions), "folder": str(home)}
+    return {"compared": asdict(image_features.check(questions))}
 
 
 def _checked(home: Path) -> dict[str, Any]:

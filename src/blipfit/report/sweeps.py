@@ -12,7 +12,7 @@ from blipfit import sweep
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
 from blipfit.report import experiments, terminal
-from blipfit.training.workshop import Workshop
+from blipfit.training.model_cache import ModelCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ def run(
 ) -> Swept:
     """Plan, say what it will cost, train, and tell how it ended."""
     display = terminal.TrainingDisplay()
-    workshop = Workshop(device)
+    model_cache = ModelCache(device)
     try:
-        return _swept(recipes, folders, results, bank, only_plan, workshop, display)
+        return _swept(recipes, folders, results, bank, only_plan, model_cache, display)
     finally:
         display.close()
 
@@ -62,15 +62,15 @@ def _swept(
     results: Path,
     bank: int | None,
     only_plan: bool,
-    workshop: Workshop,
+    model_cache: ModelCache,
     display: terminal.TrainingDisplay,
 ) -> Swept:
-    planned = sweep.make_plan(recipes, folders, results, workshop, bank, display)
+    planned = sweep.make_plan(recipes, folders, results, model_cache, bank, display)
     record: dict[str, Any] = {"plan": describe(planned)}
     if only_plan:
         return Swept(record, [plan_table(planned)])
     display.console.print(plan_table(planned))
-    runs = sweep.run(planned, folders, results, workshop, display)
+    runs = sweep.run(planned, folders, results, model_cache, display)
     finished = [one.result() for one in runs if one.state() == "finished"]
     failed = {str(one.folder): one.failure() for one in runs if one.state() != "finished"}
     record |= {"results": finished, "failed": failed}

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blipfit import methods
-from blipfit.recipe import AdapterPart
+from blipfit.recipe import AdapterConfig
 
 
 def show(record: Any, as_json: bool, drawn: Callable[[], Any]) -> None:
@@ -43,9 +43,9 @@ def console(stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
-def placement(adapter: AdapterPart | Mapping[str, Any]) -> str:
+def placement(adapter: AdapterConfig | Mapping[str, Any]) -> str:
     """One phrase for a placement, and for the method where it is not LoRA: `QF full · LLM attn+ffn · DoRA`."""
-    values = adapter.model_dump() if isinstance(adapter, AdapterPart) else adapter
+    values = adapter.model_dump() if isinstance(adapter, AdapterConfig) else adapter
     qformer, llm = values["qformer"], values["llm"]
     parts = []
     if qformer:
@@ -206,7 +206,7 @@ class TrainingDisplay:
         recipes, counts = facts["recipes"], facts["counts"]
         first = recipes[0]
         self._say(f"{first.data.name}: " + " / ".join(f"{n} {split}" for split, n in counts.items()) + " questions")
-        self._say(f"prompt {first.data.prompt}, judged by {first.judging.method}; one in full:")
+        self._say(f"prompt {first.data.prompt}, judged by {first.evaluation.method}; one in full:")
         self._say(f"  {facts['prompt']!r} → {facts['target']!r}")
         for recipe, trained, changed in zip(recipes, facts["trained"], facts["differs"], strict=True):
             parts = ", ".join(f"{part} {number:,}" for part, number in trained.items())

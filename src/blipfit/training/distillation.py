@@ -16,14 +16,14 @@ from blipfit.errors import UserError
 from blipfit.grid import SHRINK_RECORD, shrink_record
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import DistillationPart, ModelPart, Recipe
+from blipfit.recipe import DistillationConfig, ModelConfig, Recipe
 from blipfit.run import Run
 
 
 class Teacher:
     """An original in eval mode; `queries`: which of its query tokens the student has, in the student's order."""
 
-    def __init__(self, backbone: Backbone, part: DistillationPart, queries: Tensor):
+    def __init__(self, backbone: Backbone, part: DistillationConfig, queries: Tensor):
         self.backbone, self.part, self.queries = backbone, part, queries
 
     def losses(
@@ -70,7 +70,7 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     if part.teacher is None:
         return None
     run, training = Run(Path(part.teacher)), recipe.training
-    model = run.recipe().model if run.recipe_file.exists() else ModelPart(name=part.teacher)
+    model = run.recipe().model if run.recipe_file.exists() else ModelConfig(name=part.teacher)
     backbone = loading.load(
         model, training.precision, student.device, training.max_text_tokens, training.max_target_tokens
     )
@@ -88,7 +88,7 @@ def locate(name: str) -> None:
     if Run(Path(name)).recipe_file.exists():
         return
     try:
-        loading.locate(ModelPart(name=name))
+        loading.locate(ModelConfig(name=name))
     except UserError as error:
         raise UserError(f"the teacher cannot be had: {error}; say where it is: --set distillation.teacher=…") from error
 

@@ -19,22 +19,22 @@ from blipfit.adapters import peft_format
 from blipfit.adapters.adalora import Schedule
 from blipfit.adapters.bank import Bank
 from blipfit.data import prompts
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import judging
-from blipfit.evaluation.material import Material
+from blipfit.evaluation import protocol
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone, fingerprint, head
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed, memory
 from blipfit.training import checkpoint, distillation, plan, record
 from blipfit.training.checkpoint import Progress
-from blipfit.training.optimiser import rate_at
+from blipfit.training.model_cache import SPLITS, ModelCache
+from blipfit.training.optimizer import rate_at
 from blipfit.training.record import Finished
 from blipfit.training.step import Stepper
-from blipfit.training.workshop import SPLITS, Workshop
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with an event's name and facts: `building`, `start`, `step`, `epoch`, `finished`, `failed`, `skipped`."""
@@ -49,19 +49,19 @@ def train(
     results: Path,
     *,
     device: str | torch.device | None = None,
-    workshop: Workshop | None = None,
+    model_cache: ModelCache | None = None,
     listen: Listener = lambda event, facts: None,
 ) -> list[Run]:
     """Train, judge and record experiments; those that can share a bank do.
 
     Finished runs are skipped, interrupted ones continue where they stopped. Before anything is trained, UserError
-    where a folder holds another recipe's results. A `workshop` lends its device, loaded model and features to several
-    calls. Returns the runs in the recipes' order; a failed one has `failure.json` and no result.
+    where a folder holds another recipe's results. A `model_cache` lends its device, loaded model and features to
+    several calls. Returns the runs in the recipes' order; a failed one has `failure.json` and no result.
     """
     runs = [Run.of(results, recipe) for recipe in recipes]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("two of the recipes have the same data set and experiment name; give each its own name")
-    workshop = workshop or Workshop(device)
+    model_cache = model_cache or ModelCache(device)
     if not distributed.is_main():
         listen = _silent
     hashes = check_inputs(recipes, data)
@@ -71,12 +71,12 @@ def train(
         for run in runs:
             if distributed.is_main() and run.state() != "finished":
                 held.enter_context(run.held())
-        _train(list(zip(runs, recipes, hashes, strict=True)), workshop, data, listen)
+        _train(list(zip(runs, recipes, hashes, strict=True)), model_cache, data, listen)
     memory.give_back()
     return runs
 
 
-def _train(chosen: Sequence[tuple[Run, Recipe, str]], workshop: Workshop, data: Path, listen: Listener) -> None:
+def _train(chosen: Sequence[tuple[Run, Recipe, str]], model_cache: ModelCache, data: Path, listen: Listener) -> None:
     """Claim the folders of what is not finished, and train it; `chosen` with the hashes of its questions."""
     todo: list[Member] = []
     for run, recipe, digest in chosen:
@@ -89,10 +89,10 @@ def _train(chosen: Sequence[tuple[Run, Recipe, str]], workshop: Workshop, data: 
             todo.append((run, recipe, checkpoint.load(run.checkpoint)))
     distributed.wait()
     with tempfile.TemporaryDirectory() as aside:
-        if not distributed.is_main():  # does the same work and writes it where nobody looks
+        if not distributed.is_main():  # does the same work and writes it where nobody validations
             todo = [(Run.of(Path(aside), recipe).made(), recipe, resumed) for _, recipe, resumed in todo]
         for members in _banks(todo):
-            _train_bank(workshop, members, data, listen)
+            _train_bank(model_cache, members, data, listen)
         distributed.wait()
 
 
@@ -145,10 +145,10 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
         )
     if recipe.adapter.method == "adalora":
         Schedule.of(recipe.adapter, 1, plan.total_steps(count, recipe.training))
-    judging.refuse(recipe.judging, recipe.data.name, questions)
+    protocol.refuse(recipe.evaluation, recipe.data.name, questions)
 
 
-def _build_features(sight: Sight, material: Material, listen: Listener) -> None:
+def _build_features(image_features: ImageFeatures, encoded_split: EncodedSplit, listen: Listener) -> None:
     """Fill the feature store, saying first how much that is."""
     done = 0
 
@@ -157,25 +157,26 @@ def _build_features(sight: Sight, material: Material, listen: Listener) -> None:
         done += count
         listen("building", {"done": done})
 
-    sight.announce = lambda sentence: listen("building", {"sentence": sentence})
-    sight.prepare(material.questions, progress)
+    image_features.announce = lambda sentence: listen("building", {"sentence": sentence})
+    image_features.prepare(encoded_split.questions, progress)
 
 
-def _train_bank(workshop: Workshop, members: Sequence[Member], data: Path, listen: Listener) -> None:
+def _train_bank(model_cache: ModelCache, members: Sequence[Member], data: Path, listen: Listener) -> None:
     recipes = [recipe for _, recipe, _ in members]
-    backbone = workshop.backbone(recipes[0])
+    backbone = model_cache.backbone(recipes[0])
     head_before = fingerprint(head(backbone.hf))
-    splits, sights = workshop.splits(recipes[0], data), workshop.sights(recipes[0])
-    for split, sight in zip(SPLITS, (sights[0], sights[1], sights[1]), strict=True):
+    splits = model_cache.splits(recipes[0], data)
+    training_features, evaluation_features = model_cache.image_features(recipes[0])
+    for split, source in zip(SPLITS, (training_features, evaluation_features, evaluation_features), strict=True):
         with distributed.main_first():
-            _build_features(sight, splits[split], listen)
+            _build_features(source, splits[split], listen)
     session = None
     try:
-        session = BankSession(backbone, members, splits, sights, listen)
+        session = BankSession(backbone, members, splits, (training_features, evaluation_features), listen)
         session.run()
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{len(members)} experiments at once need more memory than {workshop.device} has; train fewer together "
+            f"{len(members)} experiments at once need more memory than {model_cache.device} has; train fewer together "
             "(`blipfit sweep --bank K`), or lower training.batch_size and raise training.accumulation"
         ) from None
     finally:
@@ -198,8 +199,10 @@ def _test(session: "BankSession", head_hash: str) -> None:
             bank.load_state(k, one.state)
             if not peft_format.changes(one.recipe.adapter, before, one.state):
                 raise AssertionError(f"{one.recipe.title}: training changed nothing")  # a defect of ours, never data
-        part, see = done[0].recipe.judging, session.judging_sight.features
-        judged = {split: judging.judge(backbone, session.splits[split], see, part) for split in ("val", "test")}
+        part, see = done[0].recipe.evaluation, session.evaluation_features.features
+        judged = {
+            split: protocol.evaluate_split(backbone, session.splits[split], see, part) for split in ("val", "test")
+        }
     finally:
         bank.remove()
     for k, one in enumerate(done):
@@ -224,12 +227,12 @@ class BankSession:
         self,
         backbone: Backbone,
         members: Sequence[Member],
-        splits: dict[str, Material],
-        sights: tuple[Sight, Sight],
+        splits: dict[str, EncodedSplit],
+        image_features: tuple[ImageFeatures, ImageFeatures],
         listen: Listener,
     ):
         self.backbone, self.splits, self.listen = backbone, splits, listen
-        self.training_sight, self.judging_sight = sights
+        self.training_features, self.evaluation_features = image_features
         self.runs = [run for run, _, _ in members]
         self.recipes = [recipe for _, recipe, _ in members]
         self.training = self.recipes[0].training
@@ -296,7 +299,7 @@ class BankSession:
         micros = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
         view = (self.training.seed, epoch) if self.recipes[0].data.images == "shared" else None
         mine = [[questions[i] for i in distributed.shard(micro)] for micro in micros]
-        return self.training_sight.prefetch(mine, view)
+        return self.training_features.prefetch(mine, view)
 
     def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
         started = time.perf_counter()
@@ -338,21 +341,23 @@ class BankSession:
     def _validate(self) -> None:
         """Judge the validation split, keep what is best, retire what is done, save the rest."""
         started = time.perf_counter()
-        looks = judging.look(self.backbone, self.splits["val"], self.judging_sight.features, self.recipes[0].judging)
+        validations = protocol.validate(
+            self.backbone, self.splits["val"], self.evaluation_features.features, self.recipes[0].evaluation
+        )
         seconds = (time.perf_counter() - started) / self.bank.K
         # A last update may have gone wrong without a loss to show it.
-        lost = [k for k, look in enumerate(looks) if not look.finite]
+        lost = [k for k, validation in enumerate(validations) if not validation.finite]
         for k in lost:
             self._fail(k, f"scores in the validation of epoch {self.progress[k].epoch + 1}")
         self._drop(lost)
-        looks = [look for look in looks if look.finite]
+        validations = [validation for validation in validations if validation.finite]
         leaving = []
-        for k, (recipe, p, look) in enumerate(zip(self.recipes, self.progress, looks, strict=True)):
+        for k, (recipe, p, validation) in enumerate(zip(self.recipes, self.progress, validations, strict=True)):
             allocator = self.stepper.allocator
             if allocator and not allocator.settled(k, p.updates):
                 pass  # it still has more ranks than its budget: neither the best epoch nor a bad one
-            elif look.score > p.best_score:
-                p.best_score, p.best_epoch, p.bad_epochs = look.score, p.epoch, 0
+            elif validation.score > p.best_score:
+                p.best_score, p.best_epoch, p.bad_epochs = validation.score, p.epoch, 0
                 self.best[k] = self.bank.values[k]
             else:
                 p.bad_epochs += 1
@@ -360,7 +365,7 @@ class BankSession:
             line = {
                 "epoch": p.epoch + 1,
                 "loss": p.loss_sum / p.label_count,
-                look.measure: look.value,
+                validation.measure: validation.value,
                 "learning_rate": rate_at(recipe.training, p.epoch),
                 "seconds": round(p.seconds, 3),
                 **({"ranks_kept": sum(allocator.ranks(k).values())} if allocator else {}),
@@ -413,7 +418,7 @@ class BankSession:
             groups = {
                 "values": self.bank.state(k),
                 "best": self.bank.state(k, self.best),
-                **self.stepper.optimiser.state(k),
+                **self.stepper.optimizer.state(k),
                 **(self.stepper.allocator.state(k) if self.stepper.allocator else {}),
             }
             checkpoint.save(run.checkpoint, p, groups)
@@ -423,7 +428,7 @@ class BankSession:
         self.progress[k] = progress
         self.bank.load_state(k, tensors["values"])
         self.bank.load_state(k, tensors["best"], self.best)
-        self.stepper.optimiser.load_state(k, tensors, progress.updates)
+        self.stepper.optimizer.load_state(k, tensors, progress.updates)
         if self.stepper.allocator:
             self.stepper.allocator.load_state(k, tensors)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from blipfit.methods import PEFT
-from blipfit.recipe import Recipe, TrainingPart
+from blipfit.recipe import Recipe, TrainingConfig
 
 # What may differ inside a bank; everything else is shared by its members.
 _OWN = {"learning_rate", "weight_decay", "betas", "max_epochs", "patience"}
@@ -21,7 +21,7 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
         recipe.model.quantization,
         recipe.data.model_dump_json(),
         repr(sorted(shared.items())),
-        recipe.judging.model_dump_json(),
+        recipe.evaluation.model_dump_json(),
         recipe.distillation.model_dump_json(),
         recipe.performance.model_dump_json(),
         recipe.adapter.qformer == "full",
@@ -35,8 +35,8 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
 GROUPED = 8
 
 
-def effective_batches(lengths: Sequence[int], training: TrainingPart, epoch: int) -> list[list[int]]:
-    """Shuffled question indices, one list an optimiser step; the last short batch is dropped.
+def effective_batches(lengths: Sequence[int], training: TrainingConfig, epoch: int) -> list[list[int]]:
+    """Shuffled question indices, one list an optimizer step; the last short batch is dropped.
 
     `lengths` are the questions' text tokens. A function of them, the seed and the epoch alone: every experiment of a
     bank, and the same experiment by itself, sees the same batches. Inside a batch the shorter come first, so that
@@ -58,13 +58,13 @@ def effective_batches(lengths: Sequence[int], training: TrainingPart, epoch: int
     return batches
 
 
-def total_steps(count: int, training: TrainingPart) -> int:
+def total_steps(count: int, training: TrainingConfig) -> int:
     """Optimiser steps of the longest possible training on that many questions."""
     return count // (training.batch_size * training.accumulation) * training.max_epochs
 
 
-def micro_batches(batch: Sequence[int], training: TrainingPart) -> Iterator[Sequence[int]]:
-    """The forward passes of one optimiser step."""
+def micro_batches(batch: Sequence[int], training: TrainingConfig) -> Iterator[Sequence[int]]:
+    """The forward passes of one optimizer step."""
     for start in range(0, len(batch), training.batch_size):
         yield batch[start : start + training.batch_size]
 

@@ -29,7 +29,7 @@ from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
 from blipfit.model import loading, tiny, tiny_tokenizers
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import ModelPart
+from blipfit.recipe import ModelConfig
 from blipfit.training import pretrain_answers, pretrain_check, pretrain_queries, pretrain_texts, pretrain_tower
 from blipfit.training.pretrain_loop import Schedule, fit, json_lines
 from blipfit.training.pretrain_tasks import Mixture
@@ -370,7 +370,7 @@ def pretrain_tiny(
 
 def measure(folder: Path, seed: int, questions: int = 1400, pictures: int = 200) -> dict:
     """What a finished miniature is judged by (`pretrain_check.measure`), read back from its folder."""
-    return pretrain_check.measure(loading.load(ModelPart(name=str(folder))), seed, questions, pictures)
+    return pretrain_check.measure(loading.load(ModelConfig(name=str(folder))), seed, questions, pictures)
 
 
 def _claim(state: Path, recipe: PretrainRecipe) -> None:

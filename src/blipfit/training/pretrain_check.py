@@ -18,7 +18,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Judged:
+class SplitEvaluation:
     """Answers to multiple-choice questions: one row a question."""
 
     skills: tuple[str, ...]
@@ -54,7 +54,7 @@ def judge(
     *,
     generate: bool = False,
     see: str = "picture",
-) -> Judged:
+) -> SplitEvaluation:
     """Answer by ranking, or by generation (right only if the text is exactly `(b) red`).
 
     `see`: 'picture', 'blank' (an even gray), or 'swapped' (the picture of the next question of the same skill).
@@ -71,7 +71,7 @@ def judge(
         features = backbone.see(torch.zeros_like(image) if see == "blank" else image)
         right += answer(backbone, features, [pretrain_texts.prompted(ask) for _, ask in rows])
     asks = [ask for _, ask in asked]
-    return Judged(tuple(ask.skill for ask in asks), tuple(1 / len(ask.choices) for ask in asks), tuple(right))
+    return SplitEvaluation(tuple(ask.skill for ask in asks), tuple(1 / len(ask.choices) for ask in asks), tuple(right))
 
 
 def _ranked(backbone: Backbone, features: Tensor, prompted: list[Prompted]) -> list[bool]:

@@ -117,7 +117,7 @@ def _store(state: Path, module: nn.Module, optimizer, parameters: dict[str, Tens
 
 
 def _restore(state: Path, module: nn.Module, optimizer, parameters: dict[str, Tensor]) -> int:
-    """Read what `_store` wrote into module and optimiser; the number of steps done."""
+    """Read what `_store` wrote into module and optimizer; the number of steps done."""
     with safe_open(state, "pt") as file, torch.no_grad():
         step, names = int(file.metadata()["step"]), set(file.keys())
         for name, value in parameters.items():

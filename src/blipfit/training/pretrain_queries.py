@@ -110,14 +110,14 @@ def named_cells(asked: list[Prompted], held: Tensor) -> Tensor:
 
 
 def cells(scenes: list[icons.Scene]) -> Tensor:
-    """Shape (or the question mark), colour and size in every cell, [B, 16, 3]; 0 where nothing stands."""
+    """Shape (or the question mark), color and size in every cell, [B, 16, 3]; 0 where nothing stands."""
     step = SIDE // BOARD
     patches = truth(scenes)["icon"].view(len(scenes), SIDE, SIDE, 3)
     return patches[:, ::step, ::step].flatten(1, 2)
 
 
 def cells_loss(queries: Queries, seen: Tensor, wanted: Tensor) -> Tensor:
-    """Summed cross entropy of shape, colour and size, averaged over cells."""
+    """Summed cross entropy of shape, color and size, averaged over cells."""
     parts = queries.cell(seen).split(PARTS, dim=-1)
     losses = [F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(parts)]
     return torch.stack(losses).sum()

@@ -27,7 +27,7 @@ from blipfit.training import pretrain_texts
 SIDE = tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 MOST = 6  # counts above this are one class
 READINGS = 24 + 11  # half hours of a clock, then marks of a number line
-# What a patch shows: a shape or the question mark, a colour and a size; 0 is nothing.
+# What a patch shows: a shape or the question mark, a color and a size; 0 is nothing.
 PARTS = (len(SHAPES) + 2, len(COLORS) + 1, 3)
 QUESTION_MARK = len(SHAPES) + 1
 FREE = 2  # channels without embeddings, see above

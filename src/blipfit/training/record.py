@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from blipfit import grid, run
 from blipfit.adapters import peft_format
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.errors import UserError
-from blipfit.evaluation.judging import Judged
-from blipfit.evaluation.material import Material
+from blipfit.evaluation.protocol import SplitEvaluation
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.run import Run
@@ -35,8 +35,8 @@ class Finished:
 def write(
     finished: Finished,
     backbone: Backbone,
-    splits: Mapping[str, Material],
-    judged: Mapping[str, Judged],
+    splits: Mapping[str, EncodedSplit],
+    judged: Mapping[str, SplitEvaluation],
     head_hash: str,
 ) -> dict[str, Any]:
     """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json`, then `result.json`: the run is finished."""
@@ -61,7 +61,7 @@ def write(
         "trained_share": trained / total,
         "prompt": recipe.data.prompt,
         "prompt_example": splits["test"].prompted[0].prompt,
-        "counts": {split: len(material) for split, material in splits.items()},
+        "counts": {split: len(encoded_split) for split, encoded_split in splits.items()},
         **({"ranks": dict(zip(ranks["layers"], ranks["ranks"][-1], strict=True))} if ranks else {}),
         "adapter_sha256": adapter_hash,
         "head_sha256": head_hash,

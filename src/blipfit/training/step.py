@@ -1,4 +1,4 @@
-"""One optimiser step of a bank: the place where forward, backward and update happen."""
+"""One optimizer step of a bank: the place where forward, backward and update happen."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from blipfit.runtime import distributed, memory
 from blipfit.runtime.execution import LayerExecution
 from blipfit.runtime.graphs import CapturedFunction
 from blipfit.training import distillation, plan
-from blipfit.training.optimiser import BankAdamW, rate_at
+from blipfit.training.optimizer import BankAdamW, rate_at
 
 
 class Stepper:
-    """A bank of K experiments with its optimiser, taking steps on one list of questions."""
+    """A bank of K experiments with its optimizer, taking steps on one list of questions."""
 
     def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
         if backbone.device.type == "cpu":
@@ -37,7 +37,7 @@ class Stepper:
         )
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         try:
-            self.optimiser = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
+            self.optimizer = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
             totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
             self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
         except BaseException:  # out of memory, above all: the backbone goes back as it was
@@ -82,9 +82,9 @@ class Stepper:
             self.bank.grads.div_(self._loss_scale)
         if self.allocator:
             self.allocator.add_penalty()
-        self.optimiser.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
+        self.optimizer.step([rate_at(recipe.training, epoch) for recipe in self.recipes])
         if self.allocator:
-            self.allocator.update(self.optimiser.steps)
+            self.allocator.update(self.optimizer.steps)
         return total, labels
 
     def _run(self, features: Tensor, target: TargetBatch, labels: int, labels_each: float) -> Tensor:
@@ -119,6 +119,6 @@ class Stepper:
         self._captured = None
         self.recipes = [self.recipes[k] for k in rows]
         self.bank.keep(rows)
-        self.optimiser.keep(rows)
+        self.optimizer.keep(rows)
         if self.allocator:
             self.allocator.keep(rows)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from blipfit.adapters.bank import MATRICES
-from blipfit.evaluation import judging
-from blipfit.evaluation.material import Material
+from blipfit.data.encoded_split import EncodedSplit
+from blipfit.evaluation import protocol
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.runtime import memory
 from blipfit.training import plan
@@ -27,11 +27,11 @@ class Trial:
 
     experiments: int
     seconds: float
-    """Of one optimiser step of the whole bank, the median of a few."""
+    """Of one optimizer step of the whole bank, the median of a few."""
     memory: int
     """Bytes at the peak. On a GPU the allocator's; elsewhere the weights and the more of two: the bank with what
     backward keeps, or (Linux) how far the process's resident memory rose."""
-    judge_seconds: float
+    evaluation_seconds: float
     """Of judging one question after an epoch for the whole bank."""
 
     @property
@@ -39,15 +39,17 @@ class Trial:
         return self.seconds / self.experiments
 
 
-def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, sight: Sight) -> Trial | None:
+def measure(
+    backbone: Backbone, recipes: Sequence[Recipe], encoded_split: EncodedSplit, image_features: ImageFeatures
+) -> Trial | None:
     """Take a few steps with a bank of these recipes and put everything back; None where memory does not suffice."""
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
     before = memory.forget_peak()
     try:
-        stepper = Stepper(backbone, recipes, material.encoded)
-        return _measured(stepper, material, sight, before)
+        stepper = Stepper(backbone, recipes, encoded_split.encoded)
+        return _measured(stepper, encoded_split, image_features, before)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -58,9 +60,9 @@ def measure(backbone: Backbone, recipes: Sequence[Recipe], material: Material, s
             torch.cuda.empty_cache()
 
 
-def _measured(stepper: Stepper, material: Material, sight: Sight, before: int) -> Trial:
+def _measured(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures, before: int) -> Trial:
     training = stepper.training
-    batches = plan.effective_batches(material.lengths, training, 0)[: TIMED_STEPS + 1]
+    batches = plan.effective_batches(encoded_split.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
     times = []
     kept = _Kept(stepper)
@@ -68,8 +70,8 @@ def _measured(stepper: Stepper, material: Material, sight: Sight, before: int) -
     for number in range(TIMED_STEPS + 1):
         batch = batches[number % len(batches)]
         micros = plan.micro_batches(batch, training)
-        questions = [[material.questions[i] for i in micro] for micro in micros]
-        features = [sight.features(some) for some in questions]
+        questions = [[encoded_split.questions[i] for i in micro] for micro in micros]
+        features = [image_features.features(some) for some in questions]
         if number == 0:  # warms up; slow from counting what backward keeps
             with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
                 stepper.step(batch, features, 0, number)
@@ -77,23 +79,23 @@ def _measured(stepper: Stepper, material: Material, sight: Sight, before: int) -
         _wait(stepper.backbone)
         started = time.perf_counter()
         if stepper.recipes[0].data.images != "stored":  # then the ViT runs in every step
-            features = [sight.features(some) for some in questions]
+            features = [image_features.features(some) for some in questions]
         stepper.step(batch, features, 0, number)
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
     taken = _memory(stepper, kept.bytes, memory.peak() - before if before else 0)
-    each = _judge_seconds(stepper, material, sight)
+    each = _evaluation_seconds(stepper, encoded_split, image_features)
     return Trial(stepper.bank.K, sorted(times)[len(times) // 2], taken, each)
 
 
-def _judge_seconds(stepper: Stepper, material: Material, sight: Sight) -> float:
+def _evaluation_seconds(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures) -> float:
     """Seconds of judging one question, from one batch."""
-    part = stepper.recipes[0].judging
-    some = material.longest(part.batch_size)  # judging sorts by length, so these will come together
-    features = sight.features(some.questions)
+    part = stepper.recipes[0].evaluation
+    some = encoded_split.longest(part.batch_size)  # judging sorts by length, so these will come together
+    features = image_features.features(some.questions)
     started = time.perf_counter()
-    judging.look(stepper.backbone, some, lambda questions: features[: len(questions)], part)
+    protocol.validate(stepper.backbone, some, lambda questions: features[: len(questions)], part)
     _wait(stepper.backbone)
     return (time.perf_counter() - started) / len(some)
 

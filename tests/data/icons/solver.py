@@ -1,7 +1,7 @@
 """Reads a picture back: what stands where, told from the pixels alone.
 
-Knows neither the generator nor its sprites: the background is the most frequent colour, what differs from it
-falls into connected pieces, the colour of a piece is the nearest of seven names and its shape follows from how
+Knows neither the generator nor its sprites: the background is the most frequent color, what differs from it
+falls into connected pieces, the color of a piece is the nearest of seven names and its shape follows from how
 its mass lies in its bounding box.
 """
 

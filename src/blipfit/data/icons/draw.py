@@ -1,4 +1,4 @@
-"""Scenes to pictures: every icon is rendered once per size and colour, smoothed, and then only pasted."""
+"""Scenes to pictures: every icon is rendered once per size and color, smoothed, and then only pasted."""
 
 import math
 from functools import lru_cache

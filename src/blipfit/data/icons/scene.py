@@ -1,7 +1,7 @@
 """What stands in a picture: icons on a 4 × 4 board of cells, a number line or a clock, drawn by lot.
 
 A scene belongs to one plan. A plan fixes by lot whatever its questions ask (a count, a place, an hour) BEFORE
-the rest is filled in, and treats shapes, colours and the four sides alike: that is what keeps every answer
+the rest is filled in, and treats shapes, colors and the four sides alike: that is what keeps every answer
 equally likely to somebody who sees the text only.
 """
 
@@ -45,10 +45,10 @@ class Scene:
     """One picture before it is drawn.
 
     `kind` is what a person sees (scatter, grid, row, scale, clock); `plan` is how it was made, and decides
-    which questions may be asked. `focus` holds what the plan fixed first, as text: the shape and/or colour
+    which questions may be asked. `focus` holds what the plan fixed first, as text: the shape and/or color
     that is counted, the two that are compared, the continuation of a pattern, the odd one.
     `value` is the mark of a number line or the half hours since twelve of a clock; `look` is the appearance
-    of those two (accent colours, shift), which no question asks for.
+    of those two (accent colors, shift), which no question asks for.
     """
 
     seed: int
@@ -124,7 +124,7 @@ def _total(rng: random.Random) -> dict:
 
 
 def _kind(rng: random.Random) -> dict:
-    """1 to 5 icons of one shape, colour or both, every number as likely, and up to three that are not."""
+    """1 to 5 icons of one shape, color or both, every number as likely, and up to three that are not."""
     shape, color = rng.choice(SHAPES), rng.choice(COLORS)
     asked = rng.choice(("shape", "color", "both"))
     count = rng.randint(1, MOST_OF_A_KIND)
@@ -136,7 +136,7 @@ def _kind(rng: random.Random) -> dict:
         kinds.append((free_shape if asked == "color" else shape, free_color if asked == "shape" else color))
     for _ in range(rng.randint(0, 3)):
         other = (others(rng, SHAPES, shape), others(rng, COLORS, color))
-        if asked == "both":  # near misses: the shape in another colour, the colour in another shape
+        if asked == "both":  # near misses: the shape in another color, the color in another shape
             other = rng.choice((other, (shape, other[1]), (other[0], color)))
         kinds.append(other)
     focus = {"shape": (shape, ""), "color": ("", color), "both": (shape, color)}[asked]
@@ -144,14 +144,14 @@ def _kind(rng: random.Random) -> dict:
 
 
 def _few(rng: random.Random) -> dict:
-    """2 to 4 icons that share neither shape nor colour."""
+    """2 to 4 icons that share neither shape nor color."""
     count = rng.randint(2, 4)
     kinds = list(zip(rng.sample(SHAPES, count), rng.sample(COLORS, count), strict=True))
     return {"icons": _placed(rng, kinds, _spans(rng, count))}
 
 
 def _pair(rng: random.Random) -> dict:
-    """Two shapes or two colours in different numbers, and sometimes one icon that is neither."""
+    """Two shapes or two colors in different numbers, and sometimes one icon that is neither."""
     pool, free = rng.choice(((SHAPES, COLORS), (COLORS, SHAPES)))
     first, second = rng.sample(pool, 2)
     counts = rng.sample(range(1, MOST_OF_A_KIND + 1), 2)
@@ -180,7 +180,7 @@ def _grid(rng: random.Random) -> dict:
 
 
 def _odd(rng: random.Random) -> dict:
-    """A block or a scatter of 3 to 9 icons alike in shape or in colour, except one."""
+    """A block or a scatter of 3 to 9 icons alike in shape or in color, except one."""
     if rng.random() < 0.5:
         cells = _block(rng, *rng.choice(((1, 4), (2, 2), (2, 3), (3, 2), (3, 3), (4, 1))))
     else:
@@ -198,7 +198,7 @@ def _odd(rng: random.Random) -> dict:
 
 
 def _line(rng: random.Random) -> dict:
-    """A row of four icons that share neither shape nor colour."""
+    """A row of four icons that share neither shape nor color."""
     cells = _block(rng, 1, BOARD)
     kinds = zip(rng.sample(SHAPES, BOARD), rng.sample(COLORS, BOARD), strict=True)
     return {"icons": tuple(Icon(*kind, *cell) for kind, cell in zip(kinds, cells, strict=True))}
@@ -208,7 +208,7 @@ PATTERNS = ("ab", "aabb", "abba", "abcd")
 
 
 def _pattern(rng: random.Random) -> dict:
-    """A repeating sequence of shapes or colours, read in lines of four, whose next element is left open."""
+    """A repeating sequence of shapes or colors, read in lines of four, whose next element is left open."""
     unit = rng.choice(PATTERNS)
     pool, free = rng.choice(((SHAPES, COLORS), (COLORS, SHAPES)))
     names = rng.sample(pool, len(set(unit)))

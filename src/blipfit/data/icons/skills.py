@@ -140,7 +140,7 @@ def _exists(scene: Scene, rng: random.Random) -> Drawn | None:
 def present_and_absent(scene: Scene, rng: random.Random, by: str) -> tuple[str, str] | None:
     """A name that fits something in the picture and one of the same form that fits nothing.
 
-    With `by='both'` two of three absent ones are near misses: the shape or the colour is there. None where
+    With `by='both'` two of three absent ones are near misses: the shape or the color is there. None where
     nothing is absent.
     """
     shapes = {icon.shape for icon in scene.icons}
@@ -298,7 +298,7 @@ def _flank(scene: Scene, rng: random.Random) -> Drawn | None:
 
 
 def _times(scene: Scene, rng: random.Random) -> Drawn | None:
-    """The one shape or colour that is there so many times, one to five."""
+    """The one shape or color that is there so many times, one to five."""
     noun, pool = rng.choice((("shape", SHAPES), ("color", COLORS)))
     seen = [icon.shape if noun == "shape" else icon.color for icon in scene.icons]
     numbers = [seen.count(name) for name in dict.fromkeys(seen)]
@@ -327,7 +327,7 @@ def _mark(scene: Scene, rng: random.Random) -> Drawn | None:
 
 
 def _all(scene: Scene, rng: random.Random) -> Drawn | None:
-    """Whether all are alike, in a scene where all are alike in colour and not in shape, or the other way round."""
+    """Whether all are alike, in a scene where all are alike in color and not in shape, or the other way round."""
     shapes, colors = ({icon.shape for icon in scene.icons}, {icon.color for icon in scene.icons})
     if (len(shapes) == 1) == (len(colors) == 1):
         return None

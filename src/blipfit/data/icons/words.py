@@ -143,7 +143,7 @@ def _existence(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 
 def _colors(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """The same shape in a colour that it has and in one that it has not; half the time one that is there."""
+    """The same shape in a color that it has and in one that it has not; half the time one that is there."""
     icon = rng.choice(scene.icons)
     its = {other.color for other in scene.icons if other.shape == icon.shape}
     wrong = [color for color in COLORS if color not in its]

@@ -23,9 +23,9 @@ def on_meta(name: str) -> Any:
     if name in PUBLISHED:
         config = InstructBlipConfig(**json.loads(PUBLISHED[name].read_text(encoding="utf-8")))
     else:
-        from blipfit.recipe import ModelPart
+        from blipfit.recipe import ModelConfig
 
-        folder, revision = loading.locate(ModelPart(name=name))
+        folder, revision = loading.locate(ModelConfig(name=name))
         config = InstructBlipConfig.from_pretrained(folder, revision=revision)
     return of_config(config)
 

@@ -1,4 +1,4 @@
-"""What a quantised language model costs in accuracy: `python -m benchmarks.quantised`.
+"""What a quantized language model costs in accuracy: `python -m benchmarks.quantized`.
 
 The same experiment (LoRA in Q-Former and language model) on the skills that the miniature was never taught, above a
 language model in full precision, 8 bit and 4 bit.
@@ -37,13 +37,13 @@ def run(root: Path) -> dict[str, Any]:
                 "language_model_bytes": stored,
             }
             print(f"{name} {how:5} {terminal.percent(result['metrics']['test'])} {stored:,} bytes", flush=True)
-    measure.keep("quantised", record)
+    measure.keep("quantized", record)
     return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("results/quantised"), help="data and runs")
+    parser.add_argument("--root", type=Path, default=Path("results/quantized"), help="data and runs")
     run(parser.parse_args().root)
 
 

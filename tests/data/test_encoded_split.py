@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from blipfit.data import encoded_split
 from blipfit.errors import UserError
-from blipfit.evaluation import material
-from blipfit.recipe import DataPart
+from blipfit.recipe import DataConfig
 
-PART = DataPart(name="iconqa", prompt="iconqa-v1")
+PART = DataConfig(name="iconqa", prompt="iconqa-v1")
 
 
 def test_a_split_is_ready_for_the_model(backbone, iconqa):
-    read = material.read(backbone, PART, iconqa, "train")
+    read = encoded_split.load(backbone.text, PART, iconqa, "train")
     assert len(read) == len(read.questions) == len(read.prompted) == len(read.encoded) == 12
     first = read.prompted[0]
     assert first.prompt.startswith("<Image> Question: Which")
@@ -23,14 +23,14 @@ def test_a_split_is_ready_for_the_model(backbone, iconqa):
 
 
 def test_a_limit_keeps_the_first(backbone, iconqa):
-    whole = material.read(backbone, PART, iconqa, "val")
-    part = material.read(backbone, PART.model_copy(update={"limit": 2}), iconqa, "val")
+    whole = encoded_split.load(backbone.text, PART, iconqa, "val")
+    part = encoded_split.load(backbone.text, PART.model_copy(update={"limit": 2}), iconqa, "val")
     assert part.questions == whole.questions[:2]
 
 
 def test_an_unknown_prompt_is_told(backbone, iconqa):
     with pytest.raises(UserError, match=r"unknown prompt 'iconqa-v2'; did you mean 'iconqa-v1'"):
-        material.read(backbone, DataPart(name="iconqa", prompt="iconqa-v2"), iconqa, "val")
+        encoded_split.load(backbone.text, DataConfig(name="iconqa", prompt="iconqa-v2"), iconqa, "val")
 
 
 def test_an_answer_outside_the_choices_is_told(backbone, iconqa, tmp_path):
@@ -40,4 +40,4 @@ def test_an_answer_outside_the_choices_is_told(backbone, iconqa, tmp_path):
     entries[1]["answer"] = 9
     file.write_text(json.dumps(entries))
     with pytest.raises(UserError, match="entry 2: 'answer' is 9 but there are"):
-        material.read(backbone, PART, data, "val")
+        encoded_split.load(backbone.text, PART, data, "val")

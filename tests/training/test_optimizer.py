@@ -5,13 +5,13 @@ import torch
 
 import checkpoints
 from blipfit.adapters.bank import Bank
-from blipfit.recipe import AdapterPart, TrainingPart
-from blipfit.training.optimiser import BankAdamW, rate_at
+from blipfit.recipe import AdapterConfig, TrainingConfig
+from blipfit.training.optimizer import BankAdamW, rate_at
 
-ADAPTERS = [AdapterPart(qformer=("ffn",), rank=2), AdapterPart(llm=("attn",), rank=4)]
+ADAPTERS = [AdapterConfig(qformer=("ffn",), rank=2), AdapterConfig(llm=("attn",), rank=4)]
 TRAININGS = [
-    TrainingPart(learning_rate=1e-2, weight_decay=0.1),
-    TrainingPart(learning_rate=3e-3, weight_decay=0.5, betas=(0.8, 0.95)),
+    TrainingConfig(learning_rate=1e-2, weight_decay=0.1),
+    TrainingConfig(learning_rate=3e-3, weight_decay=0.5, betas=(0.8, 0.95)),
 ]
 
 
@@ -38,12 +38,12 @@ def _torchs(bank: Bank) -> list[tuple[dict[str, torch.Tensor], torch.optim.AdamW
     return pairs
 
 
-def _walk_beside_torch(bank: Bank, optimiser: BankAdamW, steps: range, pairs: list) -> None:
+def _walk_beside_torch(bank: Bank, optimizer: BankAdamW, steps: range, pairs: list) -> None:
     """The same steps in the bank and with torch's optimizers, at rates that change between steps."""
     for step in steps:
         _gradients(bank, step)
         rates = [rate_at(training, step % 4) for training in TRAININGS]
-        optimiser.step(rates)
+        optimizer.step(rates)
         for k, (own, theirs) in enumerate(pairs):
             for name, parameter in own.items():
                 parameter.grad = bank.tensor(k, name, bank.grads).clone()
@@ -61,9 +61,9 @@ def _assert_moved_alike(bank: Bank, pairs: list, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
     bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1], dtype=dtype)
-    optimiser = BankAdamW(bank, TRAININGS)
+    optimizer = BankAdamW(bank, TRAININGS)
     pairs = _torchs(bank)
-    _walk_beside_torch(bank, optimiser, range(12), pairs)
+    _walk_beside_torch(bank, optimizer, range(12), pairs)
     _assert_moved_alike(bank, pairs, tolerance)
 
 
@@ -71,25 +71,25 @@ def test_every_experiment_moves_as_with_torch(small, dtype, tolerance):
 def test_a_compiled_update_moves_as_with_torch(small, fresh_compiler):
     """Compiled in the first two steps, and not again for later steps or other rates."""
     bank = Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1])
-    optimiser = BankAdamW(bank, TRAININGS, compiled=True)
+    optimizer = BankAdamW(bank, TRAININGS, compiled=True)
     pairs = _torchs(bank)
-    _walk_beside_torch(bank, optimiser, range(2), pairs)
+    _walk_beside_torch(bank, optimizer, range(2), pairs)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        _walk_beside_torch(bank, optimiser, range(2, 12), pairs)
+        _walk_beside_torch(bank, optimizer, range(2, 12), pairs)
     _assert_moved_alike(bank, pairs, 1e-5)
     bank.keep([1])
-    optimiser.keep([1])
+    optimizer.keep([1])
     _gradients(bank, 12)
     before = bank.values.clone()
-    optimiser.step([1e-2])
+    optimizer.step([1e-2])
     assert bank.values.isfinite().all()
     assert not torch.equal(bank.values, before)
 
 
 def test_what_has_one_dimension_does_not_decay(small):
-    bank = Bank(checkpoints.load(small["t5"]), [AdapterPart(qformer="full")], [0])
+    bank = Bank(checkpoints.load(small["t5"]), [AdapterConfig(qformer="full")], [0])
     before = bank.state(0)
-    BankAdamW(bank, [TrainingPart(weight_decay=0.5)]).step([0.1])  # no gradient: the decay alone
+    BankAdamW(bank, [TrainingConfig(weight_decay=0.5)]).step([0.1])  # no gradient: the decay alone
     for name, tensor in bank.state(0).items():
         expected = before[name] * (1 - 0.1 * 0.5) if tensor.ndim > 1 else before[name]
         torch.testing.assert_close(tensor, expected, msg=name)
@@ -99,14 +99,14 @@ def test_what_has_one_dimension_does_not_decay(small):
 def test_a_restored_state_goes_on_in_another_bank(small):
     backbone = checkpoints.load(small["t5"])
     bank = Bank(backbone, ADAPTERS, [0, 1])
-    optimiser = BankAdamW(bank, TRAININGS)
+    optimizer = BankAdamW(bank, TRAININGS)
     for step in range(3):
         _gradients(bank, step)
-        optimiser.step([1e-2, 1e-2])
-    values, moments = bank.state(1), optimiser.state(1)
+        optimizer.step([1e-2, 1e-2])
+    values, moments = bank.state(1), optimizer.state(1)
     gradient = torch.ones_like(bank.values)
     bank.grads.copy_(gradient)
-    optimiser.step([1e-2, 1e-2])
+    optimizer.step([1e-2, 1e-2])
     expected = bank.state(1)
     bank.remove()
     alone = Bank(backbone, ADAPTERS[1:], [5])
@@ -120,7 +120,7 @@ def test_a_restored_state_goes_on_in_another_bank(small):
 
 
 def test_the_rate_falls_by_the_epoch():
-    training = TrainingPart(learning_rate=2e-5, max_epochs=15)
+    training = TrainingConfig(learning_rate=2e-5, max_epochs=15)
     assert [rate_at(training, e) for e in (0, 1, 14)] == pytest.approx([2e-5, 2e-5 * 14 / 15, 2e-5 / 15])
 
 
@@ -132,52 +132,52 @@ def bank(small) -> Bank:
     return Bank(checkpoints.load(small["t5"]), ADAPTERS, [0, 1])
 
 
-def _moved(bank: Bank, optimiser: BankAdamW, rates: list[float]) -> list[bool]:
+def _moved(bank: Bank, optimizer: BankAdamW, rates: list[float]) -> list[bool]:
     """Whether a step at these rates changed each experiment."""
     before = bank.values.clone()
-    optimiser.step(rates)
+    optimizer.step(rates)
     return (bank.values != before).any(dim=1).tolist()
 
 
 def test_rates_that_changed_are_used_in_the_next_step(bank):
-    optimiser = BankAdamW(bank, TRAININGS)
+    optimizer = BankAdamW(bank, TRAININGS)
     _gradients(bank, 4)
-    assert _moved(bank, optimiser, [0.0, 0.0]) == [False, False]
-    assert _moved(bank, optimiser, [1e-3, 0.0]) == [True, False]
-    assert _moved(bank, optimiser, [0.0, 1e-3]) == [False, True]
-    assert _moved(bank, optimiser, [0.0, 1e-3]) == [False, True]
-    assert _moved(bank, optimiser, [1e-3, 1e-3]) == [True, True]
-    assert _moved(bank, optimiser, [0.0, 0.0]) == [False, False]
+    assert _moved(bank, optimizer, [0.0, 0.0]) == [False, False]
+    assert _moved(bank, optimizer, [1e-3, 0.0]) == [True, False]
+    assert _moved(bank, optimizer, [0.0, 1e-3]) == [False, True]
+    assert _moved(bank, optimizer, [0.0, 1e-3]) == [False, True]
+    assert _moved(bank, optimizer, [1e-3, 1e-3]) == [True, True]
+    assert _moved(bank, optimizer, [0.0, 0.0]) == [False, False]
 
 
 def test_a_list_of_rates_that_is_changed_in_place_is_used(bank):
-    optimiser, rates = BankAdamW(bank, TRAININGS), [0.0, 0.0]
+    optimizer, rates = BankAdamW(bank, TRAININGS), [0.0, 0.0]
     _gradients(bank, 4)
-    assert _moved(bank, optimiser, rates) == [False, False]
+    assert _moved(bank, optimizer, rates) == [False, False]
     rates[1] = 1e-3
-    assert _moved(bank, optimiser, rates) == [False, True]
+    assert _moved(bank, optimizer, rates) == [False, True]
 
 
 def test_rates_are_copied_where_they_changed_alone(bank, monkeypatch):
-    optimiser, columns = BankAdamW(bank, TRAININGS), []
-    original = optimiser._column
+    optimizer, columns = BankAdamW(bank, TRAININGS), []
+    original = optimizer._column
 
     def column(numbers):
         columns.append(tuple(numbers))
         return original(numbers)
 
-    monkeypatch.setattr(optimiser, "_column", column)
+    monkeypatch.setattr(optimizer, "_column", column)
     for rates in ([1e-3, 2e-3], [1e-3, 2e-3], (1e-3, 2e-3), [2e-3, 2e-3], [1e-3, 2e-3]):
-        optimiser.set_rates(rates)
+        optimizer.set_rates(rates)
     assert columns == [(1e-3, 2e-3), (2e-3, 2e-3), (1e-3, 2e-3)]
 
 
 def test_rates_set_before_a_step_are_those_of_the_step(bank):
     """As where a step is captured: its tensors are filled first and read later."""
-    optimiser = BankAdamW(bank, TRAININGS)
-    rate = optimiser._rate
-    optimiser.set_rates([1e-3, 2e-3])
-    assert optimiser._rate is rate
+    optimizer = BankAdamW(bank, TRAININGS)
+    rate = optimizer._rate
+    optimizer.set_rates([1e-3, 2e-3])
+    assert optimizer._rate is rate
     torch.testing.assert_close(rate.squeeze(1), torch.tensor([1e-3, 2e-3]))
 
 
@@ -187,13 +187,13 @@ def test_experiments_that_stay_keep_their_settings(small, rows):
 
     def walk(experiments: list[int], keep: list[int]) -> list[dict[str, torch.Tensor]]:
         bank = Bank(checkpoints.load(small["t5"]), [ADAPTERS[k] for k in experiments], experiments)
-        optimiser = BankAdamW(bank, [TRAININGS[k] for k in experiments])
+        optimizer = BankAdamW(bank, [TRAININGS[k] for k in experiments])
         for step in range(4):
             if step == 2:
                 bank.keep(keep)
-                optimiser.keep(keep)
+                optimizer.keep(keep)
             bank.grads.copy_(bank.values + step)
-            optimiser.step([1e-2] * bank.K)
+            optimizer.step([1e-2] * bank.K)
         return [bank.state(k) for k in range(bank.K)]
 
     for experiment, state in zip(rows, walk([0, 1], rows), strict=True):

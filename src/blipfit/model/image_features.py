@@ -27,7 +27,7 @@ _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size"
 _THREADS = 2
 
 
-class Sight:
+class ImageFeatures:
     """Questions → image features `B × P × D` on the backbone's device.
 
     `off`, `shared`: computed at every call, as the tower gives them; the experiments of a bank share each call.
@@ -46,7 +46,7 @@ class Sight:
         mode: Mode = "off",
         folder: Path | None = None,
         announce: Callable[[str], None] = lambda sentence: None,
-    ) -> "Sight":
+    ) -> "ImageFeatures":
         """`folder` of stores, by default `features.default_folder()`; `announce` is told what a build will take.
 
         In mode `stored` the vision weights are hashed: about a second for 2 GB.

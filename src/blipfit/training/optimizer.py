@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blipfit.adapters.bank import Bank
-from blipfit.recipe import TrainingPart
+from blipfit.recipe import TrainingConfig
 from blipfit.runtime import execution
 
 
@@ -16,7 +16,7 @@ class BankAdamW:
     torch's own takes one number of each a parameter group, and a parameter of the bank belongs to K experiments.
     """
 
-    def __init__(self, bank: Bank, recipes: Sequence[TrainingPart], eps: float = 1e-8, compiled: bool = False):
+    def __init__(self, bank: Bank, recipes: Sequence[TrainingConfig], eps: float = 1e-8, compiled: bool = False):
         self.bank, self.eps, self.steps = bank, eps, 0
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(bank.values), torch.zeros_like(bank.values)
         self._decays_P = bank.decay_mask()
@@ -95,6 +95,6 @@ class BankAdamW:
         return torch.tensor(numbers, dtype=self.bank.values.dtype).to(self.bank.values.device).unsqueeze(1)
 
 
-def rate_at(recipe: TrainingPart, epoch: int) -> float:
+def rate_at(recipe: TrainingConfig, epoch: int) -> float:
     """Linear decay per epoch: `lr × (1 − epoch / max_epochs)`, epochs from 0."""
     return recipe.learning_rate * (1 - epoch / recipe.max_epochs)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import generation, ranking, text
-from blipfit.evaluation.material import Material
 from blipfit.evaluation.metrics import accuracy, breakdown
 from blipfit.model.backbone import Backbone
-from blipfit.recipe import JudgingPart
+from blipfit.recipe import EvaluationConfig
 from blipfit.runtime import distributed
 
 See = Callable[[Sequence[Question]], torch.Tensor]
@@ -25,7 +25,7 @@ See = Callable[[Sequence[Question]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ValidationResult:
     """One experiment after an epoch: `measure` as the log names it, `score` with the better the higher."""
 
     measure: str
@@ -39,7 +39,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class SplitEvaluation:
     """One experiment on a split: a record a question, in order, and what they come to."""
 
     records: list[dict[str, Any]]
@@ -47,47 +47,49 @@ class Judged:
     finite: bool = True
 
 
-def look(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[Look]:
+def validate(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[ValidationResult]:
     """What decides the best epoch: accuracy in percent by ranking, or the loss a label token of open answers."""
     backbone.hf.eval()
     if part.method == "generation":
-        return [Look("val_loss", loss, -loss) for loss in losses(backbone, chosen, see, part.batch_size)]
+        return [ValidationResult("val_loss", loss, -loss) for loss in losses(backbone, chosen, see, part.batch_size)]
     found = []
     for choices in _ranked(backbone, chosen, see, part):
         right = [r["correct"] for r in ranking.predictions(chosen.questions, chosen.prompted, choices)]
         score = 100 * sum(right) / len(right) if all(c.finite for c in choices) else math.nan
-        found.append(Look("val_accuracy", score, score))
+        found.append(ValidationResult("val_accuracy", score, score))
     return found
 
 
-def judge(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[Judged]:
+def evaluate_split(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[SplitEvaluation]:
     """The full judgement of a split, one an experiment."""
     backbone.hf.eval()
     if part.method == "generation":
-        spoken = zip(losses(backbone, chosen, see, part.batch_size), said(backbone, chosen, see, part), strict=True)
+        spoken = zip(
+            losses(backbone, chosen, see, part.batch_size), generated_texts(backbone, chosen, see, part), strict=True
+        )
         return [_worded(chosen, texts, loss, part) for loss, texts in spoken]
     judged = []
     for choices in _ranked(backbone, chosen, see, part):
         records = ranking.predictions(chosen.questions, chosen.prompted, choices)
-        metrics = ranking.summarise(chosen.questions, records)
-        judged.append(Judged(records, metrics, all(choice.finite for choice in choices)))
+        metrics = ranking.summarize(chosen.questions, records)
+        judged.append(SplitEvaluation(records, metrics, all(choice.finite for choice in choices)))
     return judged
 
 
-def refuse(part: JudgingPart, name: str, splits: Mapping[str, Sequence[Question]]) -> None:
+def refuse(part: EvaluationConfig, name: str, splits: Mapping[str, Sequence[Question]]) -> None:
     """UserError where questions cannot be judged so."""
     if part.method == "ranking":
         for split in ("val", "test"):
             if openly := next((q for q in splits[split] if not q.choices), None):
                 raise UserError(
                     f"{name} {split} {openly.id} has no choices, and ranking needs them; add some, or judge open "
-                    "answers with --set judging.method=generation"
+                    "answers with --set evaluation.method=generation"
                 )
     generation.preset(part.decoding)
 
 
 @torch.no_grad()
-def losses(backbone: Backbone, chosen: Material, see: See, batch_size: int) -> list[float]:
+def losses(backbone: Backbone, chosen: EncodedSplit, see: See, batch_size: int) -> list[float]:
     """Mean negative log-likelihood of a label token, one value an experiment; texts are cut as in training."""
     order = sorted(range(len(chosen)), key=lambda i: len(chosen.encoded[i].prompt) + len(chosen.encoded[i].target))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -100,7 +102,7 @@ def losses(backbone: Backbone, chosen: Material, see: See, batch_size: int) -> l
     return [value / labels for value in distributed.all_reduce_sum(total).tolist()]
 
 
-def said(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[list[str]]:
+def generated_texts(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[list[str]]:
     """Texts of the split's questions, one list an experiment."""
     return generation.generate(
         backbone,
@@ -111,7 +113,7 @@ def said(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> l
     )
 
 
-def _ranked(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -> list[list[ranking.Choice]]:
+def _ranked(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[list[ranking.Choice]]:
     return ranking.rank(
         backbone,
         chosen.encoded,
@@ -120,8 +122,8 @@ def _ranked(backbone: Backbone, chosen: Material, see: See, part: JudgingPart) -
     )
 
 
-def _worded(chosen: Material, texts: Sequence[str], loss: float, part: JudgingPart) -> Judged:
-    """Texts against the wanted answers: right is equal after normalising; ROUGE and both matches of every one."""
+def _worded(chosen: EncodedSplit, texts: Sequence[str], loss: float, part: EvaluationConfig) -> SplitEvaluation:
+    """Texts against the wanted answers: right is equal after normalizing; ROUGE and both matches of every one."""
     wanted = [prompted.target for prompted in chosen.prompted]
     judged = text.judge(texts, wanted)
     correct = [bool(value) for value in judged["samples"]["exact"]]
@@ -145,4 +147,4 @@ def _worded(chosen: Material, texts: Sequence[str], loss: float, part: JudgingPa
         # All questions have the same number of choices: none.
         "by": {name: part for name, part in breakdown(chosen.questions, correct).items() if name != "choices"},
     }
-    return Judged(records, metrics, math.isfinite(loss))
+    return SplitEvaluation(records, metrics, math.isfinite(loss))

@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 
-from blipfit.evaluation import material
-from blipfit.evaluation.evaluate import judging_sight
-from blipfit.evaluation.material import Material
+from blipfit.data import encoded_split
+from blipfit.data.encoded_split import EncodedSplit
+from blipfit.evaluation.evaluate import evaluation_features
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.model.sight import Sight
+from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.runtime import distributed
 
 SPLITS = ("train", "val", "test")
 
 
-class Workshop:
+class ModelCache:
     """Loads each thing once and keeps the latest model."""
 
     def __init__(
@@ -28,8 +28,8 @@ class Workshop:
         self.device = torch.device(device) if device else distributed.device()
         self.store = store
         self._backbone: tuple[Any, Backbone] | None = None
-        self._splits: dict[Any, dict[str, Material]] = {}
-        self._sights: dict[str, tuple[Sight, Sight]] = {}
+        self._splits: dict[Any, dict[str, EncodedSplit]] = {}
+        self._image_features: dict[str, tuple[ImageFeatures, ImageFeatures]] = {}
 
     def backbone(self, recipe: Recipe) -> Backbone:
         training = recipe.training
@@ -37,25 +37,25 @@ class Workshop:
         if self._backbone is None or self._backbone[0] != key:
             self._backbone = None  # the old model goes before the new one comes
             self._splits.clear()
-            self._sights.clear()
+            self._image_features.clear()
             loaded = loading.load(
                 recipe.model, training.precision, self.device, training.max_text_tokens, training.max_target_tokens
             )
             self._backbone = (key, loaded)
         return self._backbone[1]
 
-    def splits(self, recipe: Recipe, data: Path) -> dict[str, Material]:
+    def splits(self, recipe: Recipe, data: Path) -> dict[str, EncodedSplit]:
         backbone = self.backbone(recipe)
         key = (recipe.data.name, recipe.data.prompt, recipe.data.limit, data)
         if key not in self._splits:
-            self._splits[key] = {split: material.read(backbone, recipe.data, data, split) for split in SPLITS}
+            self._splits[key] = {split: encoded_split.load(backbone.text, recipe.data, data, split) for split in SPLITS}
         return self._splits[key]
 
-    def sights(self, recipe: Recipe) -> tuple[Sight, Sight]:
+    def image_features(self, recipe: Recipe) -> tuple[ImageFeatures, ImageFeatures]:
         """Where features come from in training and in judging."""
         backbone, mode = self.backbone(recipe), recipe.data.images
-        if mode not in self._sights:
-            judging = judging_sight(backbone, recipe, self.store)
-            training = Sight.from_backbone(backbone, mode) if mode == "shared" else judging
-            self._sights[mode] = (training, judging)
-        return self._sights[mode]
+        if mode not in self._image_features:
+            judging = evaluation_features(backbone, recipe, self.store)
+            training = ImageFeatures.from_backbone(backbone, mode) if mode == "shared" else judging
+            self._image_features[mode] = (training, judging)
+        return self._image_features[mode]

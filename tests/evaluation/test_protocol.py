@@ -8,60 +8,62 @@ import torch
 
 import reference
 from blipfit.adapters.bank import Bank
+from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import Prompted
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import judging, text
+from blipfit.evaluation import protocol, text
 from blipfit.evaluation.evaluate import evaluate
-from blipfit.evaluation.material import Material
-from blipfit.recipe import AdapterPart, DataPart, JudgingPart, ModelPart, Recipe, TrainingPart
+from blipfit.recipe import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig, Recipe, TrainingConfig
 from blipfit.run import read_lines
 from blipfit.training import loop
 
-OPEN = JudgingPart(method="generation", decoding="short-answer", batch_size=3)
+OPEN = EvaluationConfig(method="generation", decoding="short-answer", batch_size=3)
 
 
 @pytest.fixture
-def material(backbone, tmp_path):
+def encoded_split(backbone, tmp_path):
     prompted = [Prompted(f"What {'thing ' * (n % 3)}is number {n}?", "word " * (n % 4) + "red", ()) for n in range(7)]
     questions = [Question(str(n), tmp_path / str(n), p.prompt, p.target) for n, p in enumerate(prompted)]
-    return Material(questions, prompted, backbone.text.encode(prompted))
+    return EncodedSplit(questions, prompted, backbone.text.encode(prompted))
 
 
-def _see(backbone, material):
-    seen = dict(zip((q.id for q in material.questions), backbone.see(reference.pictures(backbone, 7)), strict=True))
+def _see(backbone, encoded_split):
+    seen = dict(
+        zip((q.id for q in encoded_split.questions), backbone.see(reference.pictures(backbone, 7)), strict=True)
+    )
     return lambda questions: torch.stack([seen[q.id] for q in questions])
 
 
-def test_the_loss_is_that_of_every_answer_alone(backbone, material):
-    see = _see(backbone, material)
-    (loss,) = judging.losses(backbone, material, see, 3)
+def test_the_loss_is_that_of_every_answer_alone(backbone, encoded_split):
+    see = _see(backbone, encoded_split)
+    (loss,) = protocol.losses(backbone, encoded_split, see, 3)
     alone = 0.0
     with torch.no_grad():
-        for question, encoded in zip(material.questions, material.encoded, strict=True):
+        for question, encoded in zip(encoded_split.questions, encoded_split.encoded, strict=True):
             batch = backbone.text.targets([encoded])
             alone += backbone.losses(backbone.query(see([question]), batch), batch).item()
-    assert loss == pytest.approx(alone / sum(len(e.target) for e in material.encoded), rel=1e-5)
+    assert loss == pytest.approx(alone / sum(len(e.target) for e in encoded_split.encoded), rel=1e-5)
 
 
-def test_a_look_is_better_the_higher(backbone, material):
-    see = _see(backbone, material)
-    bank = Bank(backbone, [AdapterPart(qformer=("ffn",), rank=1)] * 3, [0, 0, 0])
+def test_a_look_is_better_the_higher(backbone, encoded_split):
+    see = _see(backbone, encoded_split)
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 3, [0, 0, 0])
     bank.tensor(1, "language_projection.bias").add_(3.0)
     bank.tensor(2, "language_projection.bias").add_(math.nan)
-    looks = judging.look(backbone, material, see, OPEN)
+    looks = protocol.validate(backbone, encoded_split, see, OPEN)
     assert [look.measure for look in looks] == ["val_loss"] * 3
     assert looks[0].value != looks[1].value
     assert (looks[0].score > looks[1].score) == (looks[0].value < looks[1].value)
     assert [look.finite for look in looks] == [True, True, False]
 
 
-def test_texts_are_judged_against_the_wanted_answers(backbone, material):
-    see = _see(backbone, material)
-    (judged,) = judging.judge(backbone, material, see, OPEN)
-    (texts,) = judging.said(backbone, material, see, OPEN)
+def test_texts_are_judged_against_the_wanted_answers(backbone, encoded_split):
+    see = _see(backbone, encoded_split)
+    (judged,) = protocol.evaluate_split(backbone, encoded_split, see, OPEN)
+    (texts,) = protocol.generated_texts(backbone, encoded_split, see, OPEN)
     assert [record["prediction"] for record in judged.records] == texts
-    rouge = text.rouge(texts, [p.target for p in material.prompted])
+    rouge = text.rouge(texts, [p.target for p in encoded_split.prompted])
     assert [record["rougeL"] for record in judged.records] == pytest.approx(rouge["rougeL"].tolist(), abs=1e-6)
     metrics = judged.metrics
     assert (metrics["method"], metrics["decoding"], metrics["stemmer"]) == ("generation", "short-answer", False)
@@ -84,11 +86,11 @@ def open_data(iconqa, tmp_path):
 def _recipe(model, **judged):
     return Recipe(
         experiment="open",
-        model=ModelPart(name=str(model)),
-        data=DataPart(name="own", prompt="vqa-v1", images="off"),
-        adapter=AdapterPart(qformer=("self_attn", "ffn"), rank=4),
-        training=TrainingPart(batch_size=4, max_epochs=4, learning_rate=0.01, patience=4),
-        judging=JudgingPart(**judged),
+        model=ModelConfig(name=str(model)),
+        data=DataConfig(name="own", prompt="vqa-v1", images="off"),
+        adapter=AdapterConfig(qformer=("self_attn", "ffn"), rank=4),
+        training=TrainingConfig(batch_size=4, max_epochs=4, learning_rate=0.01, patience=4),
+        evaluation=EvaluationConfig(**judged),
     )
 
 
@@ -109,7 +111,7 @@ def test_open_answers_are_trained_by_the_same_loop(small, family, open_data, tmp
 
 
 def test_ranking_needs_choices_and_says_the_mend(small, open_data, tmp_path):
-    with pytest.raises(UserError, match=r"has no choices, .* judging.method=generation"):
+    with pytest.raises(UserError, match=r"has no choices, .* evaluation.method=generation"):
         loop.train([_recipe(small["t5"])], open_data, tmp_path / "results", device="cpu")
     with pytest.raises(UserError, match="unknown decoding 'greed'; did you mean 'greedy'"):
         loop.train([_recipe(small["t5"], method="generation", decoding="greed")], open_data, tmp_path, device="cpu")
