@@ -41,7 +41,7 @@ from blipfit.training.step import Stepper
 PARTS = ("tests", "peers", "banks", "settings", "ranking", "profile")
 BANKS = (1, 2, 4, 8, 16)
 WARM_UP, STEPS = 2, 6
-RANKED = 64
+RANKED_QUESTIONS = 64
 DEFAULT_SETTINGS = "1:cuda_graphs,8:plain,8:padding,8:compile,8:checkpointing,16:checkpointing,1:compile + cuda_graphs"
 _PAD = "performance.pad_to_multiple_of=16"
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -87,6 +87,7 @@ class Record:
         if self.left() < estimate:
             self.entries["skipped"].append(name)
             print(f"{name}: skipped, {self.left():.0f} s left", flush=True)
+            self.write()
             return None
         started = time.monotonic()
         try:
@@ -131,7 +132,7 @@ def run(
     for family, _ in measure.LORA:
         if family in families and set(parts) - {"tests"}:
             with tempfile.TemporaryDirectory() as folder:
-                _family(record, family, scale, parts, banks, settings, Path(folder), rate or 1.0)
+                _family(record, family, scale, parts, banks, settings, Path(folder), rate or float("nan"))
     return record
 
 
@@ -228,7 +229,7 @@ def _family(
         for name in profiled:
             record.add(
                 f"{family}/profile/{name}",
-                100 if "compile" in name and (8, name) not in settings else 15,
+                100 if "compile" in name and "settings" not in parts else 15,
                 lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, image_features),  # type: ignore[misc]
             )
 
@@ -270,9 +271,9 @@ def bank_seconds(
     backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures
 ) -> tuple[float, int | None, list[float]]:
     """Median seconds of a step of the whole bank after a warm-up, the peak of allocated bytes on a GPU, and the losses
-    of the first step, which must not depend on the setting or the size of the bank (compiled: on other noise alone)."""
-    if measure.DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    of the first step, which must not depend on the setting or the size of the bank (compiled or padded: on other noise
+    alone)."""
+    _reset_peak()
     with stepping(backbone, recipes, questions, image_features) as step:
         losses = step(0)
         for number in range(1, WARM_UP):
@@ -299,6 +300,7 @@ def _predicted_bytes(backbone: Backbone, recipes: Sequence[Recipe]) -> int:
 
 def _trainer(backbone: Backbone, recipe: Recipe, questions: Any, rate: float, flops: float) -> dict[str, Any]:
     """Seconds of a step between the Trainer's own step ends, so that its construction does not count."""
+    _reset_peak()
     peer = TrainerPeer(backbone, recipe, questions, bf16=backbone.autocast_dtype is not None)
     ends: list[float] = []
     peer.train(WARM_UP + STEPS, lambda: (measure.wait(), ends.append(time.perf_counter())))
@@ -308,6 +310,7 @@ def _trainer(backbone: Backbone, recipe: Recipe, questions: Any, rate: float, fl
 
 
 def _original(backbone: Backbone, recipe: Recipe, questions: Any, rate: float, flops: float) -> dict[str, Any]:
+    _reset_peak()
     peer = OriginalPeer(backbone, recipe, questions)
     with _autocast(backbone):
         peer.train(WARM_UP)
@@ -327,9 +330,8 @@ def _original_ranking(backbone: Backbone, recipe: Recipe, questions: Any) -> dic
 def _bank_ranking(
     backbone: Backbone, recipes: Sequence[Recipe], questions: Any, image_features: ImageFeatures
 ) -> dict[str, Any]:
-    ranked = EncodedSplit(questions.questions[:RANKED], [], questions.encoded[:RANKED])
-    if measure.DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    ranked = EncodedSplit(questions.questions[:RANKED_QUESTIONS], [], questions.encoded[:RANKED_QUESTIONS])
+    _reset_peak()
     bank.rank(backbone, recipes, EncodedSplit(ranked.questions[:16], [], ranked.encoded[:16]), image_features)
     seconds = measure.seconds(lambda: bank.rank(backbone, recipes, ranked, image_features)) / len(ranked)
     return {"question_seconds": seconds, "seconds_per_experiment": seconds / len(recipes), "peak_bytes": _peak()}
@@ -378,6 +380,11 @@ def _allocated() -> int | None:
 
 def _peak() -> int | None:
     return torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else None
+
+
+def _reset_peak() -> None:
+    if measure.DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _free() -> None:

@@ -218,7 +218,7 @@ class EvaluationConfig(Config):
 
 class PerformanceConfig(Config):
     """How fast and in how much memory training runs. Results change by rounding alone, and by other dropout noise where
-    code is compiled."""
+    code is compiled or texts are padded."""
 
     compile: bool = False
     """Compile the layers of Q-Former and language model with `torch.compile`. Takes a minute at the start, more where
@@ -231,7 +231,7 @@ class PerformanceConfig(Config):
     """Texts of a training batch are padded to a multiple of so many tokens (answers: of eight at most), so that batches
     have few different shapes."""
     checkpointing: tuple[Literal["query", "answer"], ...] = ()
-    """Stages whose layers keep their inputs alone and are computed again in the backward pass: less memory, a third
+    """Stages whose layers store only their inputs and are computed again in the backward pass: less memory, a third
     more time. `query`: the Q-Former; `answer`: the language model."""
 
     @field_validator("checkpointing", mode="before")

@@ -164,8 +164,7 @@ def test_lengths_and_labels_come_in_multiples(backbone, multiple):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     plain_batch = text.targets(encoded)
-    text.multiple = multiple
-    batch = text.targets(encoded)
+    batch = text.targets(encoded, multiple)
     for name in LENGTHS:
         width, expected = getattr(batch, name).shape[1], getattr(plain_batch, name).shape[1]
         assert width % multiple == 0
@@ -184,8 +183,7 @@ def test_padding_to_a_multiple_says_the_same(backbone, multiple):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     plain_batch = text.targets(encoded)
-    text.multiple = multiple
-    batch = text.targets(encoded)
+    batch = text.targets(encoded, multiple)
     assert _text_of(batch) == _text_of(plain_batch)
     count = len(plain_batch.labels_N)
     assert torch.equal(batch.labels_N[:count], plain_batch.labels_N)
@@ -204,28 +202,25 @@ def test_a_multiple_pads_few_shapes(backbone):
     text = backbone.text
     prompts = [Prompted("word " * n, "yes " * (n % 5), ()) for n in range(1, 25)]
 
-    def shapes() -> set[tuple[torch.Size, ...]]:
-        batches = [text.targets([e]) for e in text.encode(prompts)]
+    def shapes(multiple: int) -> set[tuple[torch.Size, ...]]:
+        batches = [text.targets([e], multiple) for e in text.encode(prompts)]
         return {tuple(tensor.shape for tensor in batch.tensors()) for batch in batches}
 
-    count = len(shapes())
-    text.multiple = 32
-    assert len(shapes()) < count / 4
+    assert len(shapes(32)) < len(shapes(1)) / 4
 
 
-def test_what_is_judged_is_not_padded_to_a_multiple(backbone):
+def test_what_is_evaluated_is_not_padded_to_a_multiple(backbone):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     prompts, candidates = text.prompts(encoded), text.candidates(encoded)
-    text.multiple = 64
+    text.targets(encoded, 64)
     for batch, expected in ((text.prompts(encoded), prompts), (text.candidates(encoded), candidates)):
         assert all(torch.equal(getattr(batch, f.name), getattr(expected, f.name)) for f in fields(batch))
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_a_batch_is_made_of_its_tensors_again(backbone, multiple):
-    backbone.text.multiple = multiple
-    batch = backbone.text.targets(backbone.text.encode([SHORT, LONG]))
+    batch = backbone.text.targets(backbone.text.encode([SHORT, LONG]), multiple)
     tensors = batch.tensors()
     assert len(tensors) == (7 if backbone.family == "t5" else 6)
     copy = TargetBatch.of_tensors(tensors)

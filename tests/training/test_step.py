@@ -232,8 +232,8 @@ class Shapes:
     def __init__(self, walk: Walk, monkeypatch: pytest.MonkeyPatch):
         self.batches, original = [], walk.backbone.text.targets
 
-        def targets(encoded: Sequence[Encoded]):
-            self.batches.append(original(encoded))
+        def targets(encoded: Sequence[Encoded], multiple: int):
+            self.batches.append(original(encoded, multiple))
             return self.batches[-1]
 
         monkeypatch.setattr(walk.backbone.text, "targets", targets)
@@ -298,8 +298,7 @@ def test_padding_adds_nothing_to_what_a_teacher_teaches(small, family, tmp_path,
     encoded, features = reference.ask(student, 3), student.see(reference.pictures(student, 3))
 
     def losses(multiple: int) -> tuple[Tensor, Tensor]:
-        student.text.multiple = multiple
-        batch = student.text.targets(encoded)
+        batch = student.text.targets(encoded, multiple)
         with torch.no_grad():
             return teacher.losses(student, student.query(features, batch), features, batch, 7.0)
 

@@ -133,8 +133,6 @@ class TextEncoder:
         self.qformer, self.llm, self.family = qformer, llm, family
         self.decoder_start = decoder_start
         self.max_text, self.max_target = max_text, max_target
-        self.multiple = 1
-        """Training batches are padded to a multiple of so many tokens (answers: of eight at most), see `targets`."""
         self.qformer.truncation_side = self.llm.truncation_side = "left"
 
     def encode(self, prompted: Sequence[Prompted]) -> list[Encoded]:
@@ -157,20 +155,20 @@ class TextEncoder:
         """Whole prompts, right-padded."""
         return PromptBatch(*self._front([e.qformer for e in encoded], [e.prompt for e in encoded]))
 
-    def targets(self, encoded: Sequence[Encoded]) -> TargetBatch:
+    def targets(self, encoded: Sequence[Encoded], multiple: int = 1) -> TargetBatch:
         """Cut prompts with their targets, for training; every row has at least one label (its end token).
 
-        With a `multiple` above 1 lengths take few different values, and so does the number of labels: what is compiled
-        or captured for a shape serves many batches.
+        Texts are padded to a multiple of `multiple` tokens (answers: of eight at most), and so is the number of labels:
+        what is compiled or captured for a shape then serves many batches.
         """
         qformer = [e.qformer for e in encoded]
         if self.family == "t5":
-            front = self._front(qformer, [e.prompt_cut for e in encoded], self.multiple)
+            front = self._front(qformer, [e.prompt_cut for e in encoded], multiple)
             shifted = [[self.decoder_start, *e.target[:-1]] for e in encoded]
-            decoder_ids, _ = _pad(shifted, self._pad_id, min(self.multiple, 8))
+            decoder_ids, _ = _pad(shifted, self._pad_id, min(multiple, 8))
             positions = [row * decoder_ids.shape[1] + i for row, e in enumerate(encoded) for i in range(len(e.target))]
         else:
-            front = self._front(qformer, [e.prompt_cut + e.target for e in encoded], self.multiple)
+            front = self._front(qformer, [e.prompt_cut + e.target for e in encoded], multiple)
             decoder_ids = None
             # Output i predicts token i + 1: the first answer token is predicted where the prompt ends.
             positions = [
@@ -179,7 +177,7 @@ class TextEncoder:
                 for i in range(len(e.target))
             ]
         labels = [token for e in encoded for token in e.target]
-        more = -len(labels) % self.multiple
+        more = -len(labels) % multiple
         labels, positions = labels + [-100] * more, positions + [0] * more
         return TargetBatch(*front, decoder_ids, torch.tensor(positions), torch.tensor(labels))
 

@@ -108,7 +108,7 @@ class Backbone:
     ) -> Tensor:
         """Image features + instruction → visual tokens `K·B × Q × D_language`.
 
-        `every_row`: also what nobody reads, the text in the last layer, for who watches the layers.
+        `every_row`: also compute the text's rows of the last layer, which only a look into the layers needs.
         """
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]

@@ -26,7 +26,8 @@ _inside = threading.local()
 _entered = 0
 """How many contexts are open, of all threads."""
 _active = False
-"""Whether any is open; apart from the number, because a compiled graph holds for the value that it was traced with."""
+"""Whether any is open. A bool of its own, because a compiled graph is valid for the value that it was traced with, and
+the number would compile it again."""
 _before = "none"
 """The setting that the outermost context found."""
 

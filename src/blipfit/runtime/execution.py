@@ -1,8 +1,8 @@
 """How the layers of a model run in training: as they are, compiled, or with their activations computed twice.
 
 Compiling is regional: `torch.compile` sees the forward pass of one layer, and all layers of a kind share what was
-compiled. That takes seconds where compiling the whole model takes minutes. Checkpointing keeps a layer's input alone
-and computes the rest again in the backward pass.
+compiled. That takes seconds where compiling the whole model takes minutes. Checkpointing stores only a layer's
+input and computes the rest again in the backward pass.
 """
 
 from collections.abc import Callable, Iterable

@@ -27,13 +27,18 @@ class Teacher:
         self.backbone, self.part, self.queries = backbone, part, queries
 
     def losses(
-        self, student: Backbone, visual: Tensor, features: Tensor, batch: TargetBatch, labels_each: float | Tensor
+        self,
+        student: Backbone,
+        visual: Tensor,
+        features: Tensor,
+        batch: TargetBatch,
+        labels_per_question: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What is learned from, and the ordinary losses to be told, both summed over the N labels, one an experiment.
 
         `visual`: the student's visual tokens `K·B × Q × D`. The distance of visual tokens is their mean squared
-        difference in parts of the teacher's variance, and a question's counts as much as `labels_each` labels, the mean
-        of the effective batch; that of answers is KL(teacher ‖ student) at every label position. Where neither labels
+        difference in parts of the teacher's variance, and a question's counts as much as `labels_per_question` labels,
+        the mean of the effective batch; that of answers is KL(teacher ‖ student) at every label position. Where neither labels
         nor answers count, the language models do not run, and what is told is the distance of visual tokens.
         """
         K, N = student.experiments, len(batch.labels_N)
@@ -41,7 +46,7 @@ class Teacher:
             wanted = self.backbone.query(features, batch)
         if self.part.visual:
             mine, its = visual.unflatten(0, (K, -1)).float(), wanted[:, self.queries].float()
-            apart_K = labels_each * (mine - its).square().mean((2, 3)).sum(1) / its.var()
+            apart_K = labels_per_question * (mine - its).square().mean((2, 3)).sum(1) / its.var()
             if not (self.part.labels or self.part.answers):
                 return self.part.visual * apart_K, apart_K
         logits_KNV = student.target_logits(visual, batch).float()

@@ -92,7 +92,9 @@ class BankAdamW:
         self.steps = steps
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=self.bank.values.dtype).to(self.bank.values.device).unsqueeze(1)
+        column = torch.tensor(numbers, dtype=self.bank.values.dtype).unsqueeze(1)
+        device = self.bank.values.device
+        return column.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else column
 
 
 def rate_at(recipe: TrainingConfig, epoch: int) -> float:

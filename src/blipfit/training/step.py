@@ -52,7 +52,6 @@ class Stepper:
     def remove(self) -> None:
         """Give the backbone back as it was."""
         self._captured = None
-        self.backbone.text.multiple = 1
         self.execution.remove()
         self.bank.remove()
 
@@ -62,9 +61,9 @@ class Stepper:
         Returns the summed losses (K) over this process's label tokens, still on the device, and the number of all
         label tokens. The gradient is of the sum over that number, so it does not depend on how the batch was cut.
         """
-        self.backbone.text.multiple = self.recipes[0].performance.pad_to_multiple_of
         micros = [distributed.shard(micro) for micro in plan.micro_batches(batch, self.training)]
-        targets = [self.backbone.text.targets([self.encoded[i] for i in micro]) for micro in micros]
+        multiple = self.recipes[0].performance.pad_to_multiple_of
+        targets = [self.backbone.text.targets([self.encoded[i] for i in micro], multiple) for micro in micros]
         labels = sum(len(self.encoded[i].target) for i in batch)
         self.bank.grads.zero_()
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
@@ -87,30 +86,32 @@ class Stepper:
             self.allocator.update(self.optimizer.steps)
         return total, labels
 
-    def _run(self, features: Tensor, target: TargetBatch, labels: int, labels_each: float) -> Tensor:
+    def _run(self, features: Tensor, target: TargetBatch, labels: int, labels_per_question: float) -> Tensor:
         """Forward and backward pass of a micro-batch, captured where the recipe says so; returns its losses (K)."""
         if not self.recipes[0].performance.cuda_graphs or features.device.type != "cuda":
-            return self._backward(features, target, labels, labels_each)
+            return self._backward(features, target, labels, labels_per_question)
         if self._captured is None:
             self._captured = CapturedFunction(self._backward_tensors, [self.bank.grads])
-        numbers = torch.tensor([labels, labels_each], dtype=torch.float32).pin_memory()
+        numbers = torch.tensor([labels, labels_per_question], dtype=torch.float32).pin_memory()
         return self._captured(numbers.to(features.device, non_blocking=True), features, *target.tensors())
 
     def _backward_tensors(self, numbers: Tensor, features: Tensor, *target: Tensor) -> Tensor:
         return self._backward(features, TargetBatch.of_tensors(target), *numbers.unbind())
 
     def _backward(
-        self, features: Tensor, target: TargetBatch, labels: int | Tensor, labels_each: float | Tensor
+        self, features: Tensor, target: TargetBatch, labels: int | Tensor, labels_per_question: float | Tensor
     ) -> Tensor:
-        learned_K, losses_K = self._losses(features, target, labels_each)
+        learned_K, losses_K = self._losses(features, target, labels_per_question)
         self.bank.backward(learned_K.sum() / labels * self._loss_scale)
         return losses_K.detach()
 
-    def _losses(self, features: Tensor, target: TargetBatch, labels_each: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, features: Tensor, target: TargetBatch, labels_per_question: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What is learned from, and the ordinary losses; the same but for distillation."""
         visual = self.backbone.query(features, target)
         if self.teacher:
-            return self.teacher.losses(self.backbone, visual, features, target, labels_each)
+            return self.teacher.losses(self.backbone, visual, features, target, labels_per_question)
         losses_K = self.backbone.losses(visual, target)
         return losses_K, losses_K
 
