@@ -39,7 +39,7 @@ class Teacher:
         `visual`: the student's visual tokens `K·B × Q × D`. The distance of visual tokens is their mean squared
         difference in parts of the teacher's variance, and a question's counts as much as `labels_per_question` labels,
         the mean of the effective batch; that of answers is KL(teacher ‖ student) at every label position. Where neither
-        labels nor answers count, the language models do not run, and the distance of visual tokens is returned for both.
+        labels nor answers count, the language models do not run, and both are the distance of visual tokens.
         """
         K, N = student.experiments, len(batch.labels_N)
         with torch.no_grad():
