@@ -95,7 +95,7 @@ class Record:
         except torch.OutOfMemoryError as error:
             entry = {"out_of_memory": str(error).splitlines()[0]}
         except Exception as error:  # one broken measurement must not cost the others
-            self.entries["failed"][name] = f"{type(error).__name__}: {error}"[:2000]
+            self.entries["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             print(f"{name}: FAILED {type(error).__name__}: {str(error)[:600]}", flush=True)
             entry = None
         if entry is not None:
