@@ -33,7 +33,7 @@ because transformers takes those as they are; other masks it reads on the device
 def use(model: Any) -> None:
     """Let a Hugging Face model compute its attention here.
 
-    Its parts are told one by one: T5's two stacks have configurations of their own, which some versions of transformers
+    Its parts are set one by one: T5's two stacks have configurations of their own, which some versions of transformers
     leave as they are.
     """
     for part in model.modules():
