@@ -124,7 +124,7 @@ class Backbone:
             with _query_rows(hf.qformer.encoder.layer[-1].attention, None if every_row else Q):
                 hidden = hf.qformer(
                     input_ids=ids,
-                    attention_mask=_padding_mask(over_bank(mask, K)),
+                    attention_mask=_attention_mask(over_bank(mask, K)),
                     # One row each: a banked position embedding must know whose rows they are.
                     position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
                     query_embeds=queries,
@@ -148,7 +148,7 @@ class Backbone:
         with self.arithmetic():
             front, mask = self._front(visual, batch)
             if self.family == "t5":
-                mask = _padding_mask(mask)
+                mask = _attention_mask(mask)
                 memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
                 assert batch.decoder_ids_BA is not None
                 decoded = self._decode(over_bank(batch.decoder_ids_BA, K), memory, mask, use_cache=False)
@@ -217,7 +217,7 @@ class Backbone:
         """The decoder's first step runs once a question and leaves the cross-attention's keys and values behind."""
         front, mask = self._front(visual, batch)
         start = mask.new_full((mask.shape[0], 1), self.text.decoder_start)
-        mask = _padding_mask(mask)
+        mask = _attention_mask(mask)
         memory = self.language.encoder(inputs_embeds=front, attention_mask=mask).last_hidden_state
         first = self._decode(start, memory, mask, use_cache=True)
         cache = first.past_key_values
@@ -295,12 +295,17 @@ def _query_rows(module: Any, count: int | None) -> Iterator[None]:
         setattr(module, QUERY_ROWS, None)
 
 
-def _padding_mask(mask_NS: Tensor) -> Tensor:
-    """`N × S` of ones and zeros → `N × 1 × 1 × S`, True where attention goes.
+def _attention_mask(mask_NS: Tensor) -> Tensor:
+    """A padding mask as transformers is given it: `N × S` on a CPU, four dimensions elsewhere.
 
-    transformers takes a mask of four dimensions as it is; of one with two it asks on the device whether it hides
-    anything, and the host waits for the answer in every forward pass.
+    It takes four dimensions as they are. Of two it asks on the device whether they hide anything, and leaves the mask
+    out where not: free on a CPU, while with a GPU the host would wait in every forward pass.
     """
+    return mask_NS if mask_NS.device.type == "cpu" else _padding_mask(mask_NS)
+
+
+def _padding_mask(mask_NS: Tensor) -> Tensor:
+    """`N × S` of ones and zeros → `N × 1 × 1 × S`, True where attention goes."""
     return mask_NS.bool()[:, None, None, :]
 
 
