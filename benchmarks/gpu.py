@@ -53,12 +53,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "checkpointing": ("performance.checkpointing=[query,answer]",),
     "compile + checkpointing": ("performance.compile=true", "performance.checkpointing=[query,answer]", _PAD),
 }
+FIRST_FULL: dict[Family, int] = {"t5": 1, "vicuna": 33}
+"""The first of a family's 12 experiments that train all of the Q-Former; setting "full Q-Former"."""
+SETTINGS |= {"full Q-Former": (), "full Q-Former, compile": SETTINGS["compile"]}
 TESTS = (
     "tests/training/test_gpu.py",
     "-m",
     "gpu and not slow",
     "-v",
     "--tb=short",
+    "--durations=8",
     "-p",
     "no:cacheprovider",
     "-o",
@@ -139,9 +143,10 @@ def run(
 def _tests(seconds: float) -> dict[str, Any]:
     """The tests marked gpu, in processes of their own; what they print so far survives a timeout."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-n", str(min(8, (os.cpu_count() or 2) // 2))]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}  # as many threads per process as there are cores are slower
     with tempfile.TemporaryFile("w+") as output:
         try:
-            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds, check=False).returncode
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds, env=environment, check=False).returncode
         except subprocess.TimeoutExpired:
             code = -1
         output.seek(0)
@@ -194,7 +199,11 @@ def _family(
             "first_losses": losses,
         }
 
-    def spread(K: int, *assignments: str) -> list[Recipe]:
+    def spread(K: int, setting: str = "plain") -> list[Recipe]:
+        assignments = SETTINGS[setting]
+        if setting.startswith("full Q-Former"):
+            first_full = FIRST_FULL[family]
+            return [grid.recipe("scienceqa", first_full + k, f"tiny-{family}").override(assignments) for k in range(K)]
         return [recipes[i * len(recipes) // K].override(assignments) for i in range(K)]
 
     def measure_banks() -> None:
@@ -206,7 +215,7 @@ def _family(
             record.add(
                 f"{family}/settings/{K}/{name}",
                 (50 if "compile" in name else 10) + 1.5 * K,
-                lambda K=K, name=name: bank_entry(spread(K, *SETTINGS[name])),  # type: ignore[misc]
+                lambda K=K, name=name: bank_entry(spread(K, name)),  # type: ignore[misc]
             )
 
     single = recipes[len(recipes) // 2]  # one experiment alone takes as long as another
@@ -230,7 +239,7 @@ def _family(
             record.add(
                 f"{family}/profile/{name}",
                 100 if "compile" in name and "settings" not in parts else 15,
-                lambda name=name: profile(backbone, spread(8, *SETTINGS[name]), questions, image_features),  # type: ignore[misc]
+                lambda name=name: profile(backbone, spread(8, name), questions, image_features),  # type: ignore[misc]
             )
 
     actions = {
