@@ -146,7 +146,9 @@ def _tests(seconds: float) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "2"}  # as many threads per process as there are cores are slower
     with tempfile.TemporaryFile("w+") as output:
         try:
-            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds, env=environment, check=False).returncode
+            code = subprocess.run(
+                command, stdout=output, stderr=output, timeout=seconds, env=environment, check=False
+            ).returncode
         except subprocess.TimeoutExpired:
             code = -1
         output.seek(0)

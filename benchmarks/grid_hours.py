@@ -1,10 +1,10 @@
-"""How long the published LoRA experiments take, estimated from records of `benchmarks.gpu`.
+"""How long the 128 published experiments take, estimated from records of `benchmarks.gpu`.
 
 `python -m benchmarks.grid_hours FILE…` prints a table. Counted are training for all 15 epochs, a validation after
-each, and the test, for the experiments with LoRA in the Q-Former (20 of a language model's 32); those that train all
-of it were not measured. Not counted: loading, compiling, and computing the image features once. Both data sets are
-counted with the record's questions (106 tokens of text, four candidates); IconQA's are shorter. Early stopping makes
-it shorter still.
+each, and the test: 20 experiments of a language model have LoRA in the Q-Former, 12 train all of it (setting "full
+Q-Former" of a record; without one they are left out). Not counted: loading, compiling, and computing the image
+features once. Both data sets are counted with the record's questions (106 tokens of text, four candidates); IconQA's
+are shorter. Early stopping makes it shorter still.
 """
 
 import json
@@ -16,7 +16,9 @@ from typing import Any
 QUESTIONS = {"ScienceQA": (6218, 2097, 2017), "IconQA": (18946, 6316, 6316)}
 """Training, validation and test questions."""
 TITLES = {"t5": "Flan-T5-XL", "vicuna": "Vicuna-7B"}
-BATCH, EPOCHS, EXPERIMENTS, CARDS = 16, 15, 20, 8
+BATCH, EPOCHS, CARDS = 16, 15, 8
+KINDS = {"LoRA": 20, "full Q-Former": 12}
+"""Experiments of one language model on one data set, by what is trained in the Q-Former."""
 
 
 def training_entries(family: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,8 +59,8 @@ def main() -> None:
     records = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
     if not records:
         sys.exit("give records of benchmarks.gpu")
-    print("| | bank | one experiment | its 20 experiments, 1 card |")
-    print("|---|---|---|---|")
+    print("| | bank | one experiment | experiments | all of them, 1 card |")
+    print("|---|---|---|---|---|")
     durations: list[float] = []
     for family, title in TITLES.items():
         parts = [record[family] for record in records if family in record]
@@ -67,15 +69,20 @@ def main() -> None:
         if not banks or not rankings:
             print(f"{title}: the records have no bank or no ranking", file=sys.stderr)
             continue
-        bank = min(banks, key=lambda entry: entry["seconds_per_experiment"])
         question = min(entry["seconds_per_experiment"] for entry in rankings)
-        for data, counts in QUESTIONS.items():
-            each = hours(bank["seconds_per_experiment"], question, counts)
-            print(
-                f"| {title}, {data} | {bank['experiments']}, {bank['setting']} | {60 * each:.0f} min | "
-                f"{EXPERIMENTS * each:.1f} h |"
-            )
-            durations += [size * each for size in bank_sizes(EXPERIMENTS, bank["experiments"])]
+        for kind, experiments in KINDS.items():
+            measured = [entry for entry in banks if entry["setting"].startswith("full") == (kind != "LoRA")]
+            if not measured:
+                print(f"{title}: no bank of kind {kind}", file=sys.stderr)
+                continue
+            bank = min(measured, key=lambda entry: entry["seconds_per_experiment"])
+            for data, counts in QUESTIONS.items():
+                each = hours(bank["seconds_per_experiment"], question, counts)
+                print(
+                    f"| {title}, {data}, {kind} | {bank['experiments']}, {bank['setting'].replace('full Q-Former', 'plain')} | {60 * each:.0f} min | "
+                    f"{experiments} | {experiments * each:.1f} h |"
+                )
+                durations += [size * each for size in bank_sizes(experiments, bank["experiments"])]
     print(f"\nall together: {sum(durations):.0f} h on 1 card, {makespan(durations, CARDS):.1f} h on {CARDS} cards")
 
 

@@ -23,6 +23,8 @@ FIRST = {"t5": 13, "vicuna": 45}
 SMALL = ["training.batch_size=4", "training.accumulation=1", "training.learning_rate=1e-3"]
 # Everything but the sums in the order of the kernels is the same; a bf16 number has eight bits.
 LOSS, GRADIENT = 0.003, 0.05
+# The compiler keeps in fp32 what eager code rounds to bf16 between two operations; seen on an H200: 0.098.
+COMPILED_GRADIENT = 0.15
 
 
 @pytest.fixture
@@ -53,11 +55,13 @@ def run_steps(backbone: Backbone, experiments: Sequence[Recipe], steps: int = 4)
         backbone.hf.eval()
 
 
-def assert_alike(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> None:
+def assert_alike(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], gradient: float = GRADIENT
+) -> None:
     """Equal losses within bf16's rounding, and values that moved alike."""
     torch.testing.assert_close(first[0], second[0], atol=LOSS * float(second[0].max()), rtol=LOSS)
     # AdamW makes steps of a size of its own of gradients that are rounding alone, so single values may differ.
-    assert float((first[1] - second[1]).abs().mean()) < GRADIENT * 1e-3
+    assert float((first[1] - second[1]).abs().mean()) < gradient * 1e-3
 
 
 def test_stages_give_the_logits_of_hugging_face_in_bf16(gpu_backbone, small, family):
@@ -129,7 +133,8 @@ def test_a_setting_changes_no_number(gpu_backbone, family, assignments):
 def test_a_compiled_step_changes_no_number(gpu_backbone, family, more):
     options = ["training.dropout=false", "performance.pad_to_multiple_of=32"]
     plain = run_steps(gpu_backbone, recipes(family, (3, 15), *options))
-    assert_alike(run_steps(gpu_backbone, recipes(family, (3, 15), *options, "performance.compile=true", *more)), plain)
+    compiled = run_steps(gpu_backbone, recipes(family, (3, 15), *options, "performance.compile=true", *more))
+    assert_alike(compiled, plain, COMPILED_GRADIENT)
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def memory_estimate(
 
     Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: the bank's matrices at 4 bytes.
     Activations: what backward keeps of Q-Former and language model for `rows` questions of `tokens` text tokens and
-    each experiment; of a stage in `checkpointing` (`query`, `answer`) the layers' inputs alone.
+    each experiment; of a stage in `checkpointing` (`query`, `answer`) the layers' inputs, and of one layer what it
+    computes again, with its gradients.
     """
     parts = total(model)
     fp32 = sum(n for part, n in parts.items() if part.startswith(("qformer", "query", "projection")))
@@ -71,14 +72,12 @@ def memory_estimate(
     text, qformer = config.text_config, config.qformer_config
     width = getattr(text, "d_model", None) or text.hidden_size
     layers = getattr(text, "num_layers", None) or text.num_hidden_layers
-    sizes = {
-        "query": (tokens + config.num_query_tokens) * qformer.hidden_size * qformer.num_hidden_layers,
-        "answer": (tokens + config.num_query_tokens) * width * layers,
-    }
-    halves = HALVES_KEPT[text.model_type]
-    kept = sum(2 * size * (1 if stage in checkpointing else halves) for stage, size in sizes.items())
+    length, halves = tokens + config.num_query_tokens, HALVES_KEPT[text.model_type]
+    stages = {"query": (qformer.hidden_size, qformer.num_hidden_layers), "answer": (width, layers)}
+    widths = sum(size * count * (1 if stage in checkpointing else halves) for stage, (size, count) in stages.items())
+    computed_again = max((2 * halves * stages[stage][0] for stage in checkpointing), default=0)
     return {
         "weights": 4 * fp32 + 2 * (sum(parts.values()) - fp32),
         "trained": 4 * MATRICES * sum(trained_by_part.values()) * experiments,
-        "activations": kept * rows * experiments,
+        "activations": 2 * length * (widths + computed_again) * rows * experiments,
     }
