@@ -14,10 +14,11 @@ import blipfit
 from benchmarks import measure
 from blipfit import data as datasets
 from blipfit import grid
+from blipfit.commands import evaluate as evaluations
 from blipfit.data import icons
 from blipfit.model import tiny
 from blipfit.recipe import Family
-from blipfit.report import evaluations, terminal
+from blipfit.report import terminal
 from blipfit.training.loop import train
 
 OVERRIDES = ("training.learning_rate=2e-3", "training.max_epochs=3")

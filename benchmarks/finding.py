@@ -12,8 +12,9 @@ from typing import Any
 from benchmarks import measure
 from blipfit import data as datasets
 from blipfit import grid
+from blipfit.commands import demo as demonstration
 from blipfit.recipe import Recipe
-from blipfit.report import demonstration, terminal
+from blipfit.report import terminal
 from blipfit.training.loop import train
 
 SEEDS = (42, 43, 44)

@@ -76,10 +76,11 @@ def main() -> None:
                 print(f"{title}: no bank of kind {kind}", file=sys.stderr)
                 continue
             bank = min(measured, key=lambda entry: entry["seconds_per_experiment"])
+            setting = bank["setting"].replace("full Q-Former", "plain")
             for data, counts in QUESTIONS.items():
                 each = hours(bank["seconds_per_experiment"], question, counts)
                 print(
-                    f"| {title}, {data}, {kind} | {bank['experiments']}, {bank['setting'].replace('full Q-Former', 'plain')} | {60 * each:.0f} min | "
+                    f"| {title}, {data}, {kind} | {bank['experiments']}, {setting} | {60 * each:.0f} min | "
                     f"{experiments} | {experiments * each:.1f} h |"
                 )
                 durations += [size * each for size in bank_sizes(experiments, bank["experiments"])]

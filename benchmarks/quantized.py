@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks import measure
 from blipfit import data as datasets
 from blipfit import grid
+from blipfit.commands import demo as demonstration
 from blipfit.model import cost, loading
-from blipfit.report import demonstration, terminal
+from blipfit.report import terminal
 from blipfit.training.loop import train
 
 EXPERIMENTS = ("32", "64")

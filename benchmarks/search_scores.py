@@ -13,12 +13,12 @@ from torch import Tensor
 from benchmarks import measure
 from blipfit.data import icons
 from blipfit.data.prompts import PROMPTS, Prompted
-from blipfit.evaluation.use import wordings
+from blipfit.inference import wordings
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
+from blipfit.pretraining.texts import as_question
+from blipfit.pretraining.tower import pixels
 from blipfit.recipe import ModelConfig
-from blipfit.training.pretrain_texts import as_question
-from blipfit.training.pretrain_tower import pixels
 
 PICTURES, TOP, FEWEST, BATCH = 200, 5, 5, 50
 SEEDS = (11, 12)

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import measure
 from blipfit import data as datasets
+from blipfit.commands import shrink as shrinking
 from blipfit.data import icons
 from blipfit.data.icons import write
 from blipfit.data.prompts import prompt
@@ -31,7 +32,6 @@ from blipfit.recipe import (
     Recipe,
     TrainingConfig,
 )
-from blipfit.report import shrinking
 from blipfit.training.loop import train
 from blipfit.training.model_cache import ModelCache
 

@@ -11,14 +11,16 @@ import torch
 
 from benchmarks import measure
 from blipfit import data as datasets
+from blipfit.compression import calibration, importance, shrink
+from blipfit.compression import size as shrink_size
+from blipfit.compression.importance import Scores
 from blipfit.data import icons
 from blipfit.evaluation import benchmarks, retention
 from blipfit.evaluation.benchmarks import Settings
 from blipfit.evaluation.retention import Answers
-from blipfit.model import calibration, cost, importance, loading, shapes, shrink, shrink_size
+from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
-from blipfit.model.importance import Scores
 from blipfit.recipe import ModelConfig
 
 SIZES: dict[str, dict[str, int]] = {

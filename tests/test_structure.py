@@ -11,12 +11,15 @@ import blipfit
 SOURCE = Path(blipfit.__file__).parent
 # docs/design.md: from the top to the ground. A room is a file or a folder of blipfit.
 ROOMS = (
-    "__main__",
     "cli",
-    "app",
+    "server",
+    "commands",
     "report",
     "sweep",
     "training",
+    "pretraining",
+    "compression",
+    "inference",
     "evaluation",
     "adapters",
     "model",

@@ -10,7 +10,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load(model: str | None = None, adapter: Any = None, **options: Any) -> Any:
-    """Load a model to be used: `.ask`, `.caption`, `.rank`, `.search`; see `blipfit.evaluation.use.load`."""
-    from blipfit.evaluation import use
+    """Load a model to be used: `.ask`, `.caption`, `.rank`, `.search`; see `blipfit.inference.load`."""
+    from blipfit import inference as use
 
     return use.load(model, adapter, **options)

@@ -35,7 +35,7 @@ Dataset = Annotated[str, typer.Argument(help="scienceqa, iconqa, icons or own.")
 @app.command()
 def grid(as_json: Json = False) -> None:
     """List the 64 published experiments with their trained parameters, counted on the model's modules."""
-    from blipfit.report import experiments
+    from blipfit.commands import arguments as experiments
 
     records = experiments.grid_records()
     _show(records, as_json, lambda: experiments.grid_table(records))
@@ -53,7 +53,7 @@ def show(
 ) -> None:
     """Show an experiment before it runs: recipe, modules, parameters, memory. Needs no download."""
     from blipfit import grid as grid_room
-    from blipfit.report import experiments
+    from blipfit.commands import arguments as experiments
 
     recipe = grid_room.recipe(dataset, experiment, model).override(sets or [])
     record = experiments.describe(recipe)
@@ -76,7 +76,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Read a data set in its official layout, check every image, and write its annotation files."""
-    from blipfit.report import experiments
+    from blipfit.commands import arguments as experiments
 
     report = experiments.prepare(dataset, source, to, questions, skills, seed)
     _show(report, as_json, lambda: str(report))
@@ -99,7 +99,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train, judge and record experiments. The same command again continues or skips what is there."""
-    from blipfit.report import experiments, terminal
+    from blipfit.commands import arguments as experiments
+    from blipfit.report import terminal
     from blipfit.training.loop import train as run_training
 
     assignments = [*(sets or []), *([f"training.precision={precision}"] if precision else [])]
@@ -132,7 +133,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train many experiments, as many at once as pays: several share one pass over the frozen model."""
-    from blipfit.report import sweeps
+    from blipfit.commands import sweep as sweeps
 
     recipes, folders = sweeps.chosen(datasets, ids, model, sets or [], data)
     swept = sweeps.run(recipes, folders, results, bank, plan, _device(device))
@@ -153,7 +154,7 @@ def features(
     as_json: Json = False,
 ) -> None:
     """List, build, check or delete stored image features, which all sweeps share."""
-    from blipfit.report import stores
+    from blipfit.commands import features as stores
 
     record = stores.act(action, key, dataset, data, model, store, _device(device) if action != "list" else None)
     _show(record, as_json, lambda: stores.table(record))
@@ -175,7 +176,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a finished run again from its files; with --on a run or a model on other sets, base and adapter."""
-    from blipfit.report import evaluations, experiments
+    from blipfit.commands import arguments as experiments
+    from blipfit.commands import evaluate as evaluations
 
     if on is None:
         record = experiments.evaluate_run(Path(subject), data, split, _device(device), base)
@@ -194,7 +196,7 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score finished answers by a benchmark's official rule; needs no model."""
-    from blipfit.report import evaluations
+    from blipfit.commands import evaluate as evaluations
 
     record, shown = evaluations.score(judge, source, samples)
     _show(record, as_json, lambda: shown)
@@ -213,8 +215,8 @@ def cost(
     as_json: Json = False,
 ) -> None:
     """Count parameters and FLOPs of a model, recipe or run; with --measure also time and memory of an answer."""
+    from blipfit.commands import cost as costs
     from blipfit.model.cost import Lengths
-    from blipfit.report import costs
 
     lengths = Lengths(text, text, answer, candidates)
     record = costs.describe(what, experiment, model, lengths, _device(device) if measure else None)
@@ -241,7 +243,7 @@ def shrink(
     as_json: Json = False,
 ) -> None:
     """Make a smaller Q-Former that inherits the bigger one's weights; what is not given stays as it is."""
-    from blipfit.report import shrinking
+    from blipfit.commands import shrink as shrinking
 
     sizes = {"hidden": hidden_size, "heads": heads, "intermediate": intermediate_size}
     sizes |= {"layers": layers, "queries": queries, "cross_every": cross_every}
@@ -268,7 +270,7 @@ def retain(
     as_json: Json = False,
 ) -> None:
     """Judge an original and candidates on the same samples: what they keep of its performance, and what they save."""
-    from blipfit.report import retaining
+    from blipfit.commands import retain as retaining
 
     record = retaining.run(base, candidates, on, data, split, limit, at_least, _device(device))
     if figure is not None:
@@ -284,7 +286,7 @@ def ranks(
     as_json: Json = False,
 ) -> None:
     """Show which sublayers and layers kept AdaLoRA's ranks, of several runs side by side; draws RUN/ranks.png."""
-    from blipfit.report import ranks as report
+    from blipfit.commands import ranks as report
 
     records = [report.examine(run) for run in runs]
     _show(records[0] if len(records) == 1 else records, as_json, lambda: report.shown(records))
@@ -296,7 +298,7 @@ def ablation(
     as_json: Json = False,
 ) -> None:
     """Show what each sublayer, the rank and the language model do to the accuracy, from pairs of finished runs."""
-    from blipfit.report import ablation as report
+    from blipfit.commands import ablation as report
 
     records = report.examine(folders)
     _show(records, as_json, lambda: report.table(records))
@@ -315,7 +317,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask a model about a picture."""
-    from blipfit.report import using
+    from blipfit.commands import ask as using
 
     record = using.ask(using.loaded(model, adapter, device), image, question, choices or [], prompt, decoding)
     _show(record, as_json, lambda: using.answered(record))
@@ -331,7 +333,7 @@ def caption(
     as_json: Json = False,
 ) -> None:
     """Describe pictures in a sentence each."""
-    from blipfit.report import using
+    from blipfit.commands import ask as using
 
     records = using.caption(using.loaded(model, adapter, device), images, decoding)
     _show(records, as_json, lambda: [f"{one['image']}: {one['caption']}" for one in records])
@@ -349,7 +351,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pictures that a text describes best; what the model sees in them is kept for the next search."""
-    from blipfit.report import using
+    from blipfit.commands import ask as using
 
     record = using.search(using.loaded(model, adapter, device), folder, text, top, sheet)
     _show(record, as_json, lambda: using.results(record))
@@ -358,7 +360,7 @@ def search(
 @app.command()
 def doctor(model: Model = None, data: DataFolder = None, as_json: Json = False) -> None:
     """Check this machine, and with --model or --data a checkpoint or a data folder; says the mend of what is wrong."""
-    from blipfit.report import health
+    from blipfit.commands import doctor as health
 
     checks = health.examine(model, data)
     _show({"checks": checks}, as_json, lambda: health.table(checks))
@@ -375,7 +377,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Watch a miniature InstructBLIP learn what it could not do. No download, no GPU, a few minutes."""
-    from blipfit.report import demonstration
+    from blipfit.commands import demo as demonstration
 
     record = demonstration.run_demo(results, _device(device))
     _show(record, as_json, lambda: demonstration.ending(record))
@@ -388,7 +390,7 @@ def pretrain_tiny(
     as_json: Json = False,
 ) -> None:
     """Make the embedded miniatures again, from nothing: tokenizers, tower and CLIP, Q-Former, language models."""
-    from blipfit.report import miniatures
+    from blipfit.commands import pretrain_tiny as miniatures
 
     record = miniatures.pretrain(folder, families)
     _show(record, as_json, lambda: miniatures.table(record))

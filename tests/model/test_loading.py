@@ -19,8 +19,8 @@ from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
 from blipfit.model import cost, loading, tiny
 from blipfit.model.backbone import fingerprint, head
+from blipfit.pretraining import check as pretrain_check
 from blipfit.recipe import AdapterConfig, ModelConfig
-from blipfit.training import pretrain_check
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from transformers import CLIPModel, CLIPProcessor, InstructBlipForConditionalGen
 from blipfit.data import icons
 from blipfit.model import tiny, tiny_tokenizers
 from blipfit.model.loading import load
+from blipfit.pretraining import check as pretrain_check
+from blipfit.pretraining import miniatures as pretrain
 from blipfit.recipe import ModelConfig
-from blipfit.training import pretrain, pretrain_check
 
 FAMILIES: tuple[tiny.Family, ...] = ("t5", "vicuna")
 SENTENCE = "Context: {} Question: {Which café is 1/2° warmer?} Options: {(a) zebra\n(b) 3 × 4\n} Answer:"

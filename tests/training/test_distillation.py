@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import checkpoints
 import reference
 from blipfit import grid
+from blipfit.commands import shrink as shrinking
 from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import DistillationConfig, ModelConfig
-from blipfit.report import shrinking
 from blipfit.training import distillation, plan
 from blipfit.training.loop import train
 from blipfit.training.step import Stepper

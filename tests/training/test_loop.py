@@ -626,7 +626,7 @@ def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkey
 def test_a_run_of_a_peft_method_is_used_like_any_other(recipe, train, family, small, iconqa, method):
     """SplitEvaluation again from its folder, counted, and loaded by hand it is what was recorded."""
     import blipfit
-    from blipfit.report import experiments
+    from blipfit.commands import arguments as experiments
 
     mine = recipe(
         32 if family == "t5" else 64, f"adapter.method={method}", "training.learning_rate=5e-3", family=family

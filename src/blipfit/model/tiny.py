@@ -2,7 +2,7 @@
 
 Three folders in Hugging Face format lie beside this file. `InstructBlipForConditionalGeneration.from_pretrained`
 and `InstructBlipProcessor.from_pretrained` read `tiny-t5` and `tiny-vicuna`, `CLIPModel` and `CLIPProcessor` read
-`tiny-clip`. Weights are stored in float16 and load as float32. `blipfit.training.pretrain` makes them.
+`tiny-clip`. Weights are stored in float16 and load as float32. `blipfit.pretraining.miniatures` makes them.
 """
 
 import json

@@ -1,0 +1,81 @@
+"""The table over several sets shows the numbers of the records, base beside adapter."""
+
+import pytest
+from rich.console import Console
+
+from blipfit.commands import evaluate as evaluations
+from blipfit.errors import UserError
+
+
+def _printed(shown) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        for part in shown:
+            console.print(part)
+    return captured.get()
+
+
+def _texts(mean):
+    interval = {"mean": mean, "interval": [mean - 0.1, mean + 0.1], "samples": 4}
+    right = {"accuracy": 25.0, "interval": [10.0, 40.0]}
+    clip = {"clip": "tiny-clip", "cut": 0, "mean": 100 * mean, "interval": [1.0, 2.0]}
+    return {"method": "generation", "texts": {"rougeL": interval}, **right, "clip_score": clip}
+
+
+def _record(on, base, tuned, difference, **facts):
+    common = {"on": on, "split": "test", "questions": 4, "prompt": "instruction-v1", "prompt_example": "What?"}
+    common |= {"model": "tiny-t5", "run": "results/x/1", "clip": "tiny-clip"}
+    return {**common, **facts, "base": base, "tuned": tuned, "difference": difference}
+
+
+def _accuracy(value):
+    return {"method": "ranking", "accuracy": value, "interval": [value - 5, value + 5]}
+
+
+def test_base_and_adapter_in_one_table():
+    change = {"difference": 12.5, "interval": [-1.25, 20.0], "samples": 4}
+    pooled = {"pooled": {"accuracy": 61.5, "interval": [50.0, 70.0]}}
+    bench = {"judge": "rewardbench", "likelihood_sum": pooled, "likelihood_mean": pooled, "cut_responses": 3}
+    mme = {
+        "judge": "mme",
+        "perception": 301.25,
+        "cognition": 0.0,
+        "missing": ["OCR"],
+        "subtasks": {"count": {"score": 101.25}},
+    }
+    records = [
+        _record("icons", _accuracy(50.0), _accuracy(62.5), {"accuracy": change}),
+        _record("mme", mme, mme | {"perception": 290.0}, {"perception": {"difference": -11.25, "interval": None}}),
+        _record(
+            "rewardbench",
+            bench | {"answers": _texts(0.4)},
+            bench | {"answers": _texts(0.5)},
+            {"rougeL": change, "pairwise_mean": change, "clip_score": change},
+        ),
+    ]
+    printed = _printed(evaluations.shown(records))
+    for told in ("50.0 [45.0–55.0]", "62.5 [57.5–67.5]", "+12.5 [-1.2–+20.0]", "301.25", "290.00", "-11.25", "101.25"):
+        assert told in printed, told
+    assert "61.5 [50.0–70.0]" in printed
+    assert "50.0 [40.0–60.0]" in printed  # ROUGE-L in percent
+    assert "3 responses are longer than the model reads" in printed
+    assert "cognition" not in printed
+    assert "mme: not in the totals, no questions: OCR" in printed
+    assert "one in full: 'What?'" in printed
+    assert "no CLIP score" not in printed
+
+
+def test_a_model_alone_has_no_second_column():
+    record = _record("icons", _accuracy(50.0), None, None)
+    del record["tuned"], record["difference"]
+    printed = _printed(evaluations.shown([record | {"run": None}]))
+    assert "with adapter" not in printed
+    assert "tiny-t5" in printed
+
+
+def test_places(tmp_path):
+    assert evaluations.places(f"mme={tmp_path}, scienceqa", None)[0] == ("mme", tmp_path)
+    with pytest.raises(UserError, match="say on what"):
+        evaluations.places(" , ", None)
+    with pytest.raises(UserError, match="was trained on rewardbench"):
+        evaluations._refuse_trained([("rewardbench", tmp_path)], "all", "rewardbench")

@@ -1,0 +1,165 @@
+"""The miniatures in use: on drawn pictures they are right, on photographs they run."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import blipfit
+from blipfit import grid
+from blipfit.adapters import peft_format
+from blipfit.adapters.bank import Bank
+from blipfit.data import icons
+from blipfit.errors import UserError
+from blipfit.inference import Model, wordings
+from blipfit.recipe import AdapterConfig
+from blipfit.training import loop
+
+PHOTOS = Path(__file__).parents[1].parent / "shared" / "data" / "photos"
+FIND = 200
+
+
+def _drawn(seed: int, count: int) -> list[icons.Scene]:
+    """Scenes that no test or training of another kind draws."""
+    return [icons.scene(seed, index) for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory) -> tuple[Path, list[icons.Scene]]:
+    folder = tmp_path_factory.mktemp("board")
+    scenes = _drawn(987_654, FIND)
+    (folder / "below").mkdir()
+    for number, scene in enumerate(scenes):
+        icons.draw(scene).save(folder / ("below" if number % 2 else ".") / f"{number:03d}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder, scenes
+
+
+@pytest.fixture(scope="module", params=["tiny-t5", "tiny-vicuna"])
+def model(request) -> Model:
+    return blipfit.load(request.param)
+
+
+def _shows(scene: icons.Scene, text: str) -> bool:
+    color, shape = text.split()[-2:]
+    return any((icon.color, icon.shape) == (color, shape) for icon in scene.icons)
+
+
+@pytest.mark.parametrize("text", ["red star", "a yellow circle", "blue heart"])
+def test_search_finds_what_is_there(model, board, text):
+    folder, scenes = board
+    found = model.search(folder, text, top=5)
+    right = [_shows(scenes[int(one.image.stem)], text) for one in found]
+    assert sum(_shows(scene, text) for scene in scenes) < FIND / 8  # so that chance finds one in eight at most
+    assert sum(right) >= 4
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert found[0].score > 0  # likelier than on an even gray
+
+
+def test_the_second_search_sees_no_picture_again(model, board, monkeypatch):
+    folder, _ = board
+    first = model.search(folder, "red star", top=FIND)
+    seen = []
+    see = model.backbone.see
+    monkeypatch.setattr(model.backbone, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))
+    assert model.search(folder, "red star", top=FIND) == first
+    assert seen == [1]  # the even gray
+    assert len(first) == FIND
+    again = model.search([first[3].image, first[0].image], "red star")
+    assert [one.image for one in again] == [first[0].image, first[3].image]
+
+
+SKILLS = ("color", "count_all", "exists", "time")
+
+
+def test_it_answers(model):
+    asked = [(scene, ask) for scene in _drawn(55, 30) for ask in icons.questions(scene, SKILLS)][:24]
+    right = ranked = 0
+    for scene, ask in asked:
+        picture = icons.draw(scene)
+        right += model.ask(picture, ask.question) == ask.answer
+        ranked += model.rank(picture, ask.question, ask.choices, prompt="iconqa-v1")[0].choice == ask.answer
+    assert min(right, ranked) >= 16, (right, ranked)
+
+
+def test_it_describes(model):
+    """Of the kinds of icons that captions name, most are in their pictures; by chance every tenth would be."""
+    scenes = [scene for scene in _drawn(66, 30) if scene.icons][:12]
+    pictures = [icons.draw(scene) for scene in scenes]
+    told = model.captions(pictures)
+    assert told[3] == model.caption(pictures[3])
+    kind = re.compile(rf"({'|'.join(icons.COLORS)}) ({'|'.join(icons.SHAPES)})")
+    named = [(scene, " ".join(found)) for scene, text in zip(scenes, told, strict=True) for found in kind.findall(text)]
+    assert len(named) >= 8
+    assert sum(_shows(scene, text) for scene, text in named) >= 0.6 * len(named)
+
+
+def test_ranking_gives_shares_of_all_choices(model):
+    picture = icons.draw(icons.scene(1, 2))
+    ranked = model.rank(picture, "Which shape is red?", ["star", "circle", "moon"])
+    assert math.fsum(one.probability for one in ranked) == pytest.approx(1)
+    assert [one.log_likelihood for one in ranked] == sorted((r.log_likelihood for r in ranked), reverse=True)
+    odds = math.exp(ranked[0].log_likelihood - ranked[1].log_likelihood)
+    assert ranked[0].probability / ranked[1].probability == pytest.approx(odds)
+    with pytest.raises(UserError, match="two choices"):
+        model.rank(picture, "Which?", ["star"])
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="../shared/data/photos is not here")
+def test_photographs_do_no_harm(model):
+    photos = sorted(PHOTOS.iterdir())
+    assert all(model.captions(photos))
+    assert isinstance(model.ask(photos[0], "What is in the picture?"), str)
+    assert len(model.search(PHOTOS, "a yellow car", top=9)) == len(photos)
+
+
+def test_wordings():
+    assert wordings("red star") == ("red star", "a red star")
+    assert wordings(" orange  star ") == ("orange star", "an orange star")
+    for begun in ("a red star", "An owl", "two red stars", "3 stars", "the sea"):
+        assert wordings(begun) == (begun,)
+    with pytest.raises(UserError, match="what to search for"):
+        wordings("  ")
+
+
+def test_what_cannot_be_used(tmp_path):
+    model = blipfit.load("tiny")
+    assert model.backbone.name == "tiny-t5"
+    with pytest.raises(UserError, match="holds no pictures"):
+        model.search(tmp_path, "a red star")
+    with pytest.raises(UserError, match="is no folder"):
+        model.search(tmp_path / "none", "a red star")
+    with pytest.raises(UserError, match="did you mean 'caption'"):
+        model.caption(Image.new("RGB", (8, 8)), "captions")
+    with pytest.raises(UserError, match="is missing"):
+        model.ask(tmp_path / "none.png", "What is it?")
+    with pytest.raises(UserError, match="no adapter folder"):
+        blipfit.load("tiny", tmp_path)
+
+
+def test_a_runs_adapter_is_used(small, family, iconqa, tmp_path):
+    changes = ["training.batch_size=2", "training.accumulation=1", "training.max_epochs=1", "data.images=off"]
+    recipe = grid.recipe("iconqa", 31, str(small[family])).override([*changes, "training.learning_rate=0.03"])
+    (run,) = loop.train([recipe], iconqa, tmp_path / "results", device="cpu")
+    tuned, base = blipfit.load(adapter=run.folder), blipfit.load(str(small[family]))
+    assert tuned.asked == "iconqa-v1"
+    picture = Image.new("RGB", (32, 32), "red")
+    question = ("Which?", ["red", "blue", "green"])
+    shown = tuned.rank(picture, *question)
+    assert shown != base.rank(picture, *question, prompt="iconqa-v1")
+    # The adapter folder alone knows its model; of the prompt it knows nothing.
+    alone = blipfit.load(adapter=run.adapter)
+    assert alone.rank(picture, *question, prompt="iconqa-v1") == shown
+    run.result_file.unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        blipfit.load(adapter=run.folder)
+
+
+def test_an_adapter_of_another_model_is_refused(backbone, tmp_path):
+    bank = Bank(backbone, [AdapterConfig()], [0])
+    bank.values.add_(1)
+    peft_format.save(tmp_path / "adapter", AdapterConfig(), bank.state(0), "elsewhere")
+    with pytest.raises(UserError, match="was not trained on tiny-t5"):
+        blipfit.load("tiny-t5", tmp_path / "adapter")
