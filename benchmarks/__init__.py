@@ -1,3 +1,3 @@
-"""Benchmarks: each prints both sides, measured alternately in one run, and keeps its raw numbers in results/."""
+"""Benchmarks. Each measures its sides in turn in one run, prints both, and writes the raw numbers to `results/`."""
 
-import blipfit  # noqa: F401  before peft, whose bitsandbytes it keeps quiet
+import blipfit  # noqa: F401  must come before peft: it silences bitsandbytes

@@ -1,4 +1,4 @@
-"""What a bank is timed at: steps of training, and ranking."""
+"""The two actions of a bank that benchmarks time: training steps and ranking."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,16 @@ def train(
     image_features: ImageFeatures,
     steps: int,
 ) -> None:
-    """So many steps of all recipes at once, from installing the bank to taking it out."""
+    """Train all recipes together for `steps` steps, including installing and removing the bank."""
     training = recipes[0].training
     batches = plan.effective_batches(encoded_split.lengths, training, 0)[:steps]
     stepper = Stepper(backbone, recipes, encoded_split.encoded)
     stepper.train_mode()
     try:
-        for number, batch in enumerate(batches):
+        for step, batch in enumerate(batches):
             micros = plan.micro_batches(batch, training)
-            seen = [image_features.features([encoded_split.questions[i] for i in micro]) for micro in micros]
-            losses, _ = stepper.step(batch, seen, 0, number)
+            features = [image_features.features([encoded_split.questions[i] for i in micro]) for micro in micros]
+            losses, _ = stepper.step(batch, features, 0, step)
         losses.tolist()
     finally:
         stepper.remove()
@@ -37,7 +37,7 @@ def train(
 def rank(
     backbone: Backbone, recipes: Sequence[Recipe], encoded_split: EncodedSplit, image_features: ImageFeatures
 ) -> None:
-    """All questions judged for all recipes at once."""
+    """Rank all questions for all recipes together, including installing and removing the bank."""
     stepper = Stepper(backbone, recipes, encoded_split.encoded)
     try:
         ranking.rank(

@@ -1,7 +1,7 @@
-"""The published finding in miniature: `python -m benchmarks.finding`.
+"""Repeats the published comparison of methods on the miniatures: `python -m benchmarks.finding`.
 
-The Q-Former fully trained, LoRA in it, and LoRA in it and the language model, for both families, on the skills that the
-miniatures were never taught; three seeds, each with pictures of its own.
+Trains the whole Q-Former, LoRA in the Q-Former, and LoRA in Q-Former and language model, for both families, on the
+skills that are not in the miniatures' pre-training. There are three seeds, each with pictures of its own.
 """
 
 import argparse
@@ -14,48 +14,48 @@ from blipfit import data as datasets
 from blipfit import grid
 from blipfit.commands import demo as demonstration
 from blipfit.recipe import Recipe
-from blipfit.report import terminal
+from blipfit.report.progress import TrainingDisplay
 from blipfit.training.loop import train
 
 SEEDS = (42, 43, 44)
 LORA = ("28", "32", "60", "64")
 FULL = ("baseline", "baseline-vicuna")
-# Fully trained, the demo's learning rate destroys the Q-Former; the published 2e-5 is for a model far wider.
-FULL_RATE = "training.learning_rate=5e-4"
+# The demo's learning rate destroys a fully trained Q-Former; the published 2e-5 is for a much wider model.
+FULL_LEARNING_RATE = "training.learning_rate=5e-4"
 
 
 def run(root: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
-    """Train what is not finished in `root` yet; returns and keeps everything."""
+    """Train the runs that are not finished in `root` yet; writes and returns all results."""
     record: dict[str, Any] = {
         "sizes": demonstration.SIZES,
         "overrides": list(demonstration.OVERRIDES),
-        "full": FULL_RATE,
+        "full": FULL_LEARNING_RATE,
         "seeds": list(seeds),
         "experiments": {},
     }
     for seed in seeds:
         data = root / f"data-{seed}"
         datasets.prepare("icons", data, **demonstration.SIZES, seed=seed)
-        runs = train(recipes(seed), data, root / f"results-{seed}", listen=terminal.TrainingDisplay())
-        for one in runs:
-            result = one.result()
-            found = record["experiments"].setdefault(result["experiment"], {"test": [], "seconds": []})
-            found["test"].append(result["metrics"]["test"]["accuracy"])
-            found["seconds"].append(result["seconds"])
-            found.setdefault("by_skill", []).append(result["metrics"]["test"]["by"]["skill"])
-            found["trained"], found["share"] = result["trained_parameters"], result["trained_share"]
+        runs = train(recipes(seed), data, root / f"results-{seed}", listener=TrainingDisplay())
+        for run in runs:
+            result = run.result()
+            row = record["experiments"].setdefault(result["experiment"], {"test": [], "seconds": []})
+            row["test"].append(result["metrics"]["test"]["accuracy"])
+            row["seconds"].append(result["seconds"])
+            row.setdefault("by_skill", []).append(result["metrics"]["test"]["by"]["skill"])
+            row["trained"], row["share"] = result["trained_parameters"], result["trained_share"]
             record["chance"] = result["metrics"]["test"]["chance"]
-    for name, found in record["experiments"].items():
-        print(f"{name:16} {statistics.mean(found['test']):.1f} {found['test']} {found['trained']:,}", flush=True)
-    measure.keep("finding", record)
+    for name, row in record["experiments"].items():
+        print(f"{name:16} {statistics.mean(row['test']):.1f} {row['test']} {row['trained']:,}", flush=True)
+    measure.write_results("finding", record)
     return record
 
 
 def recipes(seed: int) -> list[Recipe]:
-    """All six of a seed."""
-    own = (*demonstration.OVERRIDES, f"training.seed={seed}")
-    lora = [grid.recipe("icons", name, "tiny").override(own) for name in LORA]
-    return lora + [grid.recipe("icons", name, "tiny").override((*own, FULL_RATE)) for name in FULL]
+    """Return the six recipes of a seed."""
+    overrides = (*demonstration.OVERRIDES, f"training.seed={seed}")
+    lora = [grid.recipe("icons", name, "tiny").override(overrides) for name in LORA]
+    return lora + [grid.recipe("icons", name, "tiny").override((*overrides, FULL_LEARNING_RATE)) for name in FULL]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How cost grows: experiments in a bank, text tokens, candidates, images. Planned memory beside the time."""
+"""Measures how time and memory grow with the experiments in a bank, text tokens, candidates and images."""
 
 import dataclasses
 import tempfile
@@ -16,105 +16,108 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.training import trial
 
-SIZES = (1, 2, 4, 8, 16, 32)
-TEXTS = (16, 32, 64, 128)
+BANK_SIZES = (1, 2, 4, 8, 16, 32)
+TEXT_TOKENS = (16, 32, 64, 128)
 CANDIDATES = (2, 4, 8, 16)
 IMAGES = (128, 256, 512, 1024)
-TOGETHER = 8
-"""Experiments in the bank whose other costs are looked at."""
+FIXED_BANK_SIZE = 8
+"""Experiments in the bank for text tokens and candidates."""
 
 
 def run(rounds: int = 3) -> dict[str, Any]:
-    """Both families: seconds and bytes along every axis."""
-    found: dict[str, Any] = {}
+    """Measure both families; writes and returns seconds and bytes along every axis."""
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
         icons.prepare(data, train=max(IMAGES), val=64, test=16)
-        for family, first in measure.LORA:
+        for family, first in measure.FIRST_LORA:
             print(f"\n{family} miniature")
-            found[family] = _family(first, data, Path(folder), rounds)
-    measure.keep(f"growth-{measure.KIND}", found)
-    return found
+            results[family] = _measure_family(first, data, Path(folder), rounds)
+    measure.write_results(f"growth-{measure.MACHINE_KIND}", results)
+    return results
 
 
-def spread(first: int, size: int) -> list[Recipe]:
-    """So many experiments of a family: its sixteen with LoRA, evenly spread, and again where that is too few."""
+def select_recipes(first: int, size: int) -> list[Recipe]:
+    """Select `size` experiments, evenly spaced among the sixteen with LoRA from id `first` on, repeated if too few."""
     return [grid.recipe("icons", first + i * max(1, 16 // size) % 16, "tiny") for i in range(size)]
 
 
-def _family(first: int, data: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    one = grid.recipe("icons", first, "tiny")
-    backbone = loading.load(one.model, device=measure.DEVICE)
-    train, val = (encoded_split.load(backbone.text, one.data, data, split) for split in ("train", "val"))
+def _measure_family(first: int, data: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    recipe = grid.recipe("icons", first, "tiny")
+    backbone = loading.load(recipe.model, device=measure.DEVICE)
+    train, val = (encoded_split.load(backbone.text, recipe.data, data, split) for split in ("train", "val"))
     image_features = ImageFeatures.from_backbone(backbone, "off")
-    together = spread(first, TOGETHER)
+    bank_recipes = select_recipes(first, FIXED_BANK_SIZE)
 
-    def steps(recipes: Sequence[Recipe], read: EncodedSplit) -> dict[str, float]:
-        tried = trial.measure(backbone, recipes, read, image_features)
-        assert tried is not None
-        return {"seconds": tried.seconds_each, "bytes": tried.memory}
+    def measure_step(recipes: Sequence[Recipe], split: EncodedSplit) -> dict[str, float]:
+        result = trial.measure(backbone, recipes, split, image_features)
+        assert result is not None
+        return {"seconds": result.seconds_each, "bytes": result.memory}
 
-    def ranked(count: int) -> dict[str, float]:
-        chosen = _changed(val, lambda e: dataclasses.replace(e, candidates=[e.target] * count))
+    def measure_ranking(count: int) -> dict[str, float]:
+        split = _map_questions(val, lambda e: dataclasses.replace(e, candidates=[e.target] * count))
         return {
-            "seconds": measure.seconds(lambda: bank.rank(backbone, together, chosen, image_features))
-            / TOGETHER
+            "seconds": measure.time_once(lambda: bank.rank(backbone, bank_recipes, split, image_features))
+            / FIXED_BANK_SIZE
             / len(val)
         }
 
     return {
-        "experiments": _grown(
-            "a step, an experiment's share", SIZES, rounds, lambda size: steps(spread(first, size), train)
+        "experiments": _measure_axis(
+            "a step, per experiment", BANK_SIZES, rounds, lambda size: measure_step(select_recipes(first, size), train)
         ),
-        "text tokens": _grown(
-            "a step, an experiment's share", TEXTS, rounds, lambda size: steps(together, _changed(train, _long(size)))
+        "text tokens": _measure_axis(
+            "a step, per experiment",
+            TEXT_TOKENS,
+            rounds,
+            lambda size: measure_step(bank_recipes, _map_questions(train, _set_length(size))),
         ),
-        "candidates": _grown("judging a question, an experiment's share", CANDIDATES, rounds, ranked),
-        "images": _grown(
-            "storing an image's features", IMAGES, rounds, lambda size: _stored(backbone, train, size, folder)
+        "candidates": _measure_axis("ranking a question, per experiment", CANDIDATES, rounds, measure_ranking),
+        "images": _measure_axis(
+            "storing an image's features", IMAGES, rounds, lambda size: _measure_storing(backbone, train, size, folder)
         ),
     }
 
 
-def _grown(
-    what: str, sizes: Sequence[int], rounds: int, one: Callable[[int], Mapping[str, float]]
+def _measure_axis(
+    title: str, sizes: Sequence[int], rounds: int, measure_size: Callable[[int], Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """What every size costs, the sizes in turn; printed and returned."""
+    """Measure the sizes in turn, `rounds` times; prints and returns the seconds and bytes of every size."""
     rows: dict[str, dict[str, Any]] = {str(size): {"seconds": []} for size in sizes}
-    one(sizes[0])
+    measure_size(sizes[0])  # warms up
     for _ in range(rounds):
         for size in sizes:
-            cost = one(size)
+            cost = measure_size(size)
             rows[str(size)]["seconds"].append(cost["seconds"])
             if "bytes" in cost:
                 rows[str(size)]["bytes"] = cost["bytes"]
-    for size, row in rows.items():
+    for label, row in rows.items():
         times = sorted(row["seconds"])
         memory = f"{row['bytes'] / 2**20:8.0f} MiB" if "bytes" in row else ""
         print(
-            f"  {size:>5} → {what}: {1000 * times[len(times) // 2]:7.2f} ms "
+            f"  {label:>5} → {title}: {1000 * times[len(times) // 2]:7.2f} ms "
             f"[{1000 * times[0]:.2f}–{1000 * times[-1]:.2f}]{memory}",
             flush=True,
         )
     return rows
 
 
-def _changed(read: EncodedSplit, change: Callable[[Any], Any]) -> EncodedSplit:
-    return dataclasses.replace(read, encoded=[change(one) for one in read.encoded])
+def _map_questions(split: EncodedSplit, change: Callable[[Any], Any]) -> EncodedSplit:
+    return dataclasses.replace(split, encoded=[change(question) for question in split.encoded])
 
 
-def _long(tokens: int) -> Callable[[Any], Any]:
-    """Makes a question's text so long, by saying it again."""
+def _set_length(tokens: int) -> Callable[[Any], Any]:
+    """Return a function that repeats the text of an encoded question until it has this number of tokens."""
 
-    def again(ids: list[int]) -> list[int]:
+    def repeat(ids: list[int]) -> list[int]:
         return (ids * (tokens // len(ids) + 1))[:tokens]
 
     return lambda e: dataclasses.replace(
-        e, qformer=again(e.qformer), prompt=again(e.prompt), prompt_cut=again(e.prompt_cut)
+        e, qformer=repeat(e.qformer), prompt=repeat(e.prompt), prompt_cut=repeat(e.prompt_cut)
     )
 
 
-def _stored(backbone: Backbone, train: EncodedSplit, count: int, folder: Path) -> dict[str, float]:
+def _measure_storing(backbone: Backbone, train: EncodedSplit, count: int, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as store:
         image_features = ImageFeatures.from_backbone(backbone, "stored", Path(store))
-        return {"seconds": measure.seconds(lambda: image_features.prepare(train.questions[:count])) / count}
+        return {"seconds": measure.time_once(lambda: image_features.prepare(train.questions[:count])) / count}

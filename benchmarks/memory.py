@@ -1,8 +1,8 @@
-"""Whether the plan's memory is what training takes: `python -m benchmarks memory`.
+"""Compares the memory that training takes with the memory that is planned for it: `python -m benchmarks memory`.
 
-Every bank trains in a process of its own, because a process's peak never falls again. Measured is how far its resident
-memory (on a GPU: the allocator's) rises above the loaded model; predicted, what the plan says a bank needs beyond the
-weights.
+Every bank trains in a process of its own, because the peak memory of a process never falls. "Measured" is the rise of
+its resident memory (on a GPU: of the allocated memory) above that of the loaded model; "predicted" is the planned
+memory of the bank beyond the weights.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.growth import spread
+from benchmarks.growth import select_recipes
 from blipfit.data import encoded_split, icons
 from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
@@ -28,59 +28,59 @@ SIZES = (1, 2, 4, 8, 16)
 
 
 def run() -> dict[str, Any]:
-    """Predicted and measured bytes for banks of growing size of both families."""
-    found: dict[str, Any] = {}
+    """Measure both families; writes and returns predicted and measured bytes for banks of several sizes."""
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
         icons.prepare(data, train=16 * STEPS, val=16, test=16)
-        for family, first in measure.LORA:
+        for family, first in measure.FIRST_LORA:
             print(f"\n{family} miniature: memory beyond the loaded model, MiB")
-            found[family] = {}
+            results[family] = {}
             for size in SIZES:
-                row = {what: _apart(what, data, first, size) for what in ("measured", "predicted")}
-                found[family][str(size)] = row
+                row = {kind: _run_process(kind, data, first, size) for kind in ("measured", "predicted")}
+                results[family][str(size)] = row
                 print(
-                    f"  {size:>3} at once  predicted {row['predicted'] / 2**20:7.1f}  measured "
+                    f"  {size:>3} experiments  predicted {row['predicted'] / 2**20:7.1f}  measured "
                     f"{row['measured'] / 2**20:7.1f}  ratio {row['predicted'] / row['measured']:.2f}",
                     flush=True,
                 )
-    measure.keep(f"memory-{measure.KIND}", found)
-    return found
+    measure.write_results(f"memory-{measure.MACHINE_KIND}", results)
+    return results
 
 
-def _apart(what: str, data: Path, first: int, size: int) -> int:
-    """`one` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", what, str(data), str(first), str(size)]
+def _run_process(kind: str, data: Path, first: int, size: int) -> int:
+    """Call `measure_bytes` in a new process."""
+    command = [sys.executable, "-m", "benchmarks.memory", kind, str(data), str(first), str(size)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def one(what: str, data: Path, first: int, size: int) -> int:
-    """Bytes beyond the loaded model: `measured` in training, or `predicted` by the plan's trial."""
-    recipes = spread(first, size)
+def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
+    """Return the bytes of a bank beyond the loaded model: `kind` is "measured" or "predicted"."""
+    recipes = select_recipes(first, size)
     backbone = loading.load(recipes[0].model, device=measure.DEVICE)
     train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
     image_features = ImageFeatures.from_backbone(backbone, "off")
-    if what == "predicted":
-        told = trial.measure(backbone, recipes, train, image_features)
-        assert told is not None
-        return told.memory - sum(weight_bytes(backbone.hf).values())
+    if kind == "predicted":
+        result = trial.measure(backbone, recipes, train, image_features)
+        assert result is not None
+        return result.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
     batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
-    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else memory.forget_peak()
+    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else memory.reset_peak()
     if not before:
-        raise SystemExit("only Linux tells how much memory a process took")
+        raise SystemExit("this benchmark needs Linux, which reports the peak memory of a process, or a GPU")
     stepper = Stepper(backbone, recipes, train.encoded)
-    best = stepper.bank.values.clone()  # as training has it
+    best = stepper.bank.values.clone()  # training stores the best values, too
     stepper.train_mode()
     for number, batch in enumerate(batches):
         micros = plan.micro_batches(batch, training)
         stepper.step(
             batch, [image_features.features([train.questions[i] for i in micro]) for micro in micros], 0, number
         )
-    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else memory.peak()
+    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else memory.peak_bytes()
     del best
     return peak - before
 
 
 if __name__ == "__main__":
-    print(one(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    print(measure_bytes(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))

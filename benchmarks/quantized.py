@@ -1,7 +1,7 @@
-"""What a quantized language model costs in accuracy: `python -m benchmarks.quantized`.
+"""Measures the accuracy that a quantized language model costs: `python -m benchmarks.quantized`.
 
-The same experiment (LoRA in Q-Former and language model) on the skills that the miniature was never taught, above a
-language model in full precision, 8 bit and 4 bit.
+Trains the same experiment (LoRA in Q-Former and language model) with the language model in full precision, 8 bit and
+4 bit, on the skills that are not in the miniatures' pre-training.
 """
 
 import argparse
@@ -14,31 +14,33 @@ from blipfit import grid
 from blipfit.commands import demo as demonstration
 from blipfit.model import cost, loading
 from blipfit.report import terminal
+from blipfit.report.progress import TrainingDisplay
 from blipfit.training.loop import train
 
 EXPERIMENTS = ("32", "64")
-HOW = ("none", "8bit", "4bit")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
 def run(root: Path) -> dict[str, Any]:
-    """Train what is not finished in `root` yet; returns and keeps everything."""
+    """Train the runs that are not finished in `root` yet; writes and returns all results."""
     data = root / "data"
     datasets.prepare("icons", data, **demonstration.SIZES, seed=42)
     record: dict[str, Any] = {"sizes": demonstration.SIZES, "overrides": list(demonstration.OVERRIDES)}
     for name in EXPERIMENTS:
-        for how in HOW:
-            own = (*demonstration.OVERRIDES, f"model.quantization={how}")
-            recipe = grid.recipe("icons", name, "tiny").override(own)
-            (one,) = train([recipe], data, root / how, listen=terminal.TrainingDisplay())
-            result = one.result()
-            stored = sum(cost.weight_bytes(loading.load(recipe.model).hf.language_model).values())
-            record[f"{name} {how}"] = {
+        for quantization in QUANTIZATIONS:
+            overrides = (*demonstration.OVERRIDES, f"model.quantization={quantization}")
+            recipe = grid.recipe("icons", name, "tiny").override(overrides)
+            (run,) = train([recipe], data, root / quantization, listener=TrainingDisplay())
+            result = run.result()
+            language_model_bytes = sum(cost.weight_bytes(loading.load(recipe.model).hf.language_model).values())
+            record[f"{name} {quantization}"] = {
                 "test": result["metrics"]["test"],
                 "seconds": result["seconds"],
-                "language_model_bytes": stored,
+                "language_model_bytes": language_model_bytes,
             }
-            print(f"{name} {how:5} {terminal.percent(result['metrics']['test'])} {stored:,} bytes", flush=True)
-    measure.keep("quantized", record)
+            accuracy = terminal.format_accuracy(result["metrics"]["test"])
+            print(f"{name} {quantization:5} {accuracy} {language_model_bytes:,} bytes", flush=True)
+    measure.write_results("quantized", record)
     return record
 
 

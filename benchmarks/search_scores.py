@@ -1,10 +1,10 @@
-"""Which score of a picture finds what a text names: `python -m benchmarks.search_scores`.
+"""Compares scores for searching pictures by a text: `python -m benchmarks.search_scores`.
 
-Drawn pictures are ordered by several scores for every kind of icon that enough of them show; told are the precision of
-the first five and the average precision, means over kinds.
+For every kind of icon that enough pictures show, generated pictures are ordered by each score. It prints and writes
+the precision of the first five pictures and the average precision, both as means over the kinds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,84 +12,90 @@ from torch import Tensor
 
 from benchmarks import measure
 from blipfit.data import icons
-from blipfit.data.prompts import PROMPTS, Prompted
+from blipfit.data.prompts import PROMPTS, PromptedQuestion
 from blipfit.inference import wordings
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
-from blipfit.pretraining.texts import as_question
-from blipfit.pretraining.tower import pixels
+from blipfit.pretraining.texts import build_question
+from blipfit.pretraining.tower import render_pixels
 from blipfit.recipe import ModelConfig
 
-PICTURES, TOP, FEWEST, BATCH = 200, 5, 5, 50
+PICTURES, TOP, MIN_MATCHES, BATCH = 200, 5, 5, 50
 SEEDS = (11, 12)
-CAPTION = PROMPTS["caption-v1"](as_question("", "")).prompt
+CAPTION_PROMPT = PROMPTS["caption-v1"](build_question("", "")).prompt
 KINDS = [f"{color} {shape}" for color in icons.COLORS for shape in icons.SHAPES]
 
 
 def run() -> None:
+    """Compare the scores with both miniatures; prints and writes the results."""
     record: dict[str, Any] = {"pictures": PICTURES, "top": TOP}
     for name in ("tiny-t5", "tiny-vicuna"):
         backbone = loading.load(ModelConfig(name=name))
-        found: dict[str, list[tuple[float, float]]] = {}
+        values: dict[str, list[tuple[float, float]]] = {}
         for seed in SEEDS:
-            for label, pair in _compared(backbone, seed):
-                found.setdefault(label, []).append(pair)
+            for label, pair in _compare_scores(backbone, seed):
+                values.setdefault(label, []).append(pair)
         means = {
-            label: [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] for label, pairs in found.items()
+            label: [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] for label, pairs in values.items()
         }
-        record[name] = {"searches": len(found["caption, both"]), "precision_and_average_precision": means}
+        record[name] = {"searches": len(values["caption, both"]), "precision_and_average_precision": means}
         for label, (precision, average) in means.items():
             print(f"{name:12} {label:28} {precision:.3f} / {average:.3f}", flush=True)
-    measure.keep("search-scores", record)
+    measure.write_results("search-scores", record)
 
 
-def _compared(backbone: Backbone, seed: int) -> Any:
-    scenes = [icons.scene(1000 + seed, index) for index in range(PICTURES)]
-    shown = [{f"{icon.color} {icon.shape}" for icon in scene.icons} for scene in scenes]
-    features = torch.cat([backbone.see(pixels(scenes[at : at + BATCH])) for at in range(0, PICTURES, BATCH)])
+def _compare_scores(backbone: Backbone, seed: int) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield the name of each score with its precision and average precision, for every kind of icon."""
+    scenes = [icons.make_scene(1000 + seed, index) for index in range(PICTURES)]
+    kinds_by_picture = [{f"{icon.color} {icon.shape}" for icon in scene.icons} for scene in scenes]
+    features = torch.cat(
+        [backbone.see(render_pixels(scenes[start : start + BATCH])) for start in range(0, PICTURES, BATCH)]
+    )
 
     def score(prompt: str, candidates: Sequence[str]) -> Tensor:
-        return _scores(backbone, features, Prompted(prompt, candidates[0], tuple(candidates)))
+        return _score_candidates(backbone, features, PromptedQuestion(prompt, candidates[0], tuple(candidates)))
 
-    every = score(CAPTION, [f"a {kind}" for kind in KINDS])
-    for at, kind in enumerate(KINDS):
-        right = torch.tensor([kind in there for there in shown])
-        if right.sum() < FEWEST:
+    all_kinds = score(CAPTION_PROMPT, [f"a {kind}" for kind in KINDS])
+    for index, kind in enumerate(KINDS):
+        relevant = torch.tensor([kind in kinds for kinds in kinds_by_picture])
+        if relevant.sum() < MIN_MATCHES:
             continue
-        for label, values in _ways(kind, at, every, score).items():
-            yield label, _worth(values, right)
+        for label, values in _compute_scores(kind, index, all_kinds, score).items():
+            yield label, _compute_precisions(values, relevant)
 
 
-def _ways(kind: str, at: int, every: Tensor, score: Callable[[str, Sequence[str]], Tensor]) -> dict[str, Tensor]:
-    both = score(CAPTION, wordings(kind))
-    others = torch.cat([every[:, :at], every[:, at + 1 :]], dim=1)
+def _compute_scores(
+    kind: str, index: int, all_kinds: Tensor, score: Callable[[str, Sequence[str]], Tensor]
+) -> dict[str, Tensor]:
+    captions = score(CAPTION_PROMPT, wordings(kind))
+    others = torch.cat([all_kinds[:, :index], all_kinds[:, index + 1 :]], dim=1)
 
-    def yes(question: str) -> Tensor:
-        told = score(f"{question} Please answer yes or no.", ["Yes", "No"])
-        return told[:, 0] - told[:, 1]
+    def yes_minus_no(question: str) -> Tensor:
+        answers = score(f"{question} Please answer yes or no.", ["Yes", "No"])
+        return answers[:, 0] - answers[:, 1]
 
     return {
-        "caption without article": both[:, 0],
-        "caption with article": both[:, 1],
-        "caption, both": both.logsumexp(1),
-        "caption less mean of others": both[:, 1] - others.mean(1),
-        "is there one: yes - no": yes(f"Is there a {kind} in the image?"),
-        "does this figure show: yes - no": yes(f"Does this figure show '{kind}'?"),
+        "caption without article": captions[:, 0],
+        "caption with article": captions[:, 1],
+        "caption, both": captions.logsumexp(1),
+        "caption less mean of others": captions[:, 1] - others.mean(1),
+        "is there one: yes - no": yes_minus_no(f"Is there a {kind} in the image?"),
+        "does this figure show: yes - no": yes_minus_no(f"Does this figure show '{kind}'?"),
     }
 
 
 @torch.no_grad()
-def _scores(backbone: Backbone, features: Tensor, made: Prompted) -> Tensor:
-    found = []
+def _score_candidates(backbone: Backbone, features: Tensor, task: PromptedQuestion) -> Tensor:
+    scores = []
     for part in features.split(BATCH):
-        batch = backbone.text.candidates(backbone.text.encode([made]) * len(part))
-        found.append(backbone.score(backbone.query(part, batch), batch).sums_KM[0].view(len(part), -1))
-    return torch.cat(found)
+        batch = backbone.text.candidates(backbone.text.encode([task]) * len(part))
+        scores.append(backbone.score(backbone.query(part, batch), batch).sums_KM[0].view(len(part), -1))
+    return torch.cat(scores)
 
 
-def _worth(values: Tensor, right: Tensor) -> tuple[float, float]:
-    """Precision of the first TOP, and average precision."""
-    ordered = right[values.argsort(descending=True)].float()
+def _compute_precisions(values: Tensor, relevant: Tensor) -> tuple[float, float]:
+    """Return the precision of the first TOP pictures, and the average precision."""
+    ordered = relevant[values.argsort(descending=True)].float()
     precisions = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
     return float(ordered[:TOP].mean()), float((ordered * precisions).sum() / ordered.sum())
 

@@ -1,14 +1,15 @@
-"""What a shrunk miniature keeps after recovery training, from most of its Q-Former to a few per cent.
+"""Measures how much accuracy shrunk miniatures retain after recovery training: `python -m benchmarks.shrink_recovery`.
 
-Each size is shrunk, then its Q-Former is trained with the ordinary loop to see as the original does, on pictures and
-questions like those that the original was taught: the icon world's in its prompt and MME's yes/no questions. Labels are
-not used. Both are evaluated on fresh pictures by the whole model. Results are kept after every run, so that what was
-stopped is continued.
+Each size is shrunk, then its Q-Former is trained with the ordinary loop to give the same visual tokens as the original.
+The pictures and questions are like those of pre-training: the icon world's in its prompt, and MME's yes/no questions.
+Labels are not used. The whole model is evaluated on new pictures, before and after training. Results are written after
+every run, so the same command continues after an interruption.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from blipfit import data as datasets
 from blipfit.commands import shrink as shrinking
 from blipfit.data import icons
 from blipfit.data.icons import write
-from blipfit.data.prompts import prompt
+from blipfit.data.prompts import get_prompt
 from blipfit.evaluation import retention
+from blipfit.evaluation.retention import SampleScores
 from blipfit.model import cost as costs
 from blipfit.model import shapes
 from blipfit.recipe import (
@@ -44,28 +46,31 @@ SIZES: dict[str, dict[str, int]] = {
     "7": {"hidden": 32, "heads": 2, "intermediate": 64, "layers": 2},
     "3": {"hidden": 16, "heads": 1, "intermediate": 32, "layers": 2},
 }
-"""By their share of the Q-Former's parameters in per cent."""
+"""Sizes by their share of the Q-Former's parameters, in percent."""
 
 
 def run(model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float, root: Path) -> dict[str, Any]:
-    """Shrink, recover and judge every size with every seed; returns and keeps all results of the model so far."""
+    """Shrink, recover and evaluate every size with every seed; writes and returns all results of the model so far.
+
+    `rate` is the learning rate; `root` is the folder of data, checkpoints and runs.
+    """
     name = f"shrink-recovery-{Path(model).name}"
-    folders = _data(root / "data")
-    sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
-    (base,) = retention.answers([model], sets, "cpu")
+    folders = _prepare_data(root / "data")
+    data_sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
+    (base,) = retention.score_models([model], data_sets, "cpu")
     for size in sizes:
         for seed in seeds:
-            row = _recovered(model, size, seed, epochs, rate, root, folders, sets, base)
-            row |= {"epochs": epochs, "rate": rate, "world": write.VERSION, "original": _told(base)}
-            found = _kept(name)  # another process may have added to it meanwhile
-            found["model"] = Path(model).name
-            found.setdefault("runs", {})[f"{size}/{seed}"] = row
-            measure.keep(name, found)
+            row = _recover(model, size, seed, epochs, rate, root, folders, data_sets, base)
+            row |= {"epochs": epochs, "rate": rate, "world": write.VERSION, "original": _summarize(base)}
+            results = _load_results(name)  # another process may have added to it
+            results["model"] = Path(model).name
+            results.setdefault("runs", {})[f"{size}/{seed}"] = row
+            measure.write_results(name, results)
             print(f"{size} % seed {seed}: {json.dumps(row['kept'])}", flush=True)
-    return _kept(name)
+    return _load_results(name)
 
 
-def _recovered(
+def _recover(
     model: str,
     size: str,
     seed: int,
@@ -73,8 +78,8 @@ def _recovered(
     rate: float,
     root: Path,
     folders: dict[str, Path],
-    sets: Any,
-    base: Any,
+    data_sets: list[tuple[str, Path]],
+    base: Mapping[str, SampleScores],
 ) -> dict[str, Any]:
     to = root / f"{Path(model).name}-{size}"
     sizes = dict.fromkeys(("hidden", "heads", "intermediate", "layers", "queries", "cross_every")) | SIZES[size]
@@ -93,49 +98,54 @@ def _recovered(
         distillation=DistillationConfig(teacher=model, labels=0, answers=0),
     )
     model_cache = ModelCache("cpu", root / "features")
-    (one,) = train([recipe], folders["own"], root / "results", device="cpu", model_cache=model_cache)
-    untrained, trained = retention.answers([str(to), str(one.folder)], sets, "cpu")
+    (run,) = train([recipe], folders["own"], root / "results", device="cpu", model_cache=model_cache)
+    untrained, trained = retention.score_models([str(to), str(run.folder)], data_sets, "cpu")
     before, after = shapes.on_meta(model), shapes.on_meta(str(to))
     return {
         "shares": {
             "parameters": costs.qformer_parameters(after) / costs.qformer_parameters(before),
             "flops": costs.query(after.config, 40) / costs.query(before.config, 40),
         },
-        "accuracy": {"shrunk": _told(untrained), "recovered": _told(trained)},
-        "kept": {what: retention.retained(base[what], trained[what])["corrected"] for what in base},
-        "kept_untrained": {what: retention.retained(base[what], untrained[what])["corrected"] for what in base},
-        "seconds": one.result()["seconds"],
+        "accuracy": {"shrunk": _summarize(untrained), "recovered": _summarize(trained)},
+        "kept": {name: retention.compute_retention(base[name], trained[name])["corrected"] for name in base},
+        "kept_untrained": {
+            name: retention.compute_retention(base[name], untrained[name])["corrected"] for name in base
+        },
+        "seconds": run.result()["seconds"],
     }
 
 
-def _data(root: Path) -> dict[str, Path]:
-    """Icons to judge and calibrate on, MME's form to judge on, and own data to recover on; drawn apart."""
-    places = {name: root / name for name in ("icons", "mme", "taught", "own")}
-    icons.prepare(places["icons"], train=16000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
-    icons.write_mme(places["mme"], 100, seed=78)
-    icons.write_mme(places["taught"], 800, seed=79)
-    if not places["own"].exists():
-        places["own"].mkdir()
-        asked = prompt("iconqa-v1")
+def _prepare_data(root: Path) -> dict[str, Path]:
+    """Write the data sets: icons for calibration and evaluation, MME's form for evaluation, own data for recovery.
+
+    All have different pictures.
+    """
+    folders = {name: root / name for name in ("icons", "mme", "taught", "own")}
+    icons.prepare(folders["icons"], train=16000, val=100, test=800, seed=77, skills=icons.PRETRAINED)
+    icons.write_mme(folders["mme"], 100, seed=78)
+    icons.write_mme(folders["taught"], 800, seed=79)
+    if not folders["own"].exists():
+        folders["own"].mkdir()
+        prompt = get_prompt("iconqa-v1")
         for split in ("train", "val", "test"):
-            rows = [(q.image, asked(q)) for q in datasets.load("icons", places["icons"], split)]
+            rows = [(q.image, prompt(q)) for q in datasets.load("icons", folders["icons"], split)]
             lines = [{"image": str(image), "question": p.prompt, "answer": p.target} for image, p in rows]
             if split == "train":
-                taught = datasets.load("mme", places["taught"], "test")
+                taught = datasets.load("mme", folders["taught"], "test")
                 lines += [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in taught]
             elif split == "test":
-                lines = lines[:16]  # the loop's own test is not what counts here
+                lines = lines[:16]  # the test at the end of training is not used
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            (places["own"] / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    return places
+            (folders["own"] / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folders
 
 
-def _told(answered: Any) -> dict[str, Any]:
-    return {what: retention.told(one) for what, one in answered.items()}
+def _summarize(scores: Mapping[str, SampleScores]) -> dict[str, Any]:
+    return {name: retention.summarize(sample_scores) for name, sample_scores in scores.items()}
 
 
-def _kept(name: str) -> dict[str, Any]:
-    """The latest results of that name, to be continued."""
+def _load_results(name: str) -> dict[str, Any]:
+    """Load the latest results of that name, or none."""
     files = sorted(measure.RESULTS.glob(f"*-{name}.json"))
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
 

@@ -1,6 +1,7 @@
-"""What selecting by importance and least-squares repair are worth before any training, on a trained miniature.
+"""Compares rules for shrinking a miniature's Q-Former, before any training: `python -m benchmarks.shrink_selection`.
 
-Every size is cut by every rule, plain and repaired, and judged on fresh pictures of what the original can do.
+Every size is selected by every importance rule, with and without least-squares repair, and evaluated on new pictures
+and the skills of pre-training.
 """
 
 import tempfile
@@ -11,13 +12,15 @@ import torch
 
 from benchmarks import measure
 from blipfit import data as datasets
-from blipfit.compression import calibration, importance, shrink
-from blipfit.compression import size as shrink_size
+from blipfit.compression import importance
+from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.importance import Scores
+from blipfit.compression.shrink import make_backbone, shrink_by_scores
+from blipfit.compression.size import Size, reduce_size, resize_config
 from blipfit.data import icons
-from blipfit.evaluation import benchmarks, retention
-from blipfit.evaluation.benchmarks import Settings
-from blipfit.evaluation.retention import Answers
+from blipfit.evaluation import retention
+from blipfit.evaluation.retention import SampleScores
+from blipfit.evaluation.tasks import Settings, load_task
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
@@ -31,91 +34,100 @@ SIZES: dict[str, dict[str, int]] = {
     "64 of 256 units": {"intermediate": 64},
     "2 of 4 heads' width": {"hidden": 96, "heads": 4},
 }
-LOTS = 3
+RANDOM_SEEDS = 3
 
 
 def run(model: str = "tiny-t5", questions: int = 400) -> dict[str, Any]:
-    """Accuracy, mean loss and lost variance for every size, rule and both with and without repair."""
+    """Measure every size, rule and repair; writes and returns accuracy, mean loss and lost variance."""
     with tempfile.TemporaryDirectory() as folder:
-        known = Path(folder) / "icons"
-        icons.prepare(known, train=512, val=200, test=questions, seed=77, skills=icons.PRETRAINED)
+        data = Path(folder) / "icons"
+        icons.prepare(data, train=512, val=200, test=questions, seed=77, skills=icons.PRETRAINED)
         backbone = loading.load(ModelConfig(name=model))
-        bench = _Bench(backbone, known)
-        found: dict[str, Any] = {
+        comparison = _Comparison(backbone, data)
+        results: dict[str, Any] = {
             "model": Path(model).name,
-            "chance": bench.chance,
-            "original": bench.judge(backbone),
+            "chance": comparison.chance,
+            "original": comparison.evaluate(backbone),
             "sizes": {},
         }
-        print(f"{model}: {found['original']}")
+        print(f"{model}: {results['original']}")
         for name, sizes in SIZES.items():
-            found["sizes"][name] = bench.size(name, sizes)
-    measure.keep(f"shrink-selection-{Path(model).name}", found)
-    return found
+            results["sizes"][name] = comparison.compare_rules(name, sizes)
+    measure.write_results(f"shrink-selection-{Path(model).name}", results)
+    return results
 
 
-class _Bench:
+class _Comparison:
+    """The original model, with its calibration questions and its evaluation task."""
+
     def __init__(self, backbone: Backbone, folder: Path):
         self.backbone = backbone
         self.image_features = ImageFeatures.from_backbone(backbone, "off")
-        drawn = calibration.draw(datasets.load("icons", folder, "train"), 256)
-        self.questions = calibration.prepare(backbone, drawn, "iconqa-v1", self.image_features)
-        self.unseen = calibration.prepare(
+        samples = sample_questions(datasets.load("icons", folder, "train"), 256)
+        self.calibration = Calibration.from_questions(backbone, samples, "iconqa-v1", self.image_features)
+        self.validation = Calibration.from_questions(
             backbone, datasets.load("icons", folder, "val"), "iconqa-v1", self.image_features
         )
-        self.task = benchmarks.read(backbone, "icons", folder)
-        self.seen = self.image_features.features(self.task.encoded_split.questions)
+        self.task = load_task(backbone, "icons", folder)
+        self.task_features = self.image_features.features(self.task.encoded_split.questions)
         self.rows = {question.id: row for row, question in enumerate(self.task.encoded_split.questions)}
-        self.chance = retention.told(self.answers(backbone))["chance"]
+        self.chance = retention.summarize(self.score(backbone))["chance"]
 
-    def rules(self) -> dict[str, list[Scores]]:
+    def scores_by_rule(self) -> dict[str, list[Scores]]:
         hf = self.backbone.hf
-        found = {method: [importance.measure(self.backbone, method, self.questions)] for method in importance.METHODS}
+        measured: dict[str, list[Scores]] = {
+            method: [importance.measure(self.backbone, method, self.calibration)] for method in importance.METHODS
+        }
         return {
-            **found,
-            "random": [importance.by_lot(hf, seed) for seed in range(LOTS)],
-            "first": [importance.first(hf)],
+            **measured,
+            "random": [importance.random_scores(hf, seed) for seed in range(RANDOM_SEEDS)],
+            "first": [importance.slicing_scores(hf)],
         }
 
-    def size(self, name: str, sizes: dict[str, int]) -> dict[str, Any]:
-        size = shrink_size.wanted(self.backbone.hf.config, **sizes)
+    def compare_rules(self, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+        size = reduce_size(self.backbone.hf.config, **sizes)
         before = self.backbone.hf
-        after = shapes.of_config(shrink_size.configured(before.config, size))
+        after = shapes.from_config(resize_config(before.config, size))
         shares = {
             "parameters": cost.qformer_parameters(after) / cost.qformer_parameters(before),
             "flops": cost.query(after.config, 40) / cost.query(before.config, 40),
         }
         print(f"{name}: {100 * shares['parameters']:.0f} % of parameters, {100 * shares['flops']:.0f} % of FLOPs")
         rows: dict[str, Any] = {}
-        for rule, scores in self.rules().items():
-            for kind, mend in (("plain", None), ("repaired", self.questions)):
-                each = [self.shrunk(size, one, mend, rule) for one in scores]
-                rows.setdefault(rule, {})[kind] = {key: sum(e[key] for e in each) / len(each) for key in each[0]}
-            told = "   ".join(f"{k} {v['accuracy']:5.1f} % loss {v['loss']:.3f}" for k, v in rows[rule].items())
-            print(f"  {rule:10} {told}", flush=True)
+        for rule, scores in self.scores_by_rule().items():
+            for kind, calibration in (("plain", None), ("repaired", self.calibration)):
+                results = [self.shrink(size, unit_scores, calibration, rule) for unit_scores in scores]
+                rows.setdefault(rule, {})[kind] = {
+                    key: sum(result[key] for result in results) / len(results) for key in results[0]
+                }
+            text = "   ".join(f"{k} {v['accuracy']:5.1f} % loss {v['loss']:.3f}" for k, v in rows[rule].items())
+            print(f"  {rule:10} {text}", flush=True)
         return {"size": sizes, "shares": shares, "rules": rows}
 
-    def shrunk(self, size: Any, scores: Scores, mend: Any, rule: str) -> dict[str, float]:
-        small, record = shrink.keep(self.backbone, size, scores, mend, rule)
-        found = self.judge(shrink.backbone_of(self.backbone, small))
-        return found | ({"lost": record["lost"]["after"]} if record["lost"] else {})
+    def shrink(self, size: Size, scores: Scores, calibration: Calibration | None, rule: str) -> dict[str, float]:
+        small, record = shrink_by_scores(self.backbone, size, scores, calibration, rule)
+        result = self.evaluate(make_backbone(self.backbone, small))
+        return result | ({"lost": record["lost"]["after"]} if record["lost"] else {})
 
     @torch.no_grad()
-    def judge(self, backbone: Backbone) -> dict[str, float]:
-        right = self.answers(backbone).values
-        losses = [(backbone.losses(backbone.query(f, b), b), len(b.labels_N)) for f, b in self.unseen]
+    def evaluate(self, backbone: Backbone) -> dict[str, float]:
+        right = self.score(backbone).scores
+        losses = [
+            (backbone.losses(backbone.query(features, batch), batch), len(batch.labels_N))
+            for features, batch in self.validation
+        ]
         loss = sum(float(total) for total, _ in losses) / sum(count for _, count in losses)
         return {"accuracy": 100 * sum(right) / len(right), "loss": loss}
 
-    def answers(self, backbone: Backbone) -> Answers:
-        return retention.answer(backbone, self.task, self.features, Settings(batch_size=32))
+    def score(self, backbone: Backbone) -> SampleScores:
+        return retention.score_task(backbone, self.task, self.features, Settings(batch_size=32))
 
     def features(self, questions: Any) -> torch.Tensor:
-        """The tower is the same for all: it sees a picture once."""
-        return self.seen[[self.rows[question.id] for question in questions]]
+        """Look up the image features, which are the same for all sizes because the vision tower is."""
+        return self.task_features[[self.rows[question.id] for question in questions]]
 
 
 if __name__ == "__main__":
     import sys
 
-    run(*sys.argv[1:2])
+    run(sys.argv[1] if len(sys.argv) > 1 else "tiny-t5")

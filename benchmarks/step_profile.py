@@ -1,7 +1,7 @@
-"""Where a bank's step spends its time, by operation: `python -m benchmarks.step_profile`.
+"""Measures the time of a bank's step by operation, on a CPU: `python -m benchmarks.step_profile`.
 
-Operations are timed as autograd calls them, on a CPU, where they are done when they return. (torch's profiler keeps so
-much itself that steps pay for fresh memory under it, which they do not otherwise.)
+Operations are timed as autograd calls them; on a CPU they have finished when they return. torch's profiler is not used,
+because it takes so much memory that the steps wait for new pages, which they do not do otherwise.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bank, measure
-from benchmarks.growth import spread
+from benchmarks.growth import select_recipes
 from blipfit.data import encoded_split, icons
 from blipfit.model import loading
 from blipfit.model.image_features import ImageFeatures
@@ -23,54 +23,54 @@ EXPERIMENTS, STEPS = 16, 20
 
 
 class Operations(TorchDispatchMode):
-    """Seconds and calls of every operation while it is open."""
+    """Counts the seconds and the calls of every operation inside its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
         self.calls: collections.Counter[str] = collections.Counter()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         started = time.perf_counter()
-        result = operation(*given, **(named or {}))
+        result = operation(*args, **(kwargs or {}))
         self.seconds[str(operation)] += time.perf_counter() - started
         self.calls[str(operation)] += 1
         return result
 
 
 def run() -> dict[str, Any]:
-    """Both families: milliseconds and calls a step of the bank, by operation."""
-    found: dict[str, Any] = {"experiments": EXPERIMENTS, "steps": STEPS}
+    """Measure both families; writes and returns milliseconds and calls per step of the bank, by operation."""
+    results: dict[str, Any] = {"experiments": EXPERIMENTS, "steps": STEPS}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
         icons.prepare(data, train=16 * STEPS, val=16, test=16)
-        for family, first in measure.LORA:
-            recipes = spread(first, EXPERIMENTS)
+        for family, first in measure.FIRST_LORA:
+            recipes = select_recipes(first, EXPERIMENTS)
             backbone = loading.load(recipes[0].model, device="cpu")
             train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
             image_features = ImageFeatures.from_backbone(backbone, "stored", Path(folder) / "store")
             image_features.prepare(train.questions)
             steps = functools.partial(bank.train, backbone, recipes, train, image_features, STEPS)
             steps()
-            whole = measure.seconds(steps)
-            with Operations() as seen:
+            seconds = measure.time_once(steps)
+            with Operations() as operations:
                 steps()
-            found[family] = {
-                "ms_a_step": 1000 * whole / STEPS,
+            results[family] = {
+                "ms_a_step": 1000 * seconds / STEPS,
                 "operations": {
-                    name: {"ms": 1000 * seconds / STEPS, "calls": seen.calls[name] / STEPS}
-                    for name, seconds in seen.seconds.most_common()
+                    name: {"ms": 1000 * total / STEPS, "calls": operations.calls[name] / STEPS}
+                    for name, total in sorted(operations.seconds.items(), key=lambda item: -item[1])
                 },
             }
-            _tell(family, found[family])
-    measure.keep("step-profile-cpu", found)
-    return found
+            _print_family(family, results[family])
+    measure.write_results("step-profile-cpu", results)
+    return results
 
 
-def _tell(family: str, found: dict[str, Any]) -> None:
-    inside = sum(row["ms"] for row in found["operations"].values())
-    print(f"\n{family}: a step {found['ms_a_step']:.0f} ms; in operations, when each is timed, {inside:.0f} ms")
-    for name, row in list(found["operations"].items())[:20]:
+def _print_family(family: str, results: dict[str, Any]) -> None:
+    operations_ms = sum(row["ms"] for row in results["operations"].values())
+    print(f"\n{family}: {results['ms_a_step']:.0f} ms per step; sum of its timed operations {operations_ms:.0f} ms")
+    for name, row in list(results["operations"].items())[:20]:
         print(f"  {row['ms']:7.1f} ms {row['calls']:6.0f} × {name}", flush=True)
 
 

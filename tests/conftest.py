@@ -44,7 +44,7 @@ def no_setting_left() -> Iterator[None]:
     """A test that leaves oneDNN's setting changed fails itself, not whichever comes after it."""
     setting = getattr(torch.backends.mkldnn.matmul, "fp32_precision", None)
     yield
-    assert cpu._entered == 0
+    assert cpu._open_contexts == 0
     assert getattr(torch.backends.mkldnn.matmul, "fp32_precision", None) == setting
 
 

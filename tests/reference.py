@@ -8,21 +8,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blipfit.adapters.bank import LORA_A, LORA_B
-from blipfit.data.batches import Encoded
-from blipfit.data.prompts import Prompted
+from blipfit.data.batches import EncodedQuestion
+from blipfit.data.prompts import PromptedQuestion
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterConfig
 
 IGNORED = -100
 
 
-def ask(backbone: Backbone, count: int = 4, options: int = 3) -> list[Encoded]:
+def ask(backbone: Backbone, count: int = 4, options: int = 3) -> list[EncodedQuestion]:
     """Questions of very different lengths, so that every batch has padding."""
     prompted = []
     for n in range(count):
         candidates = tuple(f"({letter}) {'the word ' * i}{n}" for i, letter in enumerate("abcde"[: options + n % 2]))
         text = f"Question: {'which of all the things ' * (n % 3)}is number {n}? Short answer:"
-        prompted.append(Prompted(text, candidates[n % len(candidates)], candidates))
+        prompted.append(PromptedQuestion(text, candidates[n % len(candidates)], candidates))
     return backbone.text.encode(prompted)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blipfit import cli, grid
+from blipfit import __main__ as entry_point
 from blipfit import data as datasets
+from blipfit import grid
 from blipfit.data import icons
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -25,7 +26,7 @@ def blipfit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["blipfit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            entry_point.main()
         printed = capsys.readouterr()
         return ended.value.code, printed.out, printed.err  # type: ignore[return-value]
 
@@ -68,7 +69,7 @@ def test_grid_and_show_for_people(blipfit) -> None:
     assert "21,097,216" in blipfit("grid")[1]
     code, out, err = blipfit("show", "scienceqa", "28")
     assert (code, err) == (0, "")
-    assert "3,728,128 of 4,022,969,088" in out
+    assert "3,728,128 of the model's 4,022,969,088" in out
     assert "never get a gradient" in out
 
 
@@ -228,7 +229,7 @@ def test_score_mme_gives_the_official_numbers(blipfit) -> None:
 
 def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(datasets.DRAWN, "rewardbench", ("write_preferences", 40))
+    monkeypatch.setitem(datasets.DRAWN_COUNTS, "rewardbench", 40)
     assert "rewardbench: " in blipfit("prepare", "rewardbench", "--from", "icons", "--to", "pairs")[1]
     train = ["train", "icons", "13", "--model", "tiny", "--data", drawn, "--set", "training.max_epochs=1", "--json"]
     assert blipfit(*train)[0] == 0
@@ -256,8 +257,8 @@ def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path
         (["evaluate", "tiny-t5", "--on", "icons=x", "--split", "all"], "--split all is for rewardbench"),
         (["evaluate", "tiny-t6", "--on", "icons=x"], "unknown model 'tiny-t6'"),
         (["evaluate", "tiny-t5", "--on", "icons=nowhere"], "nowhere does not exist"),
-        (["score", "mme", "nowhere"], "nowhere is no folder"),
-        (["score", "rouge", "nowhere"], "unknown judge 'rouge'; known: mme"),
+        (["score", "mme", "nowhere"], "nowhere is not a folder"),
+        (["score", "rouge", "nowhere"], "unknown benchmark 'rouge'; known: mme"),
         (["prepare", "iconqa", "--from", "icons"], "iconqa cannot be drawn from icons"),
     ],
 )
@@ -278,7 +279,7 @@ def test_ask_caption_and_search(blipfit, drawn: Path, tmp_path: Path, monkeypatc
     assert [record["image"] for record in records] == list(map(str, pictures))
     code, out, err = blipfit("search", drawn / "val", "a yellow star", "--top", 3, "--model", "tiny", "--json")
     assert (code, len(json.loads(out)["found"])) == (0, 3), err
-    assert "8 images to see once" in err
+    assert "8 images to compute once" in err
     code, out, err = blipfit("search", drawn / "val", "a yellow star", "--top", 3, "--model", "tiny")
     assert (code, err) == (0, "")
     assert (tmp_path / "search.png").exists()
@@ -296,6 +297,6 @@ def test_ablation_and_ranks_of_runs(blipfit, drawn, tmp_path) -> None:
     found = {(e["kind"], e["what"]): e["runs"][0][:2] for e in record["effects"] if e["pairs"]}
     assert found == {("instead", "qformer ffn"): ["18", "14"], ("instead", "qformer self_attn"): ["14", "18"]}
     code, out, _ = blipfit("ablation", tmp_path / "icons")
-    assert (code, "in place of another sublayer" in out) == (0, True)
+    assert (code, "instead of another sublayer" in out) == (0, True)
     assert "give the folder of a data set's runs" in mistake(blipfit("ablation", tmp_path))
     assert "was trained with lora" in mistake(blipfit("ranks", tmp_path / "icons" / "14", tmp_path / "icons" / "18"))

@@ -80,7 +80,7 @@ def test_baselines(name, family, batch):
     assert (r.training.batch_size, r.training.accumulation) == batch
     assert r.model.name == grid.MODELS[family]
     model = shapes.on_meta(r.model.name)
-    assert sum(count.trained(model, family, r.adapter).values()) == QFORMER_FULL[family]
+    assert sum(count.trained_parameters(model, family, r.adapter).values()) == QFORMER_FULL[family]
 
 
 def test_recovery_learns_from_what_the_folder_was_made_from(tmp_path):
@@ -120,7 +120,9 @@ def test_trained_parameters_of_the_modules_equal_the_published(family):
             expected += QFORMER_FULL[family]
         else:
             expected += rank * sum(QFORMER[part] for part in qformer) + ALWAYS + PROJECTION[family]
-        assert sum(count.trained(model, family, grid.recipe("iconqa", number).adapter).values()) == expected, number
+        assert (
+            sum(count.trained_parameters(model, family, grid.recipe("iconqa", number).adapter).values()) == expected
+        ), number
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_trained_parameters_of_the_modules_equal_the_published(family):
 def test_published_examples(number, published):
     family, _, _ = grid.locate(number)
     r = grid.recipe("scienceqa", number)
-    assert sum(count.trained(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
+    assert sum(count.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
 
 
 @pytest.mark.parametrize("wrong", [0, 65, -1, "x", "1.5", "baselin"])
@@ -158,7 +160,7 @@ def test_explorations(name):
     assert r == grid.explore(name)
     assert (r.experiment, r.model.name, r.data.prompt) == (name, grid.MODELS[family], "instruction-v1")
     assert (r.evaluation.method, r.data.images) == ("generation", "stored")
-    counted = count.trained(shapes.on_meta(r.model.name), family, r.adapter)
+    counted = count.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter)
     language = sum(counted.get(f"llm {part}", 0) for part in LANGUAGE[family])
     whole = 8 * sum(LANGUAGE[family].values())
     share = language / whole
@@ -179,7 +181,7 @@ def test_the_three_thirds_are_three_places():
 def test_the_depths_are_the_models(name):
     family = shapes.family(name)
     names = [n for n, _ in shapes.on_meta(name).named_modules()]
-    assert len(placement.blocks((f"{n}." for n in names), family)) == sum(grid.BLOCKS[name])
+    assert len(placement.list_blocks((f"{n}." for n in names), family)) == sum(grid.BLOCKS[name])
 
 
 def test_an_unknown_exploration():

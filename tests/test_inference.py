@@ -23,7 +23,7 @@ FIND = 200
 
 def _drawn(seed: int, count: int) -> list[icons.Scene]:
     """Scenes that no test or training of another kind draws."""
-    return [icons.scene(seed, index) for index in range(count)]
+    return [icons.make_scene(seed, index) for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ SKILLS = ("color", "count_all", "exists", "time")
 
 
 def test_it_answers(model):
-    asked = [(scene, ask) for scene in _drawn(55, 30) for ask in icons.questions(scene, SKILLS)][:24]
+    asked = [(scene, ask) for scene in _drawn(55, 30) for ask in icons.make_questions(scene, SKILLS)][:24]
     right = ranked = 0
     for scene, ask in asked:
         picture = icons.draw(scene)
@@ -97,7 +97,7 @@ def test_it_describes(model):
 
 
 def test_ranking_gives_shares_of_all_choices(model):
-    picture = icons.draw(icons.scene(1, 2))
+    picture = icons.draw(icons.make_scene(1, 2))
     ranked = model.rank(picture, "Which shape is red?", ["star", "circle", "moon"])
     assert math.fsum(one.probability for one in ranked) == pytest.approx(1)
     assert [one.log_likelihood for one in ranked] == sorted((r.log_likelihood for r in ranked), reverse=True)
@@ -127,7 +127,7 @@ def test_wordings():
 def test_what_cannot_be_used(tmp_path):
     model = blipfit.load("tiny")
     assert model.backbone.name == "tiny-t5"
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         model.search(tmp_path, "a red star")
     with pytest.raises(UserError, match="is no folder"):
         model.search(tmp_path / "none", "a red star")
@@ -144,7 +144,7 @@ def test_a_runs_adapter_is_used(small, family, iconqa, tmp_path):
     recipe = grid.recipe("iconqa", 31, str(small[family])).override([*changes, "training.learning_rate=0.03"])
     (run,) = loop.train([recipe], iconqa, tmp_path / "results", device="cpu")
     tuned, base = blipfit.load(adapter=run.folder), blipfit.load(str(small[family]))
-    assert tuned.asked == "iconqa-v1"
+    assert tuned.prompt_name == "iconqa-v1"
     picture = Image.new("RGB", (32, 32), "red")
     question = ("Which?", ["red", "blue", "green"])
     shown = tuned.rank(picture, *question)

@@ -194,7 +194,7 @@ def test_adalora_takes_its_budget_from_the_rank():
     [
         (["adapter.method=adalora", "adapter.adalora.init_rank=3"], "starts at rank 3 and must end lower, not at 3"),
         (["adapter.method=adalora", "adapter.adalora.target_rank=9", "adapter.adalora.init_rank=4"], "must end lower"),
-        (["adapter.method=adalora", "adapter.qformer=full", "adapter.llm=[]"], "no layer to spread ranks over"),
+        (["adapter.method=adalora", "adapter.qformer=full", "adapter.llm=[]"], "no layer to distribute ranks over"),
         (["adapter.adalora.tinit=5"], "adapter.adalora is set and would not be read"),
     ],
 )

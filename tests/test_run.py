@@ -145,18 +145,18 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     run = Run(tmp_path / "icons" / "1")
     code = (
         "import sys, time; from pathlib import Path; from blipfit.run import Run\n"
-        "with Run(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+        "with Run(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(run.folder)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is training"), run.held():
+        with pytest.raises(UserError, match="another process is training"), run.lock():
             pass
     finally:
         other.kill()
         other.communicate()
-    with run.held():  # what a killed process held is free
+    with run.lock():  # what a killed process held is free
         assert (run.folder / ".lock").exists()
     assert not list(run.folder.iterdir())

@@ -11,6 +11,7 @@ import blipfit
 SOURCE = Path(blipfit.__file__).parent
 # docs/design.md: from the top to the ground. A room is a file or a folder of blipfit.
 ROOMS = (
+    "__main__",
     "cli",
     "server",
     "commands",
@@ -28,6 +29,7 @@ ROOMS = (
     "run",
     "grid",
     "recipe",
+    "recipe_parsing",
     "methods",
     "sublayers",
     "data_sets",

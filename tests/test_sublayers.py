@@ -30,7 +30,7 @@ from blipfit import grid
 from blipfit.adapters import count
 from blipfit.model import shapes
 recipe = grid.recipe("scienceqa", 28).override(["adapter.qformer=self_output"])
-print(count.trained(shapes.on_meta(recipe.model.name), "t5", recipe.adapter)["qformer self_output"])
+print(count.trained_parameters(shapes.on_meta(recipe.model.name), "t5", recipe.adapter)["qformer self_output"])
 print(grid.recipe("scienceqa", 28).adapter.qformer)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

@@ -43,17 +43,17 @@ def recipes(*ids: int | str) -> list[Recipe]:
     ],
 )
 def test_experiments(text: str, names: list[str]) -> None:
-    assert sweep.experiments(text) == names
+    assert sweep.parse_experiments(text) == names
 
 
 def test_all_is_the_grid() -> None:
-    assert sweep.experiments("all") == [str(i) for i in range(1, 65)]
+    assert sweep.parse_experiments("all") == [str(i) for i in range(1, 65)]
 
 
 @pytest.mark.parametrize("text", ["", "4-1", "1-65", "x", "1..4", "base", "-3"])
 def test_no_experiments(text: str) -> None:
     with pytest.raises(UserError, match="names no experiments"):
-        sweep.experiments(text)
+        sweep.parse_experiments(text)
 
 
 def test_a_plan_measures_and_divides(drawn, model_cache, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_growth_stops_where_it_no_longer_pays(drawn, model_cache, monkeypatch: p
 
     monkeypatch.setattr(sweep.trial, "measure", measure)
     members = recipes(*range(13, 29))
-    trials = sweep.measured(members, drawn["icons"], model_cache, None)
+    trials = sweep.measure_trials(members, drawn["icons"], model_cache, None)
     assert asked == [1, 2, 4, 8]
-    assert [len(bank.recipes) for bank in sweep._divided(members, trials, drawn, model_cache)] == [4, 4, 4, 4]
+    assert [len(bank.recipes) for bank in sweep._divide(members, trials, drawn, model_cache)] == [4, 4, 4, 4]
 
 
 def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +96,10 @@ def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.Monk
         return Trial(len(chosen), 1.0, 1, 0.0) if len(chosen) < 4 else None
 
     monkeypatch.setattr(sweep.trial, "measure", measure)
-    trials = sweep.measured(recipes(*range(13, 29)), drawn["icons"], model_cache, None)
+    trials = sweep.measure_trials(recipes(*range(13, 29)), drawn["icons"], model_cache, None)
     assert [t.experiments for t in trials] == [1, 2]
     with pytest.raises(UserError, match="a bank of 4 does not fit"):
-        sweep.measured(recipes(13, 14, 15, 16), drawn["icons"], model_cache, 4)
+        sweep.measure_trials(recipes(13, 14, 15, 16), drawn["icons"], model_cache, 4)
 
 
 def results(planned: sweep.Plan, drawn: dict[str, Path], folder: Path, model_cache: ModelCache) -> dict[str, dict]:

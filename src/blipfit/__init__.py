@@ -3,14 +3,14 @@
 import logging
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# peft imports bitsandbytes where it is installed, and that then says on a CPU which faster kernels it did not find.
+# peft imports bitsandbytes if it is installed, which then warns on a CPU about missing GPU kernels.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load(model: str | None = None, adapter: Any = None, **options: Any) -> Any:
-    """Load a model to be used: `.ask`, `.caption`, `.rank`, `.search`; see `blipfit.inference.load`."""
-    from blipfit import inference as use
+    """Load a model for use: `.ask`, `.caption`, `.rank`, `.search`; see `blipfit.inference.load`."""
+    from blipfit import inference
 
-    return use.load(model, adapter, **options)
+    return inference.load(model, adapter, **options)

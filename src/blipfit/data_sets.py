@@ -1,39 +1,33 @@
-"""Data sets by name: the module that knows its files, and how it is asked. The one table of them.
+"""The table of data sets: what the rest of blipfit knows about each, by name.
 
-A module of `blipfit.data` with `prepare` and `load`, and a line here, are all that a new data set takes.
+A new data set takes a module in `blipfit/data/` with `prepare` and `load`, a row here, and its import in
+`blipfit/data/__init__.py`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """What the rest of blipfit knows of a data set."""
+    """A data set's name, default prompt and kind."""
 
     name: str
     prompt: str
-    """Of `blipfit.data.prompts`, by default."""
+    """Its prompt by default, a name in `blipfit.data.prompts`."""
     mirrored_matters: bool = False
-    """Whether a flip or a crop may change the answer, so that training sees the plain resize."""
+    """Whether a flip or a crop of the image may change the answer; if so, training uses the plain resize."""
     open: bool = False
-    """Whether answers are free text, generated and compared, where others have choices to rank."""
+    """Whether answers are free text, which the model generates; otherwise there are choices to rank."""
     trains: bool = True
-    """Whether the grid has recipes for it; else it only judges."""
-
-    @property
-    def module(self) -> str:
-        return f"blipfit.data.{self.name}"
+    """Whether the grid has recipes for it; otherwise it is for evaluation only."""
 
 
-DATA_SETS: Mapping[str, DataSet] = {
-    one.name: one
-    for one in (
-        DataSet("scienceqa", "scienceqa-v1"),
-        DataSet("iconqa", "iconqa-v1"),
-        DataSet("icons", "iconqa-v1", mirrored_matters=True),
-        DataSet("own", "vqa-v1"),
-        DataSet("rewardbench", "instruction-v1", mirrored_matters=True, open=True),
-        DataSet("mme", "instruction-v1", trains=False),
-    )
-}
+_ROWS = (
+    DataSet("scienceqa", "scienceqa-v1"),
+    DataSet("iconqa", "iconqa-v1"),
+    DataSet("icons", "iconqa-v1", mirrored_matters=True),
+    DataSet("own", "vqa-v1"),
+    DataSet("rewardbench", "instruction-v1", mirrored_matters=True, open=True),
+    DataSet("mme", "instruction-v1", trains=False),
+)
+DATA_SETS: dict[str, DataSet] = {row.name: row for row in _ROWS}

@@ -1,4 +1,4 @@
-"""Recipe: the whole experiment as one frozen value, to and from YAML."""
+"""Recipe: the whole experiment as one frozen value, from and to YAML."""
 
 import difflib
 import math
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from blipfit import methods, sublayers
+from blipfit import methods, recipe_parsing, sublayers
 from blipfit.errors import UserError
 
 Family = Literal["t5", "vicuna"]
@@ -25,7 +25,7 @@ Smoothing = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Config(BaseModel):
-    """A frozen group of fields; unknown keys are refused."""
+    """A frozen section of the recipe; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -36,54 +36,54 @@ class ModelConfig(Config):
     revision: str | None = None
     """Hub revision (commit or tag); the default branch where absent."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    """How the frozen language model is stored, through bitsandbytes: `8bit` as LLM.int8(), `4bit` as NF4. LoRA above it
-    trains as ever; vision tower, Q-Former and head stay as they are."""
+    """Storage of the frozen language model, through bitsandbytes: `8bit` is LLM.int8(), `4bit` is NF4. LoRA is trained
+    beside it as usual; vision tower, Q-Former and head are not quantized."""
 
 
 class DataConfig(Config):
     name: str
     """Data set: `scienceqa`, `iconqa`, `icons` or `own`."""
     prompt: str
-    """Prompt name with its version, e.g. `scienceqa-v1`."""
+    """Name of the prompt with its version, e.g. `scienceqa-v1`."""
     images: Literal["stored", "shared", "off"] = "shared"
-    """`shared`: training sees the published augmentation, one ViT pass a step for the whole bank; other splits come
-    from the feature store. `stored`: the plain resize everywhere, all features from the store. `off`: the plain resize,
-    nothing is kept."""
+    """`shared`: training images are augmented as published, with one ViT pass per step for the whole bank; features of
+    the other splits come from the feature store. `stored`: images are only resized, all features come from the store.
+    `off`: images are only resized, nothing is stored."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of every split (for trials)."""
 
     @field_validator("images", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
+    def _read_off_as_text(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `off` as false."""
         return "off" if value is False else value
 
 
 class AdaLoRAConfig(Config):
-    """AdaLoRA's budget and schedule; read where `method` is `adalora`. Steps are optimizer steps."""
+    """AdaLoRA's budget and schedule; only read if `method` is `adalora`. Steps are optimizer steps."""
 
     init_rank: int | None = Field(default=None, ge=2)
-    """Rank of every layer at the start; half as much again as `target_rank`, rounded up, where absent."""
+    """Rank of every layer at the start. Default: 1.5 × `target_rank`, rounded up."""
     target_rank: float | None = Field(default=None, gt=0)
-    """Mean rank of a layer at the end; the adapter's `rank` where absent."""
+    """Mean rank of a layer at the end. Default: the adapter's `rank`."""
     tinit: int | None = Field(default=None, ge=0)
-    """Steps before the budget begins to fall; a tenth of all where absent."""
+    """Steps before the budget starts to fall. Default: a tenth of all steps."""
     tfinal: int | None = Field(default=None, ge=0)
-    """Steps at the end with ranks that stay; half of all where absent."""
+    """Steps at the end with fixed ranks. Default: half of all steps."""
     delta_t: int = Field(default=10, ge=1)
     """Steps from one allocation to the next."""
     beta1: Smoothing = 0.85
-    """Of the exponential mean of the sensitivity."""
+    """Decay of the exponential mean of the sensitivity."""
     beta2: Smoothing = 0.85
-    """Of the exponential mean of its uncertainty."""
+    """Decay of the exponential mean of the sensitivity's uncertainty."""
     orthogonal_weight: float = Field(default=0.5, ge=0)
     """Weight of the orthogonality penalty in the training loss; evaluation never includes it."""
 
 
 class AdapterConfig(Config):
     method: str = "lora"
-    """How the chosen layers are adapted: `lora`; `adalora`, which spreads a budget of ranks over them by importance;
-    or `dora`, `rslora`, `pissa`, `ia3`, through peft and one experiment at a time."""
+    """How the layers are adapted: `lora`; `adalora`, which distributes a budget of ranks over them by importance; or
+    `dora`, `rslora`, `pissa`, `ia3`, through peft and one experiment at a time."""
     qformer: Literal["full"] | tuple[QFormerSublayer, ...] = ()
     """Sublayers of the Q-Former with LoRA, or `full` to train all of it."""
     llm: tuple[LanguageSublayer, ...] = ()
@@ -98,7 +98,7 @@ class AdapterConfig(Config):
 
     @field_validator("method")
     @classmethod
-    def _is_a_method(cls, value: str) -> str:
+    def _is_known_method(cls, value: str) -> str:
         known = (*methods.OWN, *methods.PEFT)
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1)
@@ -109,13 +109,13 @@ class AdapterConfig(Config):
 
     @field_validator("qformer", "llm", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+    def _read_text_as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) and value != "full" else value
 
     @field_validator("qformer", "llm")
     @classmethod
     def _in_canonical_order(cls, value: Any, info: ValidationInfo) -> Any:
-        """One placement has one spelling: duplicates go, the order is fixed."""
+        """Remove duplicates and fix the order, so that equal placements are equal values."""
         if value == "full":
             return value
         known = QFORMER_SUBLAYERS if info.field_name == "qformer" else LANGUAGE_SUBLAYERS
@@ -127,18 +127,20 @@ class AdapterConfig(Config):
         return None if value is None else tuple(sorted(set(value)))
 
     @model_validator(mode="after")
-    def _layers_of_something(self) -> "AdapterConfig":
+    def _blocks_need_sublayers(self) -> "AdapterConfig":
         if self.llm_layers is not None and not (self.llm and self.llm_layers):
             raise ValueError("llm_layers chooses blocks for the sublayers in llm; give both, or neither")
         return self
 
     @model_validator(mode="after")
-    def _has_ranks_to_spread(self) -> "AdapterConfig":
+    def _adalora_is_possible(self) -> "AdapterConfig":
         if self.method != "adalora":
             if self.adalora != AdaLoRAConfig():
                 raise ValueError("adapter.adalora is set and would not be read; set adapter.method to adalora too")
         elif self.qformer in ("full", ()) and not self.llm:
-            raise ValueError("adalora has no layer to spread ranks over; choose sublayers in adapter.qformer or llm")
+            raise ValueError(
+                "adalora has no layer to distribute ranks over; choose sublayers in adapter.qformer or llm"
+            )
         elif self.start_rank <= self.mean_rank:
             raise ValueError(
                 f"adalora starts at rank {self.start_rank} and must end lower, not at {self.mean_rank:g}; "
@@ -147,7 +149,7 @@ class AdapterConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _is_read_by_its_method(self) -> "AdapterConfig":
+    def _peft_reads_all_fields(self) -> "AdapterConfig":
         if self.method not in methods.PEFT:
             return self
         if self.qformer in ("full", ()) and not self.llm:
@@ -177,24 +179,24 @@ class AdapterConfig(Config):
 
 class TrainingConfig(Config):
     batch_size: int = Field(default=16, ge=1)
-    """Questions a forward pass."""
+    """Questions per forward pass."""
     accumulation: int = Field(default=1, ge=1)
-    """Forward passes an optimizer step; the effective batch is batch_size × accumulation."""
+    """Forward passes per optimizer step; the effective batch is batch_size × accumulation."""
     group_by_length: bool = False
-    """Draw each batch from questions of like length, so that little is spent on padding. Where length tells the kind of
-    question, batches are then of one kind, and training suffers."""
+    """Build each batch from questions of similar length, which saves padding. If the length depends on the kind of
+    question, a batch then has only one kind, which makes training worse."""
     learning_rate: float = Field(default=5e-4, gt=0)
-    """Start value; falls linearly per epoch: lr × (1 − epoch / max_epochs)."""
+    """Initial value; it falls linearly per epoch: lr × (1 − epoch / max_epochs)."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW decay on matrices; biases, norms and vectors have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW betas."""
     max_epochs: int = Field(default=15, ge=1)
-    """Epochs at most; also the length of the schedule."""
+    """Maximum number of epochs, and length of the learning rate schedule."""
     patience: int = Field(default=3, ge=1)
-    """Stop after this many epochs without a better validation accuracy."""
+    """Stop after this many epochs without a better validation score."""
     seed: int = 42
-    """Of data order, augmentation, dropout and LoRA's A."""
+    """Seed of data order, augmentation, dropout and the initial LoRA A."""
     dropout: bool = True
     """Whether the model's own dropout is active in training, frozen parts included."""
     max_text_tokens: int = Field(default=128, ge=8)
@@ -202,41 +204,41 @@ class TrainingConfig(Config):
     max_target_tokens: int = Field(default=256, ge=2)
     """Answers are cut to this from the right."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the frozen parts and of autocast; `auto`: bf16 on GPUs that have it, fp32 on CPU."""
+    """Precision of the frozen parts and of autocast; `auto`: bf16 (or fp16) on a GPU, fp32 on a CPU."""
 
 
 class EvaluationConfig(Config):
     method: Literal["ranking", "generation"] = "ranking"
-    """`ranking`: the candidate with the highest summed log-likelihood is the answer, and the best epoch has the highest
-    validation accuracy. `generation`, for open questions: the model answers in its own words, judged by ROUGE and
-    exact match, and the best epoch has the lowest validation loss."""
+    """`ranking`: the candidate with the highest summed log-likelihood is the answer; the best epoch has the highest
+    validation accuracy. `generation`, for open questions: the model generates an answer, which is scored by ROUGE and
+    exact match; the best epoch has the lowest validation loss."""
     decoding: str = "greedy"
-    """How words are chosen in `generation`: `greedy`, `published`, `short-answer`, `caption` or `sampling`."""
+    """Decoding of `generation`: `greedy`, `published`, `short-answer`, `caption` or `sampling`."""
     batch_size: int = Field(default=16, ge=1)
-    """Questions a forward pass (their candidates come on top)."""
+    """Questions per forward pass (each with all its candidates)."""
 
 
 class PerformanceConfig(Config):
-    """How fast and in how much memory training runs. Results change by rounding alone, and by other dropout noise where
-    code is compiled or texts are padded."""
+    """Speed and memory of training. Results change only by rounding, and by different dropout noise if code is compiled
+    or texts are padded."""
 
     compile: bool = False
-    """Compile the layers of Q-Former and language model with `torch.compile`. Takes a minute at the start, more where
+    """Compile the layers of Q-Former and language model with `torch.compile`. Takes a minute at the start, more if
     lengths vary; set pad_to_multiple_of with it."""
     cuda_graphs: bool = False
-    """Capture the forward and backward pass once for each shape and replay it: without the time that the host takes to
-    launch thousands of kernels. Pays for few experiments on a GPU; needs pad_to_multiple_of, or every batch is a shape
-    of its own."""
+    """Capture the forward and backward pass once per shape and replay it, which saves the time that the host needs to
+    launch thousands of kernels. Useful for few experiments on a GPU; set pad_to_multiple_of with it, otherwise every
+    batch has its own shape."""
     pad_to_multiple_of: int = Field(default=1, ge=1)
-    """Texts of a training batch are padded to a multiple of so many tokens (answers: of eight at most), so that batches
-    have few different shapes."""
+    """Pad the texts of a training batch to a multiple of this many tokens (answers: to a multiple of at most eight), so
+    that batches have few different shapes."""
     checkpointing: tuple[Literal["query", "answer"], ...] = ()
-    """Stages whose layers store only their inputs and are computed again in the backward pass: less memory, a third
-    more time. `query`: the Q-Former; `answer`: the language model."""
+    """Stages whose layers store only their inputs and are computed again in the backward pass: less memory, more time.
+    `query`: the Q-Former; `answer`: the language model."""
 
     @field_validator("checkpointing", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+    def _read_text_as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @field_validator("checkpointing")
@@ -255,27 +257,27 @@ class PerformanceConfig(Config):
 
 
 class DistillationConfig(Config):
-    """Where labels and answers weigh nothing, only seeing is learned: the language model is left out of training."""
+    """Learning from an original. If `answers` and `labels` are 0, training does not run the language model."""
 
     teacher: str | None = None
-    """An original that a smaller model also learns from: its name or folder, or a finished run of it."""
+    """The original that a smaller model learns from: its name or folder, or a finished run of it."""
     visual: float = Field(default=1.0, ge=0)
-    """Weight of the distance from its visual tokens, in parts of their variance."""
+    """Weight of the squared distance from the teacher's visual tokens, divided by their variance."""
     answers: float = Field(default=1.0, ge=0)
-    """Weight of the divergence from its answers, at every label position."""
+    """Weight of the divergence from the teacher's answers, at every label position."""
     labels: float = Field(default=1.0, ge=0)
     """Weight of the ordinary loss on the labels."""
 
 
 RENAMED_IN_0_2 = {"judging": "evaluation"}
-"""Sections by the names that recipes of version 0.1 give them; read, and never written."""
+"""Section names of version 0.1 and of today; the old names are read and never written."""
 
 
 class Recipe(Config):
     """Everything that changes a result, and nothing else."""
 
     experiment: str = Field(coerce_numbers_to_str=True)
-    """Name of the experiment: the grid's number, `baseline`, or your own."""
+    """Name of the experiment: its number in the grid, `baseline`, or your own."""
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -286,70 +288,77 @@ class Recipe(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _reads_older_names(cls, values: Any) -> Any:
+    def _read_old_names(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
         return {RENAMED_IN_0_2.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
-    def _names_a_folder(self) -> "Recipe":
+    def _can_name_a_folder(self) -> "Recipe":
         if not self.experiment or any(c in self.experiment for c in "/\\") or self.experiment.startswith("."):
             raise ValueError(f"experiment {self.experiment!r} cannot name a folder")
         return self
 
     @model_validator(mode="after")
-    def _can_stand_beside_quantized_weights(self) -> "Recipe":
-        method, packed = methods.PEFT.get(self.adapter.method), self.model.quantization
-        if method and self.adapter.llm and packed not in ("none", *method.quantization):
+    def _method_supports_quantization(self) -> "Recipe":
+        method, quantization = methods.PEFT.get(self.adapter.method), self.model.quantization
+        if method and self.adapter.llm and quantization not in ("none", *method.quantization):
             raise ValueError(
-                f"{self.adapter.method} does not work on a language model in {packed}; set model.quantization to "
+                f"{self.adapter.method} does not work on a language model in {quantization}; set model.quantization to "
                 f"{' or '.join(('none', *method.quantization))}, or leave adapter.llm empty"
             )
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_trained_in_vain(self) -> "Recipe":
-        part = self.distillation
-        if part.teacher and not (part.labels or part.answers) and (self.adapter.llm or not part.visual):
+    def _distillation_trains_all_parts(self) -> "Recipe":
+        weights = self.distillation
+        if weights.teacher and not (weights.labels or weights.answers) and (self.adapter.llm or not weights.visual):
             raise ValueError(
-                "with distillation.labels=0 and distillation.answers=0 only seeing is learned: set adapter.llm=[] and "
-                "distillation.visual above 0, or give labels or answers a weight"
+                "with distillation.labels=0 and distillation.answers=0 only the Q-Former is trained: set "
+                "adapter.llm=[] and distillation.visual above 0, or give labels or answers a weight"
             )
         return self
 
     @property
     def title(self) -> str:
+        """`DATASET/EXPERIMENT`."""
         return f"{self.data.name}/{self.experiment}"
 
     def to_yaml(self) -> str:
+        """The recipe as YAML, which `load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def override(self, assignments: Sequence[str]) -> "Recipe":
-        """Return a copy with `section.field=value` assignments applied (values are YAML)."""
+        """A copy with `section.field=value` assignments applied (values are YAML).
+
+        Raises UserError if a field does not exist or a value does not fit it.
+        """
         values = self.model_dump(mode="json")
         for assignment in assignments:
             path, equals, text = assignment.partition("=")
             if not equals:
                 raise UserError(f"--set {assignment}: write it as section.field=value")
-            _assign(values, path.strip(), _parse(assignment, text))
+            recipe_parsing.assign(values, Recipe, _current_path(path.strip()), recipe_parsing.parse(assignment, text))
         return from_mapping(values)
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """Fields whose values differ: path → (here, there)."""
+        """Fields whose values differ: path → (this recipe's value, the other's)."""
         here, there = dict(_leaves(self)), dict(_leaves(other))
         return {path: (here[path], there[path]) for path in here if here[path] != there[path]}
 
 
 def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Build a Recipe; every mistake becomes one sentence that names the field and the mend."""
+    """Build a recipe. Raises UserError, which names the field and how to fix it."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors()[:3])) from None
+        raise UserError(
+            f"{source}: " + "; ".join(recipe_parsing.explain(e, Recipe) for e in error.errors()[:3])
+        ) from None
 
 
 def load(path: Path) -> Recipe:
-    """Read a recipe from a YAML file."""
+    """Read a recipe from a YAML file. Raises UserError if it cannot be read or is no valid recipe."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -363,71 +372,15 @@ def load(path: Path) -> Recipe:
     return from_mapping(values, source=str(path))
 
 
-def _fields_of(path: Sequence[str | int]) -> list[str]:
-    """Known field names of the section that `path` leads to."""
-    part: type[BaseModel] = Recipe
-    for key in path:
-        annotation = part.model_fields[str(key)].annotation if str(key) in part.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        part = annotation
-    return list(part.model_fields)
+def _current_path(path: str) -> str:
+    """A field's path with the section's name of today."""
+    section, dot, rest = path.partition(".")
+    return RENAMED_IN_0_2.get(section, section) + dot + rest
 
 
-def _unknown(key: str, path: Sequence[str | int]) -> str:
-    known = _fields_of(path)
-    near = difflib.get_close_matches(key, known, n=1)
-    where = ".".join(map(str, path))
-    section = f" in {where}" if where else ""
-    return f"unknown key {key!r}{section}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-
-
-def _sentence(error: Any) -> str:
-    location = error["loc"]
-    if error["type"] == "extra_forbidden":
-        return _unknown(str(location[-1]), location[:-1])
-    # Where a field has several types, pydantic adds the type to the path; a user knows no such key.
-    field = ".".join(str(key) for key in location if not str(key).startswith(("literal[", "tuple[")))
-    message = error["msg"].removeprefix("Value error, ")
-    # A sentence about several fields of a section names them; the whole section would hide it.
-    whole = error["type"] == "value_error" and isinstance(error["input"], Mapping)
-    got = "" if whole else f" (got {error['input']!r})"
-    return f"{field}: {message[:1].lower()}{message[1:]}{got}" if field else message
-
-
-def _assign(values: dict[str, Any], path: str, value: Any) -> None:
-    first, *rest = path.split(".")
-    keys = [RENAMED_IN_0_2.get(first, first), *rest]
-    section = values
-    for depth, key in enumerate(keys):
-        if key not in section:
-            raise UserError(f"--set {path}: {_unknown(key, keys[:depth])}")
-        if depth == len(keys) - 1:
-            if isinstance(section[key], dict):
-                raise UserError(f"--set {path}: {path} is a section; set one of its fields: {', '.join(section[key])}")
-            section[key] = value
-        elif not isinstance(section[key], dict):
-            raise UserError(f"--set {path}: {'.'.join(keys[: depth + 1])} has no fields")
-        else:
-            section = section[key]
-
-
-def _parse(assignment: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {assignment}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as a string; everybody means the number.
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name in type(part).model_fields:
-        value = getattr(part, name)
+def _leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(config).model_fields:
+        value = getattr(config, name)
         if isinstance(value, BaseModel):
             yield from _leaves(value, f"{prefix}{name}.")
         else:

@@ -72,49 +72,55 @@ class Run:
         return self.folder / "result.json"
 
     def evaluation(self, name: str) -> "Evaluation":
-        """Of the finished experiment on another data set or benchmark."""
+        """The evaluation of the finished experiment on another data set or benchmark."""
         return Evaluation(self.folder / "evaluations" / name)
 
     @property
     def data_file(self) -> Path:
-        """Which questions it was trained and judged on, as a hash."""
+        """Hash of the questions that it is trained and evaluated on."""
         return self.folder / "data.json"
 
     @property
     def failure_file(self) -> Path:
-        """Why the last attempt ended, where it failed."""
+        """Why the last attempt failed."""
         return self.folder / "failure.json"
 
     def fail(self, reason: str) -> None:
+        """Record why the attempt failed."""
         write_json(self.failure_file, {"reason": reason})
 
     def failure(self) -> str:
         """The recorded reason of a failed attempt, or what is known without one."""
         return read_json(self.failure_file)["reason"] if self.failure_file.exists() else "not finished"
 
-    def made(self) -> "Run":
-        """The same run, its folder there."""
+    def create(self) -> "Run":
+        """Create the folder if it does not exist; returns the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def state(self) -> State:
-        """`started` once there is something to continue; a folder with a recipe alone is still free."""
+        """`started` if there is a checkpoint to continue from; a folder with only a recipe is `new`."""
         if self.result_file.exists():
             return "finished"
         return "started" if self.checkpoint.is_dir() and any(self.checkpoint.glob("*.safetensors")) else "new"
 
     def recipe(self) -> Recipe:
+        """The run's recipe. Raises UserError if the folder has none."""
         if not self.recipe_file.exists():
             raise UserError(f"{self.folder} is not a run folder: it has no {self.recipe_file.name}")
         return recipes.load(self.recipe_file)
 
     def result(self) -> dict[str, Any]:
+        """The result of a finished run. Raises UserError if it is missing or damaged."""
         return read_json(self.result_file)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder; UserError if one is at work there. A killed one holds nothing."""
-        lock = filelock.FileLock(self.made().folder / ".lock", timeout=0)
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder; a killed process leaves no lock.
+
+        Raises UserError if another process is training there.
+        """
+        lock = filelock.FileLock(self.create().folder / ".lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -128,7 +134,10 @@ class Run:
             lock.release()
 
     def claim(self, recipe: Recipe, data: str) -> State:
-        """Make the folder this recipe's on these questions (their hash), or refuse if it holds others' results."""
+        """Create the folder for this recipe on these questions (`data`: their hash).
+
+        Raises UserError if it holds results of another recipe or of other questions.
+        """
         self.refuse_other(recipe, data)
         state = self.state()
         if state == "new":
@@ -139,41 +148,41 @@ class Run:
         return state
 
     def refuse_other(self, recipe: Recipe, data: str) -> None:
-        """UserError if the folder holds results of another recipe or of other questions."""
+        """Raise UserError if the folder holds results of another recipe or of other questions (`data`: their hash)."""
         if self.state() == "new":
             return
-        what = "results" if self.state() == "finished" else "an unfinished run"
-        mend = "choose another --results folder or experiment name"
+        contents = "results" if self.state() == "finished" else "an unfinished run"
+        fix = "choose another --results folder or experiment name"
         if differences := self.recipe().differences(recipe):
-            told = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
-            raise UserError(f"{self.folder} holds {what} of another recipe ({told}); {mend}")
+            listed = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
+            raise UserError(f"{self.folder} holds {contents} of another recipe ({listed}); {fix}")
         if self.data_file.exists() and read_json(self.data_file)["sha256"] != data:
-            raise UserError(f"{self.folder} holds {what} on other questions than --data has now; {mend}")
+            raise UserError(f"{self.folder} holds {contents} on other questions than --data has now; {fix}")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line; a line is written by one call, so a killed run leaves whole lines."""
+        """Append one line to `log.jsonl`, in one call, so that a killed run leaves whole lines."""
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def truncate_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop lines that a resumed run will write again, and a last line that a kill cut off."""
+        """Drop log lines that a continued run will write again, and a last line that a kill cut off."""
         if not self.log_file.exists():
             return
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
-        whole = [json.loads(line) for line in text.split("\n")[:-1]]
-        write_lines(self.log_file, [line for line in whole if keep(line)])
+        complete = [json.loads(line) for line in text.split("\n")[:-1]]
+        write_lines(self.log_file, [line for line in complete if keep(line)])
 
     def tidy(self) -> None:
-        """Remove the temporary folders of writes that a kill cut off."""
+        """Remove the temporary folders of writes that a kill interrupted."""
         for folder in (self.folder, self.checkpoint):
-            for holder in folder.glob(".*"):
-                if holder.is_dir():
-                    shutil.rmtree(holder, ignore_errors=True)
+            for temporary in folder.glob(".*"):
+                if temporary.is_dir():
+                    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model, or a run beside its model, came to on one data set; made anew it takes the old one's place."""
+    """The folder of one evaluation of a model or run on one data set; a new evaluation replaces it."""
 
     folder: Path
 
@@ -190,17 +199,17 @@ class Evaluation:
     def predictions_file(self) -> Path:
         return self.folder / "predictions.jsonl"
 
-    def judgements_file(self, who: str) -> Path:
-        """Judgements in VL-RewardBench's format."""
-        return self.folder / f"judgements-{who}.jsonl"
+    def judgements_file(self, subject: str) -> Path:
+        """Judgments in VL-RewardBench's format; `subject` is `base` or `tuned`."""
+        return self.folder / f"judgements-{subject}.jsonl"
 
-    def answers(self, who: str) -> Path:
-        """MME's answer files, in the official format."""
-        return self.folder / f"answers-{who}"
+    def answers(self, subject: str) -> Path:
+        """Folder of MME's answer files in the official format; `subject` is `base` or `tuned`."""
+        return self.folder / f"answers-{subject}"
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of the packages that a result depends on."""
     names = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
     return {
         "blipfit": blipfit.__version__,
@@ -210,7 +219,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package, or `unknown` where Python finds no metadata of it, as with a source folder on the path."""
+    """Version of a package, or `unknown` if Python finds no metadata of it (a source folder on the path has none)."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -218,42 +227,46 @@ def installed_version(package: str) -> str:
 
 
 def find(results: Path) -> list[Run]:
-    """All finished runs below a results folder, by path."""
+    """All finished runs below a results folder, ordered by path."""
     return [Run(file.parent) for file in sorted(results.glob("*/*/result.json"))]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling path; on success it takes `path`'s place, on failure it vanishes.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     Works for files and for folders: create either at the yielded path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = holder / path.name
+    temporary_folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = temporary_folder / path.name
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
-            os.replace(path, holder / "previous")  # a folder cannot be renamed over a full one
+            os.replace(path, temporary_folder / "previous")  # a folder cannot be renamed over a full one
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a whole file in UTF-8; a kill leaves the old one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file, indented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole JSONL file."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -263,5 +276,6 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): a text may hold other line ends that JSON leaves as they are.
+    """Read a JSONL file."""
+    # Not splitlines(): a text may contain other line ends, which JSON leaves as they are.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,7 +1,7 @@
-"""Many recipes → banks → finished run folders: what can run together does, as many at once as pays.
+"""Many recipes → banks → finished run folders.
 
-Experiments that share backbone, data and batches may share a bank. How many is measured: banks of 1, 2, 4, … take a
-few trial steps, and the size with the least time per experiment that fits memory is taken.
+Experiments with the same model, data and batches can share a bank. Its size is measured: banks of 1, 2, 4, … take a
+few trial steps, and the size with the least time per experiment among those that fit into memory is used.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,47 +15,51 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed
-from blipfit.training import plan, trial
-from blipfit.training.loop import Listener, check_inputs, train
+from blipfit.training import events, plan, trial
+from blipfit.training.events import Listener
+from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
 from blipfit.training.trial import Trial
 
-WORSE = 1.05
-"""Growing stops when an experiment's share of a step is that much slower than the best seen."""
+SLOWER = 1.05
+"""Larger banks are not tried once a step takes so many times the least time per experiment."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBank:
-    """Experiments that will train together, and what that was measured to cost."""
+    """Experiments that will train together, and the trial that their cost was measured with."""
 
     recipes: tuple[Recipe, ...]
     trial: Trial
     seconds: float
-    """Of training and judging to the last epoch; early stopping makes it shorter."""
+    """Estimated time of training and evaluation to the last epoch; early stopping makes it shorter."""
 
     @property
     def step_seconds(self) -> float:
-        """Of one step; a bank may hold fewer experiments than the trial had."""
+        """Time of one step of the bank; it may hold fewer experiments than the trial had."""
         return len(self.recipes) * self.trial.seconds_each
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """The banks of a sweep, in the order in which they will train."""
+
     banks: tuple[PlannedBank, ...]
     finished: tuple[Recipe, ...]
-    """Done already; skipped."""
+    """Experiments with a result, which are skipped."""
     trials: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
-    """What was measured, by the group of experiments."""
+    """The measured trials, by the name of their group of experiments."""
 
     @property
     def seconds(self) -> float:
+        """Estimated time of all banks, one after the other."""
         return sum(bank.seconds for bank in self.banks)
 
 
-def experiments(text: str) -> list[str]:
-    """Experiment names of `1-32`, `13,15,28`, `all`, `baseline` or any such list.
+def parse_experiments(text: str) -> list[str]:
+    """Experiment names in `1-32`, `13,15,28`, `all` (1–64), `baseline` or any such list.
 
-    Raises UserError on anything else; `all` is 1–64.
+    Raises UserError for anything else.
     """
     names: list[str] = []
     for part in text.replace(" ", "").split(","):
@@ -80,18 +84,19 @@ def make_plan(
     results: Path,
     model_cache: ModelCache,
     bank: int | None = None,
-    listen: Listener = lambda event, facts: None,
+    listener: Listener = events.ignore,
 ) -> Plan:
-    """Group what is not finished into banks; `bank` fixes their size, else trial steps decide it.
+    """Group the experiments that are not finished into banks of `bank` experiments, or of a size that trials decide.
 
-    `data` gives each data set's folder. The banks come in the order of their first experiment.
+    `data`: folder of each data set. Banks are ordered by their first experiment. Raises UserError if an input cannot be
+    used, or if not even the smallest bank fits into memory.
     """
     if distributed.state().num_processes > 1:
         raise UserError("a sweep measures on one process; launch `train` with several, or run the sweep without")
     groups: dict[Any, list[Recipe]] = {}
     finished = []
     recipes = sorted(_distinct(recipes), key=lambda recipe: _first_use(recipes, recipe))
-    hashes = _checked(recipes, data)
+    hashes = _check_inputs(recipes, data)
     for recipe in recipes:
         run = Run.of(results, recipe)
         run.refuse_other(recipe, hashes[recipe.title])
@@ -103,73 +108,78 @@ def make_plan(
     trials: dict[str, tuple[Trial, ...]] = {}
     for members in groups.values():
         name = f"{members[0].title} and {len(members) - 1} more" if len(members) > 1 else members[0].title
-        listen("planning", {"group": name, "experiments": len(members)})
-        trials[name] = measured(members, data[members[0].data.name], model_cache, bank)
-        banks += _divided(members, trials[name], data, model_cache)
+        listener(events.TrialStarted(name, len(members)))
+        trials[name] = measure_trials(members, data[members[0].data.name], model_cache, bank)
+        banks += _divide(members, trials[name], data, model_cache)
     return Plan(tuple(banks), tuple(finished), trials)
 
 
 def _distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Each experiment once; UserError where two recipes want the same run folder."""
-    named: dict[str, Recipe] = {}
+    """Each experiment once. Raises UserError if two different recipes have the same run folder."""
+    by_title: dict[str, Recipe] = {}
     for recipe in recipes:
-        if named.setdefault(recipe.title, recipe) != recipe:
+        if by_title.setdefault(recipe.title, recipe) != recipe:
             raise UserError(f"two different recipes are called {recipe.title}; give each its own experiment name")
-    return list(named.values())
+    return list(by_title.values())
 
 
 def _first_use(recipes: Sequence[Recipe], recipe: Recipe) -> int:
-    """Where a recipe's model is first asked for, so that each model is loaded for all its experiments at once."""
+    """Position of the first recipe with the same model, so that each model is loaded once for all its experiments."""
     return next(i for i, other in enumerate(recipes) if other.model == recipe.model)
 
 
-def _checked(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
-    """The hash of each experiment's questions, by its title, after all input checks."""
+def _check_inputs(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
+    """Check all inputs, and return the hash of each experiment's questions by its title."""
     hashes: dict[str, str] = {}
     for name in dict.fromkeys(recipe.data.name for recipe in recipes):
-        mine = [recipe for recipe in recipes if recipe.data.name == name]
-        found = check_inputs(mine, data[name])
-        hashes |= {recipe.title: digest for recipe, digest in zip(mine, found, strict=True)}
+        recipes_of_set = [recipe for recipe in recipes if recipe.data.name == name]
+        digests = check_inputs(recipes_of_set, data[name])
+        hashes |= {recipe.title: digest for recipe, digest in zip(recipes_of_set, digests, strict=True)}
     return hashes
 
 
-def measured(members: Sequence[Recipe], data: Path, model_cache: ModelCache, bank: int | None) -> tuple[Trial, ...]:
-    """Trials of growing banks of these experiments, until it stops paying or fitting; at least one."""
+def measure_trials(
+    members: Sequence[Recipe], data: Path, model_cache: ModelCache, bank: int | None
+) -> tuple[Trial, ...]:
+    """Trials of larger and larger banks of these experiments, until a bank is slower or does not fit; at least one.
+
+    Raises UserError if not even the smallest bank fits into memory.
+    """
     backbone, encoded_split = model_cache.backbone(members[0]), model_cache.splits(members[0], data)["train"]
     image_features = ImageFeatures.from_backbone(backbone, "off")  # a plan writes nothing, so no store
     sizes = [min(bank, len(members))] if bank else _doubling(len(members))
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for size in sizes:
-        one = trial.measure(backbone, _spread(members, size), encoded_split, image_features)
-        if one is None:
+        latest = trial.measure(backbone, _spread(members, size), encoded_split, image_features)
+        if latest is None:
             break
-        found.append(one)
-        if one.seconds_each > WORSE * min(t.seconds_each for t in found):
+        trials.append(latest)
+        if latest.seconds_each > SLOWER * min(t.seconds_each for t in trials):
             break
-    if not found:
+    if not trials:
         raise UserError(
             f"a bank of {sizes[0]} does not fit the memory of {model_cache.device}; "
             "use a smaller --bank, or lower training.batch_size and raise training.accumulation"
         )
-    return tuple(found)
+    return tuple(trials)
 
 
-def _divided(
+def _divide(
     members: Sequence[Recipe], trials: Sequence[Trial], data: Mapping[str, Path], model_cache: ModelCache
 ) -> Iterable[PlannedBank]:
-    """Banks of the best measured size, as even as they can be."""
+    """Banks of at most the best measured size, as even as possible."""
     best = min(trials, key=lambda t: t.seconds_each)
     number = -(-len(members) // best.experiments)
     splits = model_cache.splits(members[0], data[members[0].data.name])
     training = members[0].training
     steps = len(splits["train"]) // (training.batch_size * training.accumulation)
     for index in range(number):
-        chosen = tuple(members[index * len(members) // number : (index + 1) * len(members) // number])
-        epochs = max(recipe.training.max_epochs for recipe in chosen)
-        judged = (epochs + 1) * len(splits["val"]) + len(splits["test"])
-        judging = judged * best.evaluation_seconds / best.experiments
-        seconds = len(chosen) * (epochs * steps * best.seconds_each + judging)
-        yield PlannedBank(chosen, best, seconds)
+        recipes = tuple(members[index * len(members) // number : (index + 1) * len(members) // number])
+        epochs = max(recipe.training.max_epochs for recipe in recipes)
+        questions = (epochs + 1) * len(splits["val"]) + len(splits["test"])
+        evaluation_seconds = questions * best.evaluation_seconds / best.experiments
+        seconds = len(recipes) * (epochs * steps * best.seconds_each + evaluation_seconds)
+        yield PlannedBank(recipes, best, seconds)
 
 
 def run(
@@ -177,16 +187,16 @@ def run(
     data: Mapping[str, Path],
     results: Path,
     model_cache: ModelCache,
-    listen: Listener = lambda event, facts: None,
+    listener: Listener = events.ignore,
 ) -> list[Run]:
     """Train every bank of a plan, one after the other; returns all runs, the skipped ones first."""
     runs = [Run.of(results, recipe) for recipe in planned.finished]
-    for recipe, one in zip(planned.finished, runs, strict=True):
-        listen("skipped", {"run": one, "recipe": recipe})
-    for number, bank in enumerate(planned.banks):
-        listen("bank", {"number": number + 1, "of": len(planned.banks), "recipes": bank.recipes})
+    for recipe, run in zip(planned.finished, runs, strict=True):
+        listener(events.RunSkipped(run, recipe))
+    for number, bank in enumerate(planned.banks, start=1):
+        listener(events.BankStarted(number, len(planned.banks), bank.recipes))
         folder = data[bank.recipes[0].data.name]
-        runs += train(bank.recipes, folder, results, model_cache=model_cache, listen=listen)
+        runs += train(bank.recipes, folder, results, model_cache=model_cache, listener=listener)
     return runs
 
 
@@ -198,5 +208,5 @@ def _doubling(most: int) -> list[int]:
 
 
 def _spread(members: Sequence[Recipe], size: int) -> list[Recipe]:
-    """A sample over the whole list: neighbours in the grid have the same placement, a bank has several."""
+    """A sample spread over the whole list: neighbors in the grid have the same placement, a bank has several."""
     return [members[i * len(members) // size] for i in range(size)]

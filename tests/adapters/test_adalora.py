@@ -1,4 +1,4 @@
-"""AdaLoRA in the bank: against peft's own with its penalty, against single runs, and its budget to the triplet."""
+"""AdaLoRA in the bank equals peft's AdaLoRA and single runs, and meets its budget exactly."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,8 +20,8 @@ RATE = 1e-2
 
 
 def adalora(qformer: Sequence[str] = ("self_attn", "cross_attn"), llm: Sequence[str] = ("attn",), **changes):
-    part = {"init_rank": 4, "target_rank": 2, "tinit": 3, "tfinal": 3, "delta_t": 2} | changes
-    return AdapterConfig(method="adalora", qformer=qformer, llm=llm, adalora=AdaLoRAConfig(**part))
+    options = {"init_rank": 4, "target_rank": 2, "tinit": 3, "tfinal": 3, "delta_t": 2} | changes
+    return AdapterConfig(method="adalora", qformer=qformer, llm=llm, adalora=AdaLoRAConfig(**options))
 
 
 MIXED = [
@@ -31,8 +31,8 @@ MIXED = [
 ]
 
 
-class Walk:
-    """A bank of AdaLoRA experiments in training, in float64 without dropout."""
+class Trainer:
+    """Trains a bank of AdaLoRA experiments in float64 without dropout."""
 
     def __init__(self, folder, adapters, seeds=None, total=STEPS):
         self.backbone = checkpoints.load(folder)
@@ -43,7 +43,8 @@ class Walk:
         encoded, pixels = reference.ask(self.backbone, 6), reference.pictures(self.backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
 
-    def steps(self, first, last):
+    def train(self, first, last):
+        """Train from step `first` up to `last`; returns the losses `steps × K`, means over the labels."""
         losses = []
         for step in range(first, last):
             encoded, pixels = self.batches[step % 3]
@@ -58,44 +59,36 @@ class Walk:
         return torch.tensor(losses, dtype=torch.float64)
 
 
-def _values_left(bank: Bank, k: int) -> int:
+def _count_values(bank: Bank, k: int) -> int:
+    """Number of singular values of experiment k that are not zero."""
     return sum(int(t.count_nonzero()) for n, t in bank.state(k).items() if n.endswith(LORA_E))
 
 
-# ------------------------------------------------------------------- against peft
-
-
-def _peft_run(walk, folder, adapter, start, steps):
-    """The same training by peft's AdaLoRA: its layers, its penalty in its own forward, its allocator."""
+def _train_with_peft(trainer, folder, adapter, start, steps):
+    """The same training with peft's AdaLoRA: its layers, the penalty of its forward pass, and its allocator."""
     from peft import AdaLoraConfig, get_peft_model
 
     backbone = checkpoints.load(folder)
     hf = backbone.hf.double()
     placed = placement.resolve(hf, backbone.family, adapter)
-    part = adapter.adalora
+    adalora_config = adapter.adalora
     config = AdaLoraConfig(
-        # Any task whose model class hands the call on: without one, peft leaves the penalty out.
+        # Any task whose model class passes the call on; without a task peft omits the penalty.
         task_type="SEQ_2_SEQ_LM",
         init_r=adapter.start_rank,
         target_r=int(adapter.mean_rank),
-        tinit=part.tinit,
-        tfinal=part.tfinal,
-        deltaT=part.delta_t,
-        beta1=part.beta1,
-        beta2=part.beta2,
-        orth_reg_weight=part.orthogonal_weight,
+        tinit=adalora_config.tinit,
+        tfinal=adalora_config.tfinal,
+        deltaT=adalora_config.delta_t,
+        beta1=adalora_config.beta1,
+        beta2=adalora_config.beta2,
+        orth_reg_weight=adalora_config.orthogonal_weight,
         total_step=steps,
         lora_alpha=int(adapter.alpha),
         target_modules=list(placed.lora),
     )
     tuner = get_peft_model(hf, config).base_model
-    trained = {}
-    with torch.no_grad():
-        for name, tensor in start.items():
-            low_rank = name.endswith((LORA_A, LORA_B, LORA_E))
-            parameter = hf.get_parameter(f"{name}.default" if low_rank else name)
-            parameter.copy_(tensor.view_as(parameter))
-            trained[name] = parameter.requires_grad_(True)
+    trained = _copy_start(hf, start)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.05},
@@ -105,21 +98,33 @@ def _peft_run(walk, folder, adapter, start, steps):
     )
     losses = []
     for step in range(steps):
-        encoded, pixels = walk.batches[step % 3]
+        encoded, pixels = trainer.batches[step % 3]
         rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
         optimizer.zero_grad()
-        loss, _ = reference.forward(_Called(tuner), backbone, pixels, rows)
+        loss, _ = reference.forward(_TunerModel(tuner), backbone, pixels, rows)
         penalty = _penalty(hf)
         loss.backward()
         optimizer.step()
         tuner.update_and_allocate(step + 1)
-        losses.append((loss - part.orthogonal_weight * penalty).item())
-    pattern = {name.partition(".lora_E")[0]: sum(kept) for name, kept in config.rank_pattern.items()}
-    return torch.tensor(losses, dtype=torch.float64), trained, pattern
+        losses.append((loss - adapter.adalora.orthogonal_weight * penalty).item())
+    ranks = {name.partition(".lora_E")[0]: sum(mask) for name, mask in config.rank_pattern.items()}
+    return torch.tensor(losses, dtype=torch.float64), trained, ranks
 
 
-class _Called:
-    """peft's tuner where Hugging Face's model is expected: its forward adds the penalty to the loss."""
+def _copy_start(hf, start):
+    """Copy the initial tensors to peft's model; returns its trained parameters by the bank's names."""
+    trained = {}
+    with torch.no_grad():
+        for name, tensor in start.items():
+            low_rank = name.endswith((LORA_A, LORA_B, LORA_E))
+            parameter = hf.get_parameter(f"{name}.default" if low_rank else name)
+            parameter.copy_(tensor.view_as(parameter))
+            trained[name] = parameter.requires_grad_(True)
+    return trained
+
+
+class _TunerModel:
+    """peft's tuner with the interface of a Hugging Face model; its forward adds the penalty to the loss."""
 
     def __init__(self, tuner):
         self.tuner, self.config = tuner, tuner.model.config
@@ -130,97 +135,94 @@ class _Called:
 
 @torch.no_grad()
 def _penalty(hf):
-    found = []
+    norms = []
     for name, p in hf.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             gram = p @ p.T if ".lora_A." in name else p.T @ p
-            found.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype)))
-    return sum(found) / len(found)
+            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype)))
+    return sum(norms) / len(norms)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it in transformers
 def test_one_experiment_trains_as_with_pefts_adalora(small, family):
     adapter = adalora(tinit=10, tfinal=10, delta_t=5)
-    walk = Walk(small[family], [adapter], total=50)
-    start = walk.bank.state(0)
-    ours = walk.steps(0, 50)[:, 0]
-    theirs, trained, ranks = _peft_run(walk, small[family], adapter, start, 50)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    for name, tensor in walk.bank.state(0).items():
+    trainer = Trainer(small[family], [adapter], total=50)
+    start = trainer.bank.state(0)
+    losses = trainer.train(0, 50)[:, 0]
+    peft_losses, trained, ranks = _train_with_peft(trainer, small[family], adapter, start, 50)
+    torch.testing.assert_close(losses, peft_losses, atol=1e-4, rtol=0)
+    for name, tensor in trainer.bank.state(0).items():
         torch.testing.assert_close(tensor, trained[name].detach().view_as(tensor), atol=1e-4, rtol=0, msg=name)
-    assert ours[0] - ours[-2] > 0.1
-    assert walk.allocator.ranks(0) == ranks
+    assert losses[0] - losses[-2] > 0.1
+    assert trainer.allocator.ranks(0) == ranks
     assert len(set(ranks.values())) > 1
-    assert 0 < _values_left(walk.bank, 0) < 4 * len(walk.allocator.layers)
+    assert 0 < _count_values(trainer.bank, 0) < 4 * len(trainer.allocator.layers)
 
 
-def test_the_penalty_is_autograds(small):
-    walk = Walk(small["t5"], MIXED)
+def test_the_penaltys_gradient_equals_autograds(small):
+    trainer = Trainer(small["t5"], MIXED)
     for k, adapter in enumerate(MIXED):
-        walk.bank.grads.zero_()
-        walk.allocator.add_penalty()
-        leaves = {n: t.requires_grad_() for n, t in walk.bank.state(k).items() if n.endswith((LORA_A, LORA_B))}
+        trainer.bank.grads.zero_()
+        trainer.allocator.add_penalty()
+        leaves = {n: t.requires_grad_() for n, t in trainer.bank.state(k).items() if n.endswith((LORA_A, LORA_B))}
         rows = [t if n.endswith(LORA_A) else t.mT for n, t in leaves.items()]
         norms = [torch.linalg.matrix_norm(M @ M.mT - torch.eye(len(M), dtype=M.dtype)) for M in rows]
         (adapter.adalora.orthogonal_weight * sum(norms) / len(norms)).backward()
-        got = walk.bank.state(k, walk.bank.grads)
+        gradients = trainer.bank.state(k, trainer.bank.grads)
         for name, leaf in leaves.items():
-            torch.testing.assert_close(got[name], leaf.grad, atol=1e-12, rtol=1e-9)
-        assert not any(t.any() for n, t in got.items() if n not in leaves)
-
-
-# ------------------------------------------------------------------------- the bank
+            torch.testing.assert_close(gradients[name], leaf.grad, atol=1e-12, rtol=1e-9)
+        assert not any(t.any() for n, t in gradients.items() if n not in leaves)
 
 
 def test_a_bank_trains_as_single_runs(small, family):
-    bank = Walk(small[family], MIXED)
-    losses = bank.steps(0, STEPS)
+    trainer = Trainer(small[family], MIXED)
+    losses = trainer.train(0, STEPS)
     for k, adapter in enumerate(MIXED):
-        alone = Walk(small[family], [adapter], [k])
-        torch.testing.assert_close(losses[:, k], alone.steps(0, STEPS)[:, 0], atol=1e-8, rtol=0)
-        for name, tensor in alone.bank.state(0).items():
-            torch.testing.assert_close(bank.bank.state(k)[name], tensor, atol=1e-6, rtol=0, msg=name)
-        assert bank.allocator.history(k) == alone.allocator.history(0)
+        single = Trainer(small[family], [adapter], [k])
+        torch.testing.assert_close(losses[:, k], single.train(0, STEPS)[:, 0], atol=1e-8, rtol=0)
+        for name, tensor in single.bank.state(0).items():
+            torch.testing.assert_close(trainer.bank.state(k)[name], tensor, atol=1e-6, rtol=0, msg=name)
+        assert trainer.allocator.history(k) == single.allocator.history(0)
 
 
 def test_padding_of_smaller_ranks_stays_zero(small):
-    walk = Walk(small["t5"], MIXED)
-    walk.steps(0, STEPS)
+    trainer = Trainer(small["t5"], MIXED)
+    trainer.train(0, STEPS)
     for k in range(len(MIXED)):
-        only_own = torch.zeros_like(walk.bank.values)
-        walk.bank.load_state(k, walk.bank.state(k), only_own)
-        assert torch.equal(only_own[k], walk.bank.values[k])
+        own_values = torch.zeros_like(trainer.bank.values)
+        trainer.bank.load_state(k, trainer.bank.state(k), own_values)
+        assert torch.equal(own_values[k], trainer.bank.values[k])
 
 
-def test_leaving_midway_changes_nothing_for_the_others(small):
-    walk = Walk(small["t5"], MIXED)
-    walk.steps(0, 5)
-    walk.bank.keep([2, 0])
-    walk.optimizer.keep([2, 0])
-    walk.allocator.keep([2, 0])
-    walk.steps(5, STEPS)
+def test_experiments_that_leave_do_not_change_the_others(small):
+    trainer = Trainer(small["t5"], MIXED)
+    trainer.train(0, 5)
+    trainer.bank.keep([2, 0])
+    trainer.optimizer.keep([2, 0])
+    trainer.allocator.keep([2, 0])
+    trainer.train(5, STEPS)
     for k, original in enumerate((2, 0)):
-        alone = Walk(small["t5"], [MIXED[original]], [original])
-        alone.steps(0, STEPS)
-        for name, tensor in alone.bank.state(0).items():
-            torch.testing.assert_close(walk.bank.state(k)[name], tensor, atol=1e-6, rtol=0, msg=name)
-        assert walk.allocator.history(k) == alone.allocator.history(0)
+        single = Trainer(small["t5"], [MIXED[original]], [original])
+        single.train(0, STEPS)
+        for name, tensor in single.bank.state(0).items():
+            torch.testing.assert_close(trainer.bank.state(k)[name], tensor, atol=1e-6, rtol=0, msg=name)
+        assert trainer.allocator.history(k) == single.allocator.history(0)
 
 
 @pytest.mark.parametrize("stop", [5, 11])
-def test_state_is_all_there_is(small, stop):
-    """Taken out at any step and put into a fresh bank, training goes on bit for bit."""
-    straight = Walk(small["t5"], MIXED)
-    straight.steps(0, STEPS)
-    first, second = Walk(small["t5"], MIXED), Walk(small["t5"], MIXED, [7, 8, 9])
-    first.steps(0, stop)
+def test_training_resumes_bit_for_bit_from_a_saved_state(small, stop):
+    """The state at any step, loaded into a new bank, continues as uninterrupted training."""
+    uninterrupted = Trainer(small["t5"], MIXED)
+    uninterrupted.train(0, STEPS)
+    first, second = Trainer(small["t5"], MIXED), Trainer(small["t5"], MIXED, [7, 8, 9])
+    first.train(0, stop)
     for k in range(len(MIXED)):
         second.bank.load_state(k, first.bank.state(k))
         second.optimizer.load_state(k, first.optimizer.state(k), stop)
         second.allocator.load_state(k, first.allocator.state(k))
-    second.steps(stop, STEPS)
-    assert torch.equal(second.bank.values, straight.bank.values)
-    assert [second.allocator.history(k) for k in range(3)] == [straight.allocator.history(k) for k in range(3)]
+    second.train(stop, STEPS)
+    assert torch.equal(second.bank.values, uninterrupted.bank.values)
+    assert [second.allocator.history(k) for k in range(3)] == [uninterrupted.allocator.history(k) for k in range(3)]
 
 
 def test_an_untrained_bank_is_the_base_model(backbone):
@@ -231,8 +233,8 @@ def test_an_untrained_bank_is_the_base_model(backbone):
         bank = Bank(backbone, MIXED, [0, 1, 2])
         losses = backbone.losses(backbone.query(backbone.see(pixels), batch), batch)
     torch.testing.assert_close(losses, base.expand_as(losses), atol=1e-4, rtol=0)
-    a = next(t for n, t in bank.state(0).items() if n.endswith(LORA_A))
-    assert a.std() == pytest.approx(0.02, rel=0.3)
+    A = next(t for n, t in bank.state(0).items() if n.endswith(LORA_A))
+    assert A.std() == pytest.approx(0.02, rel=0.3)
 
 
 def test_lora_and_adalora_cannot_share_a_bank(backbone):
@@ -240,60 +242,67 @@ def test_lora_and_adalora_cannot_share_a_bank(backbone):
         Bank(backbone, [MIXED[0], AdapterConfig(llm=("attn",))], [0, 0])
 
 
-def test_counts_are_of_the_real_tensors(backbone):
+def test_counted_parameters_are_those_of_the_tensors(backbone):
     bank = Bank(backbone, MIXED, [0, 1, 2])
     counts = [bank.trained_parameters(k) for k in range(3)]
     assert [sum(c.values()) for c in counts] == [sum(t.numel() for t in bank.state(k).values()) for k in range(3)]
     bank.remove()
-    assert counts == [count.trained(backbone.hf, backbone.family, adapter) for adapter in MIXED]
+    assert counts == [count.trained_parameters(backbone.hf, backbone.family, adapter) for adapter in MIXED]
 
 
-# ----------------------------------------------------------------------- the budget
-
-
-def test_the_budget_is_met_to_the_triplet(small):
-    walk = Walk(small["vicuna"], MIXED)
-    walk.steps(0, STEPS)
+def test_the_budget_is_met_exactly(small):
+    trainer = Trainer(small["vicuna"], MIXED)
+    trainer.train(0, STEPS)
     for k, adapter in enumerate(MIXED):
-        history = walk.allocator.history(k)
-        layers = len(walk.bank.placements[k].lora)
-        assert sum(walk.allocator.ranks(k).values()) == round(adapter.mean_rank * layers) == history["budget"]
-        kept = [sum(row) for row in history["ranks"]]
-        assert kept == [walk.allocator.schedules[k].budget(step) for step in history["steps"]]
-        assert all(one >= other for one, other in pairwise(kept))
+        history = trainer.allocator.history(k)
+        layers = len(trainer.bank.placements[k].lora)
+        assert sum(trainer.allocator.ranks(k).values()) == round(adapter.mean_rank * layers) == history["budget"]
+        active_counts = [sum(row) for row in history["ranks"]]
+        assert active_counts == [trainer.allocator.schedules[k].budget(step) for step in history["steps"]]
+        assert all(count >= next_count for count, next_count in pairwise(active_counts))
         assert history["steps"][-1] == STEPS - 3
-        assert _values_left(walk.bank, k) <= history["budget"]
-        assert walk.allocator.settled(k, STEPS - 3)
-        assert not walk.allocator.settled(k, STEPS - 4)
+        assert _count_values(trainer.bank, k) <= history["budget"]
+        assert trainer.allocator.has_final_ranks(k, STEPS - 3)
+        assert not trainer.allocator.has_final_ranks(k, STEPS - 4)
 
 
-def test_what_does_not_matter_goes_first(small):
-    """A layer whose gradients are zero loses all its ranks to the others."""
-    walk = Walk(small["t5"], [adalora(orthogonal_weight=0)])
-    dead = walk.allocator.layers[0]
-    slot = walk.bank.slots[f"{dead}.{LORA_A}"]
+def test_a_layer_without_gradients_loses_all_its_ranks(small):
+    trainer = Trainer(small["t5"], [adalora(orthogonal_weight=0)])
+    layer = trainer.allocator.layers[0]
     for step in range(1, STEPS + 1):
-        walk.bank.grads.normal_(generator=torch.Generator().manual_seed(step))
+        trainer.bank.grads.normal_(generator=torch.Generator().manual_seed(step))
         for name in (LORA_A, LORA_B, LORA_E):
-            slot = walk.bank.slots[f"{dead}.{name}"]
-            walk.bank.columns(walk.bank.grads, slot).zero_()
-        walk.optimizer.step([RATE])
-        walk.allocator.update(step)
-    assert walk.allocator.ranks(0)[dead] == 0
-    assert sum(walk.allocator.ranks(0).values()) == walk.allocator.schedules[0].target
+            slot = trainer.bank.slots[f"{layer}.{name}"]
+            trainer.bank.columns(trainer.bank.grads, slot).zero_()
+        trainer.optimizer.step([RATE])
+        trainer.allocator.update(step)
+    assert trainer.allocator.ranks(0)[layer] == 0
+    assert sum(trainer.allocator.ranks(0).values()) == trainer.allocator.schedules[0].target
 
 
 def test_the_schedule_falls_with_the_cube():
-    schedule = Schedule.of(adalora(tinit=10, tfinal=20, delta_t=7), layers=5, total=100)
+    schedule = Schedule.from_config(adalora(tinit=10, tfinal=20, delta_t=7), layers=5, total=100)
     assert [schedule.budget(step) for step in (1, 10, 45, 80, 100)] == [20, 20, 11, 10, 10]
-    assert [step for step in range(1, 101) if schedule.allocates(step)] == [14, 21, 28, 35, 42, 49, 56, 63, 70, 77, 80]
+    assert [step for step in range(1, 101) if schedule.is_allocation_step(step)] == [
+        14,
+        21,
+        28,
+        35,
+        42,
+        49,
+        56,
+        63,
+        70,
+        77,
+        80,
+    ]
 
 
-def test_without_numbers_the_schedule_is_of_the_length():
-    part = AdapterConfig(method="adalora", llm=("attn",), rank=8)
-    assert Schedule.of(part, 10, 300) == Schedule(start=120, target=80, tinit=30, end=150, delta_t=10)
+def test_the_default_schedule_depends_on_the_number_of_steps():
+    adapter = AdapterConfig(method="adalora", llm=("attn",), rank=8)
+    assert Schedule.from_config(adapter, 10, 300) == Schedule(start=120, target=80, tinit=30, end=150, delta_t=10)
 
 
-def test_a_training_too_short_is_told():
+def test_a_training_that_is_too_short_is_refused():
     with pytest.raises(UserError, match=r"none of the 6 optimizer steps is left.*adapter.adalora.tinit or tfinal"):
-        Schedule.of(adalora(), 4, 6)
+        Schedule.from_config(adalora(), 4, 6)

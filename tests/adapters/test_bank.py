@@ -1,4 +1,4 @@
-"""A bank of K experiments is K experiments: against separate runs, against peft, in float64 without dropout."""
+"""A bank of K experiments equals K separate runs and peft's training, in float64 without dropout."""
 
 import copy
 import warnings
@@ -26,8 +26,8 @@ FULL = [
 ]
 
 
-class Walk:
-    """A bank in training on a few batches, over and over."""
+class Trainer:
+    """Trains a bank on the same three batches again and again."""
 
     def __init__(self, backbone, experiments, seeds=None, dtype=torch.float64):
         self.backbone = backbone
@@ -41,8 +41,8 @@ class Walk:
         pixels = reference.pictures(backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
 
-    def steps(self, first, last):
-        """Losses `steps × K`, the mean over the labels."""
+    def train(self, first, last):
+        """Train from step `first` up to `last`; returns the losses `steps × K`, means over the labels."""
         losses = []
         for step in range(first, last):
             encoded, pixels = self.batches[step % 3]
@@ -54,65 +54,66 @@ class Walk:
             losses.append((losses_K.detach() / len(batch.labels_N)).tolist())
         return torch.tensor(losses, dtype=torch.float64)
 
-    def keep(self, rows):
-        self.bank.keep(rows)
-        self.optimizer.keep(rows)
-        self.rates = [self.rates[k] for k in rows]
+    def keep(self, indices):
+        self.bank.keep(indices)
+        self.optimizer.keep(indices)
+        self.rates = [self.rates[k] for k in indices]
 
 
-def _alone(folder, experiments, k, steps):
-    walk = Walk(load(folder), [experiments[k]], [k])
-    return walk.steps(0, steps)[:, 0], walk.bank.state(0)
+def _train_single(folder, experiments, k, steps):
+    """Losses and final state of experiment k in a bank of its own."""
+    trainer = Trainer(load(folder), [experiments[k]], [k])
+    return trainer.train(0, steps)[:, 0], trainer.bank.state(0)
 
 
 @pytest.mark.parametrize("experiments", [MIXED, FULL], ids=["mixed ranks and placements", "full Q-Formers"])
 def test_a_bank_trains_as_separate_runs(small, family, experiments):
     steps = 6
-    bank = Walk(load(small[family]), experiments)
-    losses = bank.steps(0, steps)
+    trainer = Trainer(load(small[family]), experiments)
+    losses = trainer.train(0, steps)
     assert (losses[0] - losses[-1]).abs().min() > 1e-3
     for k in range(len(experiments)):
-        alone, state = _alone(small[family], experiments, k, steps)
-        torch.testing.assert_close(losses[:, k], alone, atol=1e-8, rtol=0)
-        banked = bank.bank.state(k)
-        assert banked.keys() == state.keys()
+        single_losses, state = _train_single(small[family], experiments, k, steps)
+        torch.testing.assert_close(losses[:, k], single_losses, atol=1e-8, rtol=0)
+        bank_state = trainer.bank.state(k)
+        assert bank_state.keys() == state.keys()
         for name in state:
-            torch.testing.assert_close(banked[name], state[name], atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(bank_state[name], state[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_leaving_midway_changes_nothing_for_the_others(small, family):
-    bank = Walk(load(small[family]), MIXED)
-    bank.steps(0, 3)
-    bank.keep([3, 1])
-    losses = bank.steps(3, 6)
+def test_experiments_that_leave_do_not_change_the_others(small, family):
+    trainer = Trainer(load(small[family]), MIXED)
+    trainer.train(0, 3)
+    trainer.keep([3, 1])
+    losses = trainer.train(3, 6)
     for k, original in enumerate((3, 1)):
-        alone, state = _alone(small[family], MIXED, original, 6)
-        torch.testing.assert_close(losses[:, k], alone[3:], atol=1e-8, rtol=0)
-        for name, tensor in bank.bank.state(k).items():
+        single_losses, state = _train_single(small[family], MIXED, original, 6)
+        torch.testing.assert_close(losses[:, k], single_losses[3:], atol=1e-8, rtol=0)
+        for name, tensor in trainer.bank.state(k).items():
             torch.testing.assert_close(tensor, state[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_padding_of_smaller_ranks_stays_zero(small):
-    walk = Walk(load(small["t5"]), MIXED)
-    bank = walk.bank
-    walk.steps(0, 3)
+    trainer = Trainer(load(small["t5"]), MIXED)
+    bank = trainer.bank
+    trainer.train(0, 3)
     for k in range(4):
-        only_own = torch.zeros_like(bank.values)
-        bank.load_state(k, bank.state(k), only_own)
-        assert torch.equal(only_own[k], bank.values[k])
+        own_values = torch.zeros_like(bank.values)
+        bank.load_state(k, bank.state(k), own_values)
+        assert torch.equal(own_values[k], bank.values[k])
 
 
-def _peft_run(folder, adapter, rate, start, steps, walk):
-    """The same training through peft's layers, torch's AdamW and Hugging Face's forward and loss."""
+def _train_with_peft(folder, adapter, rate, start, steps, trainer):
+    """The same training with peft's layers, torch's AdamW and Hugging Face's forward and loss."""
     from peft import LoraConfig, get_peft_model
 
     backbone = load(folder)
     hf = backbone.hf.double()
-    placed = placement.resolve(hf, backbone.family, adapter)
-    config = LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=list(placed.lora))
+    layers = placement.resolve(hf, backbone.family, adapter).lora
+    config = LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=list(layers))
     peft_model = get_peft_model(hf, config)
-    wrapped = {n.removesuffix(".lora_A.default") for n, _ in hf.named_modules() if n.endswith(".lora_A.default")}
-    assert wrapped == set(placed.lora)
+    wrapped_names = {n.removesuffix(".lora_A.default") for n, _ in hf.named_modules() if n.endswith(".lora_A.default")}
+    assert wrapped_names == set(layers)
     trained = {}
     for name, tensor in start.items():
         layer, _, last = name.rpartition(".")
@@ -127,11 +128,11 @@ def _peft_run(folder, adapter, rate, start, steps, walk):
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-8)
-    losses = reference.train(hf, backbone, walk.batches, optimizer, steps)
+    losses = reference.train(hf, backbone, trainer.batches, optimizer, steps)
     return torch.tensor(losses, dtype=torch.float64), trained
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers so
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it in transformers
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -141,24 +142,24 @@ def _peft_run(folder, adapter, rate, start, steps, walk):
     ids=["all LoRA", "full Q-Former"],
 )
 def test_one_experiment_trains_as_with_peft_and_torch(small, family, adapter):
-    walk = Walk(load(small[family]), [(adapter, 1e-3)])
-    start = walk.bank.state(0)
-    ours = walk.steps(0, 20)[:, 0]
-    theirs, trained = _peft_run(small[family], adapter, 1e-3, start, 20, walk)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert ours[0] - ours[-2] > 0.1
-    for name, tensor in walk.bank.state(0).items():
+    trainer = Trainer(load(small[family]), [(adapter, 1e-3)])
+    start = trainer.bank.state(0)
+    losses = trainer.train(0, 20)[:, 0]
+    peft_losses, trained = _train_with_peft(small[family], adapter, 1e-3, start, 20, trainer)
+    torch.testing.assert_close(losses, peft_losses, atol=1e-5, rtol=0)
+    assert losses[0] - losses[-2] > 0.1
+    for name, tensor in trainer.bank.state(0).items():
         torch.testing.assert_close(tensor, trained[name].detach().view_as(tensor), atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("adapter", [MIXED[3][0], FULL[0][0]], ids=["LoRA", "full"])
-def test_removing_a_bank_gives_the_backbone_back(backbone, adapter):
+def test_removing_a_bank_restores_the_backbone(backbone, adapter):
     modules = dict(backbone.hf.named_modules())
     weights = {name: tensor.clone() for name, tensor in backbone.hf.state_dict().items()}
-    walk = Walk(backbone, [(adapter, 1e-2), (adapter, 1e-2)], dtype=torch.float32)
-    walk.steps(0, 2)
+    trainer = Trainer(backbone, [(adapter, 1e-2), (adapter, 1e-2)], dtype=torch.float32)
+    trainer.train(0, 2)
     assert backbone.experiments == 2
-    walk.bank.remove()
+    trainer.bank.remove()
     assert backbone.experiments == 1
     assert {name: id(m) for name, m in modules.items()} == {n: id(m) for n, m in backbone.hf.named_modules()}
     after = backbone.hf.state_dict()
@@ -167,7 +168,7 @@ def test_removing_a_bank_gives_the_backbone_back(backbone, adapter):
     assert not any(p.requires_grad or p.grad is not None for p in backbone.hf.parameters())
 
 
-def test_untrained_bank_is_the_base_model(backbone):
+def test_an_untrained_bank_computes_as_the_base_model(backbone):
     encoded, pixels = reference.ask(backbone), reference.pictures(backbone, 4)
     batch = backbone.text.targets(encoded)
     with torch.no_grad():
@@ -181,18 +182,18 @@ def test_untrained_bank_is_the_base_model(backbone):
 
 def test_an_experiment_starts_the_same_in_any_bank(backbone):
     bank = Bank(backbone, [adapter for adapter, _ in MIXED], [7, 7, 8, 9])
-    together = bank.state(1)
+    bank_state = bank.state(1)
     bank.remove()
     bank = Bank(backbone, [MIXED[1][0]], [7])
-    alone = bank.state(0)
+    single_state = bank.state(0)
     bank.remove()
-    other = Bank(backbone, [MIXED[1][0]], [8]).state(0)
-    assert all(torch.equal(together[name], alone[name]) for name in alone)
-    a = next(name for name in alone if name.endswith("lora_A"))
-    assert not torch.equal(other[a], alone[a])
+    other_seed_state = Bank(backbone, [MIXED[1][0]], [8]).state(0)
+    assert all(torch.equal(bank_state[name], single_state[name]) for name in single_state)
+    A_name = next(name for name in single_state if name.endswith("lora_A"))
+    assert not torch.equal(other_seed_state[A_name], single_state[A_name])
 
 
-def test_lora_starts_as_pefts(backbone):
+def test_lora_is_initialized_as_pefts(backbone):
     """A is Kaiming-uniform with a = √5, which is uniform in ± 1 / √inputs; B is zero."""
     bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), llm=("ffn",), rank=8)], [0])
     for name, tensor in bank.state(0).items():
@@ -214,30 +215,30 @@ def test_states_of_another_experiment_are_refused(backbone):
     bank = Bank(backbone, [adapter for adapter, _ in MIXED], [0] * 4)
     with pytest.raises(ValueError, match="does not fit"):
         bank.load_state(0, bank.state(1))
-    wrong = bank.state(0)
-    name = next(iter(wrong))
+    state = bank.state(0)
+    name = next(iter(state))
     with pytest.raises(ValueError, match="expected"):
-        bank.load_state(0, wrong | {name: wrong[name][:1]})
+        bank.load_state(0, state | {name: state[name][:1]})
 
 
-def test_counts_are_of_the_real_tensors(backbone):
+def test_counted_parameters_are_those_of_the_tensors(backbone):
     bank = Bank(backbone, [adapter for adapter, _ in MIXED], [0] * 4)
     for k in range(4):
         assert sum(bank.trained_parameters(k).values()) == sum(t.numel() for t in bank.state(k).values())
 
 
-def test_no_warning_about_gradient_layouts(backbone):
-    walk = Walk(backbone, FULL, dtype=torch.float32)
+def test_training_gives_no_warning_about_gradient_layouts(backbone):
+    trainer = Trainer(backbone, FULL, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        walk.steps(0, 1)
+        trainer.train(0, 1)
 
 
-def test_frozen_modules_are_untouched(backbone):
+def test_frozen_modules_do_not_change(backbone):
     assert isinstance(copy.deepcopy(backbone.hf).language_projection, nn.Linear)
-    walk = Walk(backbone, MIXED, dtype=torch.float32)
+    trainer = Trainer(backbone, MIXED, dtype=torch.float32)
     before = {n: p.clone() for n, p in backbone.hf.named_parameters() if not p.requires_grad}
-    walk.steps(0, 2)
+    trainer.train(0, 2)
     after = dict(backbone.hf.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert all(after[n].grad is None for n in before)

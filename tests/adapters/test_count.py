@@ -1,4 +1,4 @@
-"""Counts are of the modules: what the bank allocates, and what the published models have."""
+"""Counted parameters are those that the bank allocates and those of the published models."""
 
 import pytest
 
@@ -16,20 +16,20 @@ from blipfit.recipe import AdapterConfig
         AdapterConfig(),
     ],
 )
-def test_counted_is_what_a_bank_trains(backbone, adapter):
-    expected = count.trained(backbone.hf, backbone.family, adapter)
+def test_the_count_is_what_a_bank_trains(backbone, adapter):
+    expected = count.trained_parameters(backbone.hf, backbone.family, adapter)
     bank = Bank(backbone, [adapter], [0])
     assert bank.trained_parameters(0) == expected
     assert bank.values.numel() == sum(expected.values())
 
 
-def test_total_counts_every_parameter_once(backbone):
-    assert sum(count.total(backbone.hf).values()) == sum(p.numel() for p in backbone.hf.parameters())
+def test_every_parameter_is_counted_once(backbone):
+    assert sum(count.all_parameters(backbone.hf).values()) == sum(p.numel() for p in backbone.hf.parameters())
 
 
-def test_parts_of_a_published_experiment():
+def test_components_of_a_published_experiment():
     model = shapes.on_meta("Salesforce/instructblip-vicuna-7b")
-    assert count.trained(model, "vicuna", AdapterConfig(qformer=("cross_attn",), llm=("ffn",), rank=4)) == {
+    assert count.trained_parameters(model, "vicuna", AdapterConfig(qformer=("cross_attn",), llm=("ffn",), rank=4)) == {
         "query tokens": 32 * 768,
         "vision layer norm": 2 * 1408,
         "projection": 3_149_824,
@@ -40,12 +40,12 @@ def test_parts_of_a_published_experiment():
 
 def test_memory_grows_with_the_experiments():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained(model, "t5", AdapterConfig(qformer="full"))
-    one, two = (count.memory_estimate(model, trained, k, tokens=128, rows=16) for k in (1, 2))
-    assert two["weights"] == one["weights"]
-    assert two["trained"] == 2 * one["trained"] == 56 * 187_262_464
-    assert two["activations"] == 2 * one["activations"]
-    assert 2 * 4.0e9 < one["weights"] < 2 * 4.3e9 + 4e8  # 4.0 G parameters, most of them at two bytes
+    trained = count.trained_parameters(model, "t5", AdapterConfig(qformer="full"))
+    single, double = (count.estimate_memory(model, trained, k, tokens=128, rows=16) for k in (1, 2))
+    assert double["weights"] == single["weights"]
+    assert double["trained"] == 2 * single["trained"] == 56 * 187_262_464
+    assert double["activations"] == 2 * single["activations"]
+    assert 2 * 4.0e9 < single["weights"] < 2 * 4.3e9 + 4e8  # 4.0 G parameters, most of them at two bytes
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,22 @@ def test_memory_grows_with_the_experiments():
         ("vicuna-7b", 8, 4, (), "full", 58.02e9),
     ],
 )
-def test_the_memory_estimate_is_near_what_a_gpu_took(name, rows, experiments, checkpointing, qformer, measured):
+def test_the_memory_estimate_is_near_the_measured_memory_of_a_gpu(
+    name, rows, experiments, checkpointing, qformer, measured
+):
     """Peaks of torch's allocator on an H200, 106 text tokens (benchmarks/results/2026-11-27-gpu-h200-*.json)."""
     model = shapes.on_meta(f"Salesforce/instructblip-{name}")
     family = "t5" if "t5" in name else "vicuna"
-    trained = count.trained(model, family, AdapterConfig(qformer=qformer, rank=8))
-    estimate = count.memory_estimate(model, trained, experiments, 106, rows, checkpointing)
+    trained = count.trained_parameters(model, family, AdapterConfig(qformer=qformer, rank=8))
+    estimate = count.estimate_memory(model, trained, experiments, 106, rows, checkpointing)
     assert sum(estimate.values()) == pytest.approx(measured, rel=0.1)
 
 
-def test_checkpointing_keeps_less():
+def test_checkpointing_lowers_the_memory_of_activations():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained(model, "t5", AdapterConfig(qformer=("ffn",)))
+    trained = count.trained_parameters(model, "t5", AdapterConfig(qformer=("ffn",)))
     sizes = [
-        count.memory_estimate(model, trained, 1, 128, 16, stages)["activations"]
+        count.estimate_memory(model, trained, 1, 128, 16, stages)["activations"]
         for stages in ((), ("query",), ("answer",), ("query", "answer"))
     ]
     assert sizes == sorted(sizes, reverse=True)

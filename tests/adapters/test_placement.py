@@ -1,4 +1,4 @@
-"""Placements name exactly the published layers; the real models' layers are counted on the meta device."""
+"""Placements name exactly the published layers; the published models' layers are counted on the meta device."""
 
 import re
 
@@ -14,12 +14,12 @@ from blipfit.recipe import AdapterConfig
 QFORMER_LAYERS, CROSS_LAYERS = 12, 6
 
 
-def _real(family):
+def _published_model(family):
     return shapes.on_meta(grid.MODELS[family])
 
 
-def _ends(names):
-    """Layer numbers taken out: the kinds of layers there are."""
+def _layer_kinds(names):
+    """The names without layer numbers: the kinds of layers."""
     return {re.sub(r"\.\d+\.", ".N.", name) for name in names}
 
 
@@ -45,8 +45,8 @@ def _ends(names):
     ],
 )
 def test_q_former_sublayers(part, kinds, count):
-    placed = placement.resolve(_real("t5"), "t5", AdapterConfig(qformer=(part,)))
-    assert _ends(placed.lora) == {f"qformer.encoder.layer.N.{kind}" for kind in kinds}
+    placed = placement.resolve(_published_model("t5"), "t5", AdapterConfig(qformer=(part,)))
+    assert _layer_kinds(placed.lora) == {f"qformer.encoder.layer.N.{kind}" for kind in kinds}
     assert len(placed.lora) == len(set(placed.lora)) == count
     assert not placed.qformer_full
 
@@ -82,8 +82,8 @@ def test_q_former_sublayers(part, kinds, count):
     ],
 )
 def test_language_model_sublayers(family, part, kinds, count):
-    placed = placement.resolve(_real(family), family, AdapterConfig(llm=(part,)))
-    assert _ends(placed.lora) == {f"language_model.{kind}" for kind in kinds}
+    placed = placement.resolve(_published_model(family), family, AdapterConfig(llm=(part,)))
+    assert _layer_kinds(placed.lora) == {f"language_model.{kind}" for kind in kinds}
     assert len(placed.lora) == len(set(placed.lora)) == count
 
 
@@ -94,52 +94,52 @@ def test_language_model_sublayers(family, part, kinds, count):
         ("vicuna", (31, 2), {"model.layers.2", "model.layers.31"}),
     ],
 )
-def test_chosen_blocks(family, layers, stacks):
-    model = _real(family)
-    every = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn")))
-    chosen = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn"), llm_layers=layers))
-    ours = {f"language_model.{stack}." for stack in stacks}
-    wanted = [n for n in every.lora if n.startswith((*ours, "qformer."))]
-    assert sorted(chosen.lora) == sorted(wanted)
-    assert {n for n in ours if any(name.startswith(n) for name in chosen.lora)} == ours
-    assert len(chosen.lora) < len(every.lora)
+def test_selected_blocks(family, layers, stacks):
+    model = _published_model(family)
+    all_blocks = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn")))
+    selected = placement.resolve(model, family, AdapterConfig(qformer=("ffn",), llm=("attn", "ffn"), llm_layers=layers))
+    prefixes = {f"language_model.{stack}." for stack in stacks}
+    expected = [name for name in all_blocks.lora if name.startswith((*prefixes, "qformer."))]
+    assert sorted(selected.lora) == sorted(expected)
+    assert {p for p in prefixes if any(name.startswith(p) for name in selected.lora)} == prefixes
+    assert len(selected.lora) < len(all_blocks.lora)
 
 
 @pytest.mark.parametrize(("family", "last"), [("t5", 47), ("vicuna", 31)])
-def test_a_block_that_is_not_there_is_an_error(family, last):
+def test_a_block_that_does_not_exist_is_refused(family, last):
     adapter = AdapterConfig(llm=("attn",), llm_layers=(0, last + 1))
     with pytest.raises(UserError, match=rf"llm_layers has {last + 1}, .* blocks 0 to {last} "):
-        placement.resolve(_real(family), family, adapter)
+        placement.resolve(_published_model(family), family, adapter)
 
 
-def test_the_self_attentions_output_is_never_adapted():
+def test_the_output_layer_of_self_attention_is_not_adapted():
     every = AdapterConfig(qformer=("self_attn", "cross_attn", "ffn"), llm=("attn", "ffn"))
     for family in ("t5", "vicuna"):
-        names = placement.resolve(_real(family), family, every).lora
+        names = placement.resolve(_published_model(family), family, every).lora
         assert not [n for n in names if re.search(r"\.attention\.output\.|\.(k|o|k_proj|o_proj)$|lm_head", n)]
         assert not [n for n in names if n.startswith(("vision_model", "language_projection"))]
 
 
-def test_always_trained():
-    placed = placement.resolve(_real("t5"), "t5", AdapterConfig())
+def test_always_trained_modules():
+    placed = placement.resolve(_published_model("t5"), "t5", AdapterConfig())
     assert placed.lora == ()
     assert set(placed.full) == {"vision_model.post_layernorm", "language_projection"}
 
 
-def test_a_full_q_former_is_all_of_it():
-    model = _real("vicuna")
+def test_a_full_q_former_is_trained_completely():
+    model = _published_model("vicuna")
     placed = placement.resolve(model, "vicuna", AdapterConfig(qformer="full"))
     parameters = {
         f"{name}.{p}" for name in placed.full for p, _ in model.get_submodule(name).named_parameters(recurse=False)
     }
-    wanted = {n for n, _ in model.named_parameters() if n.startswith("qformer.")}
-    always = {"vision_model.post_layernorm", "language_projection"}
-    assert parameters == wanted | {f"{name}.{p}" for name in always for p in ("weight", "bias")}
+    qformer_parameters = {n for n, _ in model.named_parameters() if n.startswith("qformer.")}
+    always_trained = {"vision_model.post_layernorm", "language_projection"}
+    assert parameters == qformer_parameters | {f"{name}.{p}" for name in always_trained for p in ("weight", "bias")}
     assert placed.qformer_full
 
 
-def test_a_name_that_matches_nothing_is_an_error():
-    """A model without cross-attention, say: one missing sublayer is not hidden by the others that match."""
+def test_a_sublayer_that_matches_no_layer_is_an_error():
+    """For example a model without cross-attention, also where another sublayer matches."""
     model = torch.nn.Module()
     model.qformer = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"layer": torch.nn.ModuleList()})})
     layer = torch.nn.ModuleDict({"output": torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})})
@@ -152,9 +152,9 @@ def test_a_name_that_matches_nothing_is_an_error():
 
 
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
-def test_every_parameter_belongs_to_a_row_of_the_cost_table(family):
-    rows = {placement.component(name) for name, _ in _real(family).named_parameters()}
-    assert rows == {
+def test_every_parameter_belongs_to_a_component(family):
+    components = {placement.component_of(name) for name, _ in _published_model(family).named_parameters()}
+    assert components == {
         "vision",
         "vision layer norm",
         "query tokens",
@@ -169,15 +169,15 @@ def test_every_parameter_belongs_to_a_row_of_the_cost_table(family):
     }
 
 
-def test_layers_without_gradient_are_those_of_the_model(backbone):
-    """The text branch of the Q-Former's last feed-forward, and nothing else, stays without a gradient."""
+def test_the_pattern_matches_exactly_the_layers_without_gradient(backbone):
+    """Only the text branch of the Q-Former's last feed-forward has no gradient."""
     import reference
     from blipfit.adapters.bank import Bank
 
     bank = Bank(backbone, [AdapterConfig(qformer="full")], [0])
     batch = backbone.text.targets(reference.ask(backbone))
     bank.backward(backbone.losses(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).sum())
-    dead = placement.without_gradient(backbone.hf)
-    still = {name for name in bank.names(0) if not bank.tensor(0, name, bank.grads).any()}
-    assert still == {name for name in bank.names(0) if dead.match(name)}
-    assert len(still) == 6  # two dense layers and a layer norm
+    pattern = placement.no_gradient_pattern(backbone.hf)
+    names = {name for name in bank.tensor_names(0) if not bank.tensor(0, name, bank.grads).any()}
+    assert names == {name for name in bank.tensor_names(0) if pattern.match(name)}
+    assert len(names) == 6  # two dense layers and a layer norm

@@ -79,7 +79,7 @@ def _effects(record) -> dict[tuple[str, str, str], dict]:
 
 
 def test_the_grid_gives_the_law_back(grown):
-    (found,) = ablation.examine([grown])
+    (found,) = ablation.run([grown])
     assert (found["dataset"], found["experiments"]) == ("iconqa", 66)
     effects = _effects(found)
     for (kind, what, _), effect in effects.items():
@@ -114,7 +114,7 @@ def _rank(experiment: str) -> int:
 
 def test_the_pairs_are_all_there_are(grown):
     """Counted by hand from the rows of the grid: per family four ranks a row, and the baseline beside four."""
-    effects = _effects(ablation.examine([grown])[0])
+    effects = _effects(ablation.run([grown])[0])
     counts = {key: effect["pairs"] for key, effect in effects.items()}
     assert counts["added", "llm attn", ""] == 2 * (4 + 4)  # rows ffn → all, and the baseline → attn
     assert counts["added", "llm ffn", ""] == 2 * (4 + 4)
@@ -154,7 +154,7 @@ def test_a_single_sublayer_of_the_qformer_where_experiments_differ_in_it(tmp_pat
                 changes["training"] = like.training.model_copy(update={"seed": experiment})
                 recipe = like.model_copy(update=changes)
                 finish(tmp_path, recipe, law(recipe) + noise.uniform(-1, 1))
-    effects = _effects(ablation.examine([tmp_path / "iconqa"])[0])
+    effects = _effects(ablation.run([tmp_path / "iconqa"])[0])
     for part, pairs in (("self_attn", 4), ("cross_attn", 4), ("ffn", 4)):
         effect = effects["added", f"qformer {part}", ""]
         assert effect["pairs"] == pairs  # of the same seed and rank
@@ -168,7 +168,7 @@ def test_methods_are_compared(tmp_path, finish, small):
     like = grid.recipe("iconqa", 32, str(small["t5"]))
     for method, percent in (("lora", 60), ("dora", 61), ("ia3", 57)):
         finish(tmp_path, like.override([f"experiment={method}", f"adapter.method={method}"]), percent)
-    effects = _effects(ablation.examine([tmp_path / "iconqa"])[0])
+    effects = _effects(ablation.run([tmp_path / "iconqa"])[0])
     methods = {key[1:]: (e["mean"], e["interval"], e["pairs"]) for key, e in effects.items() if key[0] == "method"}
     assert methods == {("dora", "lora"): (1, None, 1), ("ia3", "lora"): (-3, None, 1), ("ia3", "dora"): (-4, None, 1)}
 
@@ -178,16 +178,16 @@ def test_more_than_one_difference_is_no_pair(tmp_path, finish, small):
     other = grid.recipe("iconqa", 27, str(small["t5"])).override(["training.seed=1"])
     for recipe in (like, other, like.override(["experiment=x", "adapter.rank=4", "adapter.llm=attn"])):
         finish(tmp_path, recipe, 50)
-    assert sum(e["pairs"] for e in ablation.examine([tmp_path / "iconqa"])[0]["effects"]) == 0
+    assert sum(e["pairs"] for e in ablation.run([tmp_path / "iconqa"])[0]["effects"]) == 0
 
 
 def test_data_sets_stand_side_by_side(grown, tmp_path, finish, small, capsys):
     few = [grid.recipe("iconqa", n, str(small["t5"])) for n in (2, 10)]
     for recipe in few:
         finish(tmp_path, recipe, law(recipe))
-    records = ablation.examine([grown, tmp_path / "iconqa"])
+    records = ablation.run([grown, tmp_path / "iconqa"])
     assert json.loads(json.dumps(records)) == records
-    drawn, *sentences = ablation.table(records)
+    drawn, *sentences = ablation.render(records)
     assert [column.header for column in drawn.columns] == ["effect of", "against", "iconqa", "pairs", "iconqa", "pairs"]
     terminal.console().print(drawn)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
@@ -206,7 +206,7 @@ def test_a_folder_without_results_is_told(tmp_path, make):
     make(tmp_path)
     for folder in (tmp_path, tmp_path / "iconqa"):
         with pytest.raises(UserError, match=r"holds no finished run; give .*RESULTS/DATASET"):
-            ablation.examine([folder])
+            ablation.run([folder])
 
 
 def test_what_training_itself_writes_is_read(iconqa, tmp_path, small):
@@ -217,7 +217,7 @@ def test_what_training_itself_writes_is_read(iconqa, tmp_path, small):
     own = ["training.batch_size=4", "training.max_epochs=1", "training.learning_rate=5e-4"]
     two = [grid.recipe("iconqa", n, str(small["t5"])).override(own) for n in (28, 32)]
     runs = loop.train(two, iconqa, tmp_path, model_cache=ModelCache("cpu", store=tmp_path / "features"))
-    effect = _effects(ablation.examine([tmp_path / "iconqa"])[0])["added", "llm attn+ffn", ""]
+    effect = _effects(ablation.run([tmp_path / "iconqa"])[0])["added", "llm attn+ffn", ""]
     first, second = (run.result()["metrics"]["test"]["accuracy"] for run in runs)
     assert effect["runs"] == [["28", "32", pytest.approx(second - first, abs=1e-4)]]
     assert (effect["pairs"], effect["same_settings"], effect["interval"]) == (1, 1, None)

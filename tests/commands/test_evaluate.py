@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from blipfit.commands import evaluate as evaluations
+from blipfit.commands import arguments, evaluate
 from blipfit.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_base_and_adapter_in_one_table():
             {"rougeL": change, "pairwise_mean": change, "clip_score": change},
         ),
     ]
-    printed = _printed(evaluations.shown(records))
+    printed = _printed(evaluate.render_on(records))
     for told in ("50.0 [45.0–55.0]", "62.5 [57.5–67.5]", "+12.5 [-1.2–+20.0]", "301.25", "290.00", "-11.25", "101.25"):
         assert told in printed, told
     assert "61.5 [50.0–70.0]" in printed
@@ -68,14 +68,14 @@ def test_base_and_adapter_in_one_table():
 def test_a_model_alone_has_no_second_column():
     record = _record("icons", _accuracy(50.0), None, None)
     del record["tuned"], record["difference"]
-    printed = _printed(evaluations.shown([record | {"run": None}]))
+    printed = _printed(evaluate.render_on([record | {"run": None}]))
     assert "with adapter" not in printed
     assert "tiny-t5" in printed
 
 
 def test_places(tmp_path):
-    assert evaluations.places(f"mme={tmp_path}, scienceqa", None)[0] == ("mme", tmp_path)
+    assert arguments.data_folders(f"mme={tmp_path}, scienceqa", None)[0] == ("mme", tmp_path)
     with pytest.raises(UserError, match="say on what"):
-        evaluations.places(" , ", None)
+        arguments.data_folders(" , ", None)
     with pytest.raises(UserError, match="was trained on rewardbench"):
-        evaluations._refuse_trained([("rewardbench", tmp_path)], "all", "rewardbench")
+        evaluate._refuse_training_questions([("rewardbench", tmp_path)], "all", "rewardbench")

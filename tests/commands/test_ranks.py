@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from blipfit import grid, run
-from blipfit.adapters.placement import component
+from blipfit.adapters.placement import component_of
 from blipfit.commands import ranks
 from blipfit.errors import UserError
 from blipfit.report import terminal
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_ranks_are_summed_by_sublayer(folder):
-    record = ranks.examine(folder)
+    (record,) = ranks.run([folder])
     assert record["sublayers"] == {
         "qformer self_attn": {"layers": 2, "start": 6, "kept": 6, "empty": 0, "over_training": [6, 6]},
         "llm attn": {"layers": 2, "start": 6, "kept": 2, "empty": 1, "over_training": [5, 2]},
@@ -52,10 +52,10 @@ def test_ranks_are_summed_by_sublayer(folder):
 
 
 def test_ranks_are_shown_by_layer(folder, capsys):
-    record = ranks.examine(folder)
+    (record,) = ranks.run([folder])
     assert ranks.by_depth(record["ranks"])["qformer.encoder.layer.*.attention.attention.query"] == {0: 3, 3: 3}
     assert ranks.by_depth(record["ranks"])["language_model.encoder.block.*.layer.0.SelfAttention.q"] == {1: 2}
-    first, second, last = ranks.table(record)
+    first, second, last = ranks.run_tables(record)
     assert [column.header for column in second.columns] == ["module", "0", "1", "3"]
     assert list(first.columns[3].cells) == ["6", "2", "8"]
     assert last.endswith("ranks.png")
@@ -67,13 +67,13 @@ def test_other_runs_have_no_ranks_to_show(tmp_path):
     mine = Run.of(tmp_path, recipe)
     mine.claim(recipe, "questions")
     with pytest.raises(UserError, match="was trained with lora"):
-        ranks.examine(mine.folder)
+        ranks.run([mine.folder])
 
 
 def test_an_unfinished_run_is_told(folder):
     Run(folder).result_file.unlink()
     with pytest.raises(UserError, match="is not finished"):
-        ranks.examine(folder)
+        ranks.run([folder])
 
 
 def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
@@ -82,9 +82,9 @@ def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
     made = [grid.recipe("iconqa", n, str(small["t5"])).override(own) for n in (30, 2)]
     made[1] = made[1].override(["adapter.qformer=[]", "training.learning_rate=5e-4"])
     done = loop.train(made, iconqa, tmp_path, model_cache=ModelCache("cpu", store=tmp_path / "features"))
-    records = [ranks.examine(one.folder) for one in done]
+    records = ranks.run([run.folder for run in done])
     assert [record["title"] for record in records] == ["iconqa/30", "iconqa/2"]
-    table, *pictures = ranks.shown(records)
+    table, *pictures = ranks.render(records)
     assert [picture.rpartition("/")[2] for picture in pictures] == ["ranks.png", "ranks.png"]
     terminal.console().print(table)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
@@ -94,7 +94,7 @@ def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
         assert found["ranks in all"][number] == str(sum(kept.values())) == str(records[number]["budget"])
         assert found["rank of a layer, start → end"][number] == f"3 → {sum(kept.values()) / len(kept):.2f}"
         for part in ("llm attn", "llm ffn", "qformer ffn"):
-            mine = [rank for layer, rank in kept.items() if component(layer) == part]
+            mine = [rank for layer, rank in kept.items() if component_of(layer) == part]
             cell = found[part][number]
             if mine:
                 assert cell.split()[:2] == [
@@ -104,4 +104,4 @@ def test_several_runs_stand_side_by_side(iconqa, tmp_path, small, capsys):
             else:
                 assert cell == "–"
     assert found["llm attn"][1] == found["qformer ffn"][1] == "–"
-    assert len(ranks.shown(records[:1])) == 3
+    assert len(ranks.render(records[:1])) == 3

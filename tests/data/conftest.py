@@ -1,4 +1,4 @@
-"""Small data sets in the official layouts, made on the spot."""
+"""Small data sets in the official layouts, and a vision tower with images."""
 
 import json
 from collections.abc import Callable
@@ -6,14 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from blipfit.data import features
+from blipfit.data.features import FeatureSpec
+from blipfit.model import image_features, loading
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import ModelConfig
+from image_tower import compute_features
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 @pytest.fixture
 def shared() -> Path:
-    """Real encoded_split, present only where the project's authors put it."""
+    """Folder with real data of the authors; tests that need it are skipped elsewhere."""
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
@@ -54,7 +62,7 @@ def _problem(number: int, **fields) -> dict:
 
 @pytest.fixture
 def official_scienceqa(tmp_path: Path) -> Path:
-    """Problems 1–8: train 3, 1, 2 (2 has no image), val 4, 5, test 6, 7, 8; numbers not in order on purpose."""
+    """Problems 1–8: train 3, 1, 2 (2 has no image), val 4, 5, test 6, 7, 8; deliberately not in order."""
     root = tmp_path / "official"
     splits = {"train": ["3", "1", "2"], "val": ["4", "5"], "test": ["6", "7", "8"]}
     problems = {}
@@ -71,7 +79,7 @@ def official_scienceqa(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def official_iconqa(tmp_path: Path) -> Path:
-    """Three choose_txt problems, one a split, and one of each other type."""
+    """Three choose_txt problems, one per split, and one problem of each other type."""
     root = tmp_path / "iconqa_data"
     problems = {}
     for pid, split in (("12", "test"), ("7", "train"), ("9", "val")):
@@ -90,3 +98,37 @@ def official_iconqa(tmp_path: Path) -> Path:
     problems["2"] = blank | {"ques_type": "fill_in_blank", "answer": "19"}
     (root / "problems.json").write_text(json.dumps(problems))
     return root
+
+
+@pytest.fixture(scope="module")
+def tower() -> Backbone:
+    """The miniature, for its vision tower."""
+    return loading.load(ModelConfig(name="tiny-t5"))
+
+
+@pytest.fixture(scope="module")
+def spec(tower: Backbone) -> FeatureSpec:
+    return image_features.feature_spec(tower)
+
+
+@pytest.fixture(scope="module")
+def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """21 images of random pixels, `0.png` to `20.png`."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(3)
+    for n in range(21):
+        values = generator.integers(0, 256, (20 + n, 50, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{n}.png")
+    return [folder / f"{n}.png" for n in range(21)]
+
+
+@pytest.fixture(scope="module")
+def exact_features(tower: Backbone, image_paths: list[Path]) -> torch.Tensor:
+    """The tower's features of each image, not rounded."""
+    return compute_features(tower, image_paths)
+
+
+@pytest.fixture
+def six_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 4 images, so that 21 images need six shards."""
+    monkeypatch.setattr(features, "SHARD_IMAGES", 4)

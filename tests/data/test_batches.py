@@ -1,6 +1,6 @@
-"""What each text tower sees, token by token.
+"""What the Q-Former and the language model read, token by token.
 
-The golden ids were taken from the vocabularies through other libraries: sentencepiece for LLaMA, tokenizers for T5
+The expected ids were computed from the vocabularies with other libraries: sentencepiece for LLaMA, tokenizers for T5
 and BERT.
 """
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import checkpoints
-from blipfit.data.batches import Encoded, TargetBatch, TextEncoder
-from blipfit.data.prompts import Prompted
+from blipfit.data.batches import EncodedQuestion, TargetBatch, TextEncoder
+from blipfit.data.prompts import PromptedQuestion
 
-SHORT = Prompted(
+SHORT = PromptedQuestion(
     "<Image> Question: Is it 3 o'clock? Options: (a) yes (b) no. Short answer:", "(b) no", ("(a) yes", "(b) no")
 )
-LONG = Prompted(
+LONG = PromptedQuestion(
     "Context: {"
     + "The robin is a small bird. " * 40
     + "} Question: {Which bird is it?} Options: {(a) robin\n(b) owl\n} Answer:",
@@ -29,7 +29,7 @@ SHORT_T5 = [3, 2, 29979, 3155, 11860, 10, 27, 7, 34, 220, 3, 32, 31, 17407, 58, 
 SHORT_T5 += [61, 150, 5, 7110, 1525, 10, 1]
 SHORT_LLAMA = [529, 2940, 29958, 894, 29901, 1317, 372, 29871, 29941, 288, 29915, 13058, 29973, 25186, 29901, 313]
 SHORT_LLAMA += [29874, 29897, 4874, 313, 29890, 29897, 694, 29889, 13899, 1234, 29901]
-# The question and the options, as the long prompt ends.
+# The end of the long prompt: the question and the options.
 END_BERT = [3160, 1024, 1063, 2029, 4743, 2003, 2009, 1029, 1065, 7047, 1024, 1063, 1006, 1037, 1007, 5863, 1006]
 END_BERT += [1038, 1007, 13547, 1065, 3437, 1024, 102]
 END_T5 = [11860, 10, 3, 2, 518, 107, 362, 5963, 19, 34, 58, 2, 17011, 10, 3, 2, 599, 9, 61, 3, 5840, 77, 41, 115, 61]
@@ -52,7 +52,7 @@ def test_golden_short_prompt(text: TextEncoder, family):
     prompt = SHORT_T5 if family == "t5" else [2, *SHORT_LLAMA]
     # Vicuna's targets end in </s> and its candidates do not: T5's scores alone count the end token.
     candidates = [YES[family], NO[family] if family == "t5" else NO[family][:-1]]
-    assert e == Encoded(SHORT_BERT, prompt, prompt, NO[family], candidates)
+    assert e == EncodedQuestion(SHORT_BERT, prompt, prompt, NO[family], candidates)
 
 
 def test_golden_cut_from_the_left(text: TextEncoder, family):
@@ -61,7 +61,7 @@ def test_golden_cut_from_the_left(text: TextEncoder, family):
     assert (e.qformer[0], e.qformer[-len(END_BERT) :]) == (101, END_BERT)
     end = END_T5 if family == "t5" else END_LLAMA
     assert e.prompt_cut[-len(end) :] == end
-    assert len(e.prompt) == WHOLE[family]  # the language model sees all of it in evaluation
+    assert len(e.prompt) == WHOLE[family]  # in evaluation the language model reads the whole prompt
     if family == "t5":
         assert e.prompt_cut == e.prompt[-128:]
     else:
@@ -90,7 +90,7 @@ def test_golden_training_batch(text: TextEncoder, family):
         assert batch.text_ids_BT[0].tolist() == row + [pad] * (134 - len(row))
         assert batch.text_ids_BT[1, 128:].tolist() == OWL["vicuna"]
         assert batch.text_mask_BT[0].tolist() == [1] * len(row) + [0] * (134 - len(row))
-        # The place before a token predicts it: loss on the answer and its end, on nothing of the prompt.
+        # The position before a token predicts it. There is loss on the answer and its end token, not on the prompt.
         first = len(SHORT_LLAMA)
         assert batch.positions_N.tolist() == [*range(first, first + 5), *range(134 + 127, 134 + 133)]
 
@@ -108,7 +108,7 @@ def test_golden_ranking_batch(text: TextEncoder, family):
 
 def test_an_answer_is_cut_from_the_right_and_keeps_its_end(hub_like, family):
     text = checkpoints.load(hub_like[family], max_target=4).text
-    (e,) = text.encode([Prompted("Question:", "(b) owl", ("(b) owl",))])
+    (e,) = text.encode([PromptedQuestion("Question:", "(b) owl", ("(b) owl",))])
     assert e.target == [*OWL[family][:3], text.llm.eos_token_id]
     assert e.candidates == [e.target if family == "t5" else OWL[family][:4]]
 
@@ -120,47 +120,45 @@ def test_another_length_of_text(hub_like, family):
 
 
 def test_every_row_has_a_label(backbone):
-    """All labels ignored would give T5 a NaN loss; the end token is always there."""
-    batch = backbone.text.targets(backbone.text.encode([Prompted("Question:", "", ()), SHORT]))
+    """T5's loss is NaN if all labels are ignored; the end token is always a label."""
+    batch = backbone.text.targets(backbone.text.encode([PromptedQuestion("Question:", "", ()), SHORT]))
     assert batch.labels_N[0] == backbone.text.llm.eos_token_id
     assert len(batch.labels_N) == len(batch.positions_N)
 
 
-def test_batches_move_as_one(backbone):
+def test_a_batch_moves_to_a_device_with_all_its_tensors(backbone):
     batch = backbone.text.targets(backbone.text.encode([SHORT, LONG])).to("meta")
     assert batch.labels_N.is_meta
     assert batch.text_ids_BT.is_meta
     assert (batch.decoder_ids_BA is None) == (backbone.family == "vicuna")
 
 
-def test_labels_are_the_tokens_that_follow_their_places(backbone):
-    """Read at the places shifted by one, the causal text gives the labels back; T5's decoder ids likewise."""
+def test_labels_are_the_tokens_after_their_positions(backbone):
+    """The causal text at the positions plus one equals the labels, and so do T5's decoder ids."""
     encoded = backbone.text.encode([SHORT, LONG])
     batch = backbone.text.targets(encoded)
     if backbone.family == "vicuna":
         assert torch.equal(batch.text_ids_BT.flatten()[batch.positions_N + 1], batch.labels_N)
     else:
-        read = batch.decoder_ids_BA.flatten()[batch.positions_N]
+        inputs = batch.decoder_ids_BA.flatten()[batch.positions_N]
         starts = [0, len(encoded[0].target)]
-        assert read[starts].tolist() == [backbone.text.decoder_start] * 2
-        inner = [i for i in range(1, len(read)) if i not in starts]
-        assert torch.equal(read[inner], batch.labels_N[[i - 1 for i in inner]])
+        assert inputs[starts].tolist() == [backbone.text.decoder_start] * 2
+        inner = [i for i in range(1, len(inputs)) if i not in starts]
+        assert torch.equal(inputs[inner], batch.labels_N[[i - 1 for i in inner]])
 
-
-# ------------------------------------------------------------ few shapes
 
 LENGTHS = ("qformer_ids_BT", "qformer_mask_BT", "text_ids_BT", "text_mask_BT")
 
 
 def _text_of(batch: TargetBatch) -> list[list[list[int]]]:
-    """What a batch says, without its padding: tokens of both texts, row by row."""
+    """Return the tokens of both texts of a batch, row by row, without padding."""
     pairs = ((batch.qformer_ids_BT, batch.qformer_mask_BT), (batch.text_ids_BT, batch.text_mask_BT))
     return [[row[mask.bool()].tolist() for row, mask in zip(*pair, strict=True)] for pair in pairs]
 
 
 @pytest.mark.parametrize("multiple", [2, 8, 12, 64])
-def test_lengths_and_labels_come_in_multiples(backbone, multiple):
-    """An answer's in multiples of eight at most: it is short, and its padding costs a row of the vocabulary's width."""
+def test_lengths_and_labels_are_padded_to_a_multiple(backbone, multiple):
+    """Answers are padded to a multiple of at most 8: they are short, and each padding token costs a row of logits."""
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     plain_batch = text.targets(encoded)
@@ -179,7 +177,7 @@ def test_lengths_and_labels_come_in_multiples(backbone, multiple):
 
 
 @pytest.mark.parametrize("multiple", [8, 64])
-def test_padding_to_a_multiple_says_the_same(backbone, multiple):
+def test_padding_to_a_multiple_keeps_tokens_and_labels(backbone, multiple):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     plain_batch = text.targets(encoded)
@@ -197,10 +195,10 @@ def test_padding_to_a_multiple_says_the_same(backbone, multiple):
     assert torch.equal(rows, plain_batch.positions_N // plain_ids.shape[1])
 
 
-def test_a_multiple_pads_few_shapes(backbone):
-    """Questions of many lengths make few shapes, so that what is compiled or captured serves many batches."""
+def test_padding_to_a_multiple_gives_few_shapes(backbone):
+    """Questions of many lengths give few shapes, so that a compiled or captured step can be reused."""
     text = backbone.text
-    prompts = [Prompted("word " * n, "yes " * (n % 5), ()) for n in range(1, 25)]
+    prompts = [PromptedQuestion("word " * n, "yes " * (n % 5), ()) for n in range(1, 25)]
 
     def shapes(multiple: int) -> set[tuple[torch.Size, ...]]:
         batches = [text.targets([e], multiple) for e in text.encode(prompts)]
@@ -209,7 +207,7 @@ def test_a_multiple_pads_few_shapes(backbone):
     assert len(shapes(32)) < len(shapes(1)) / 4
 
 
-def test_what_is_evaluated_is_not_padded_to_a_multiple(backbone):
+def test_evaluation_batches_are_not_padded_to_a_multiple(backbone):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])
     prompts, candidates = text.prompts(encoded), text.candidates(encoded)
@@ -219,9 +217,9 @@ def test_what_is_evaluated_is_not_padded_to_a_multiple(backbone):
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_a_batch_is_made_of_its_tensors_again(backbone, multiple):
+def test_a_batch_is_restored_from_its_tensors(backbone, multiple):
     batch = backbone.text.targets(backbone.text.encode([SHORT, LONG]), multiple)
     tensors = batch.tensors()
     assert len(tensors) == (7 if backbone.family == "t5" else 6)
-    copy = TargetBatch.of_tensors(tensors)
+    copy = TargetBatch.from_tensors(tensors)
     assert all(getattr(copy, f.name) is getattr(batch, f.name) for f in fields(batch))

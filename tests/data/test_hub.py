@@ -1,4 +1,4 @@
-"""The hub: no connection is told at once, by name, with the mend; the cache is used without one."""
+"""The hub: without a connection the local cache is used, or an error at once says what is missing and the fix."""
 
 import os
 import subprocess
@@ -39,23 +39,23 @@ except UserError as error:
     "environment",
     [
         {"HF_HUB_OFFLINE": "1"},
-        # A port of this machine that nobody listens at: a connection that is refused.
+        # A local port without a server: the connection is refused.
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ],
 )
-def test_offline_is_told_at_once(tmp_path: Path, environment: dict[str, str]):
-    began = time.monotonic()
-    done = run(PREPARE.format(to=str(tmp_path / "sqa")), HF_HOME=str(tmp_path / "hf"), **environment)
-    assert time.monotonic() - began < 15
-    assert done.returncode == 1
-    assert done.stderr.startswith("offline: `derek-thomas/ScienceQA` is not in the local cache (")
-    assert "hf download derek-thomas/ScienceQA --repo-type dataset --local-dir DIR" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_missing_connection_is_reported_at_once(tmp_path: Path, environment: dict[str, str]):
+    start = time.monotonic()
+    process = run(PREPARE.format(to=str(tmp_path / "sqa")), HF_HOME=str(tmp_path / "hf"), **environment)
+    assert time.monotonic() - start < 15
+    assert process.returncode == 1
+    assert process.stderr.startswith("offline: `derek-thomas/ScienceQA` is not in the local cache (")
+    assert "hf download derek-thomas/ScienceQA --repo-type dataset --local-dir DIR" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert not (tmp_path / "sqa").exists()
 
 
-def cache(root: Path, *files: str) -> Path:
-    """A local cache as huggingface_hub lays it out, with empty files."""
+def write_cache(root: Path, *files: str) -> Path:
+    """Create a local cache in the layout of huggingface_hub, with empty files."""
     snapshot = root / f"datasets--{NAME.replace('/', '--')}" / "snapshots" / REVISION
     (snapshot / "data").mkdir(parents=True)
     for file in files:
@@ -63,27 +63,27 @@ def cache(root: Path, *files: str) -> Path:
     return snapshot
 
 
-def in_cache(root: Path) -> subprocess.CompletedProcess:
+def download_offline(root: Path) -> subprocess.CompletedProcess:
     code = f"from blipfit.data import hub; print(hub.download({NAME!r}, {REVISION!r}))"
     return run(code, HF_HUB_CACHE=str(root), HF_HUB_OFFLINE="1")
 
 
 def test_cached_revision_needs_no_connection(tmp_path: Path):
-    whole = ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
-    snapshot = cache(tmp_path, *whole, "validation-00000-of-00001.parquet", "test-00000-of-00001.parquet")
-    assert in_cache(tmp_path).stdout.strip() == str(snapshot)
+    train_files = ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
+    snapshot = write_cache(tmp_path, *train_files, "validation-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+    assert download_offline(tmp_path).stdout.strip() == str(snapshot)
 
 
-def test_download_that_broke_off_does_not_pass_for_whole(tmp_path: Path):
-    cache(tmp_path, "train-00000-of-00002.parquet", "validation-0.parquet", "test-0.parquet")
-    done = in_cache(tmp_path)
-    assert done.returncode == 1
-    assert "UserError: offline: `someone/some-data` is not in the local cache" in done.stderr
+def test_an_incomplete_download_is_not_used(tmp_path: Path):
+    write_cache(tmp_path, "train-00000-of-00002.parquet", "validation-0.parquet", "test-0.parquet")
+    process = download_offline(tmp_path)
+    assert process.returncode == 1
+    assert "UserError: offline: `someone/some-data` is not in the local cache" in process.stderr
 
 
 def test_rows_of_a_missing_split(tmp_path: Path):
     with pytest.raises(UserError, match=r"lacks parquet files of train \(has 0\)"):
-        next(hub.rows(tmp_path, "train"))
+        next(hub.read_rows(tmp_path, "train"))
 
 
 @pytest.mark.hub

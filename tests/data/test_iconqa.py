@@ -1,4 +1,4 @@
-"""IconQA: the published annotation files, byte by byte, from the official archive."""
+"""IconQA: the official archive is converted to the published annotation files, byte by byte."""
 
 import json
 import os
@@ -65,12 +65,12 @@ def test_archive_with_its_inner_folder_is_read_the_same(official_iconqa: Path, p
     inner.mkdir()
     for split in ("train", "val", "test"):
         (official_iconqa / split).rename(inner / split)
-    iconqa.prepare(official_iconqa.parent, tmp_path / "again")  # the folder above the archive's will do
+    iconqa.prepare(official_iconqa.parent, tmp_path / "again")  # the parent of the archive's folder is accepted too
     assert (tmp_path / "again/annotations/val.json").read_bytes() == (prepared / "annotations/val.json").read_bytes()
 
 
 def test_folder_of_the_published_experiments_loads_unchanged(prepared: Path, tmp_path: Path):
-    # An earlier state of theirs had the images at iconqa/iconqa/SPLIT/choose_txt.
+    # An earlier version of that folder has the images in iconqa/iconqa/SPLIT/choose_txt.
     (prepared / "iconqa").mkdir()
     (prepared / "val").rename(prepared / "iconqa" / "val")
     assert iconqa.load(prepared, "val")[0].image == prepared / "iconqa/val/choose_txt/9/image.png"
@@ -88,7 +88,7 @@ BROKEN = {
     ),
     "truncated image": (
         lambda root: (root / "train/choose_txt/7/image.png").write_bytes(b"\x89PNG\r\n\x1a\n"),
-        r"7/image\.png is damaged or no image",
+        r"7/image\.png is damaged or not an image",
     ),
     "invalid JSON": (
         lambda root: (root / "problems.json").write_text('{"7": {},\n}'),
@@ -106,13 +106,13 @@ BROKEN = {
         lambda root: edit_json(root / "problems.json", lambda p: p["7"].update(split="dev")),
         r"problem 7: 'split' is 'dev', which is none of train, val, test",
     ),
-    "nothing wanted": (
+    "no choose_txt problem": (
         lambda root: edit_json(root / "problems.json", lambda p: [p.pop(k) for k in ("7", "9", "12")]),
         r"has no problem of type choose_txt",
     ),
     "wrong folder": (
         lambda root: (root / "problems.json").unlink(),
-        r"is no IconQA folder \(problems\.json is missing\); unpack https://\S+iconqa_data\.zip",
+        r"is not an IconQA folder \(problems\.json is missing\); unpack https://\S+iconqa_data\.zip",
     ),
 }
 
@@ -143,7 +143,7 @@ def test_prepared_folder_outlives_its_source(prepared: Path, official_iconqa: Pa
     assert iconqa.load(prepared, "test")[0].image.stat().st_size
 
 
-def test_real_material(shared: Path, tmp_path: Path):
+def test_real_data(shared: Path, tmp_path: Path):
     report = iconqa.prepare(shared / "iconqa", tmp_path / "iconqa")
     assert report.counts == {"train": 24, "val": 8, "test": 8}
     assert report.left_out == {"of type choose_img": 40, "of type fill_in_blank": 40}
@@ -155,18 +155,18 @@ def test_real_material(shared: Path, tmp_path: Path):
 def test_disk_error_over_an_earlier_result_leaves_its_annotations(prepared: Path, official_iconqa: Path, monkeypatch):
     before = (prepared / "annotations/train.json").read_bytes()
     edit_json(official_iconqa / "problems.json", lambda problems: problems["7"].update(answer=0))
-    for image in official_iconqa.rglob("*.png"):  # other files than those linked, so that they are placed again
+    for image in official_iconqa.rglob("*.png"):  # new files instead of the linked ones, so that they are added again
         content = image.read_bytes()
         image.unlink()
         image.write_bytes(content)
     replace = os.replace
 
-    def full(source: Path, target: Path) -> None:
+    def fail_for_images(source: Path, target: Path) -> None:
         if Path(target).suffix == ".png":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", fail_for_images)
     with pytest.raises(UserError, match="No space left"):
         iconqa.prepare(official_iconqa, prepared)
     assert (prepared / "annotations/train.json").read_bytes() == before

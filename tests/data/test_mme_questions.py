@@ -1,4 +1,4 @@
-"""MME's questions from every layout: the official tree, three-column files, the hub's parquet, and what is written."""
+"""MME's questions from every layout: the official tree, three-column files, the hub's parquet, the prepared folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from blipfit.errors import UserError
 
 @pytest.fixture
 def tree(tmp_path: Path, draw: Callable[..., Path]) -> Path:
-    """The official archive: one subtask with images and texts side by side, one with them apart."""
+    """The official archive: one subtask with images and texts side by side, one with two subfolders."""
     root = tmp_path / "MME_Benchmark_release_version"
     for number, name in enumerate(("0002", "0001")):
         draw(root / "code_reasoning" / f"{name}.png", number)
@@ -28,7 +28,7 @@ def tree(tmp_path: Path, draw: Callable[..., Path]) -> Path:
     return root
 
 
-def facts(questions: list) -> list[tuple]:
+def fields(questions: list) -> list[tuple]:
     return [(q.id, q.question, q.answer, q.tags["subtask"], q.tags["file"]) for q in questions]
 
 
@@ -43,8 +43,8 @@ EXPECTED = [
 
 
 def test_official_tree_with_and_without_its_wrapper(tree: Path):
-    assert facts(mme.read_questions(tree)) == EXPECTED
-    assert facts(mme.read_questions(tree.parent)) == EXPECTED
+    assert fields(mme.read_questions(tree)) == EXPECTED
+    assert fields(mme.read_questions(tree.parent)) == EXPECTED
     assert mme.read_questions(tree)[0].image == tree / "artwork" / "images" / "10002.jpg"
 
 
@@ -53,34 +53,34 @@ def test_prepared_folder_holds_the_same_questions_and_pictures(tree: Path, tmp_p
     assert report.counts == {"test": 6}
     assert "part of the whole set, which has 2374 test" in str(report)
     prepared = data.load("mme", tmp_path / "mme", "test")
-    assert facts(prepared) == EXPECTED
+    assert fields(prepared) == EXPECTED
     for before, after in zip(mme.read_questions(tree), prepared, strict=True):
         assert before.image.read_bytes() == after.image.read_bytes()
     assert (tmp_path / "mme" / "artwork.txt").read_text() == (
         "10002.jpg\tIs it a painting?\tYes\n10002.jpg\tIs it glassware?\tNo\n"
     )
-    mme.prepare(tree, tmp_path / "mme")  # again: finds its own files
+    mme.prepare(tree, tmp_path / "mme")  # a second time, into its own folder
 
 
-def test_three_column_files_with_the_images_elsewhere(tree: Path, tmp_path: Path):
+def test_three_column_files_with_images_in_another_folder(tree: Path, tmp_path: Path):
     mme.prepare(tree, tmp_path / "mme")
     (tmp_path / "questions").mkdir()
     for file in (tmp_path / "mme").glob("*.txt"):
         file.rename(tmp_path / "questions" / file.name)
-    assert facts(mme.read_questions(tmp_path / "questions", images=tree)) == EXPECTED
+    assert fields(mme.read_questions(tmp_path / "questions", images=tree)) == EXPECTED
     with pytest.raises(UserError, match=r"artwork.txt:1: its image is missing"):
         mme.read_questions(tmp_path / "questions")
 
 
-def test_the_world_of_icons_is_read(tmp_path: Path):
+def test_the_icons_data_set_is_read(tmp_path: Path):
     icons.write_mme(tmp_path / "icons", n=3)
-    found = mme.read_questions(tmp_path / "icons")
-    assert [q.tags["subtask"] for q in found[::6]] == ["existence", "count", "position", "color"]
-    assert {q.answer for q in found} == {"Yes", "No"}
-    assert open_image(found[0].image).size == (64, 64)
+    questions = mme.read_questions(tmp_path / "icons")
+    assert [q.tags["subtask"] for q in questions[::6]] == ["existence", "count", "position", "color"]
+    assert {q.answer for q in questions} == {"Yes", "No"}
+    assert open_image(questions[0].image).size == (64, 64)
 
 
-def parquet(folder: Path, rows: list[dict]) -> Path:
+def write_parquet(folder: Path, rows: list[dict]) -> Path:
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     texts = [(name, pyarrow.string()) for name in ("question_id", "question", "answer", "category")]
     table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema([*texts, ("image", image)]))
@@ -93,7 +93,7 @@ def parquet(folder: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def hub_rows(tree: Path) -> list[dict]:
-    """As on the hub: the two questions of an image need not be neighbours, and the image is in both rows."""
+    """Rows like the hub's: the two questions of an image are not consecutive, and each row has the image."""
     questions = mme.read_questions(tree)
     return [
         {
@@ -108,42 +108,42 @@ def hub_rows(tree: Path) -> list[dict]:
 
 
 def test_hub_rows_become_pairs(hub_rows: list[dict], tmp_path: Path):
-    report = mme.prepare(parquet(tmp_path / "download", hub_rows), tmp_path / "mme")
-    assert facts(data.load("mme", tmp_path / "mme", "test")) == EXPECTED
+    report = mme.prepare(write_parquet(tmp_path / "download", hub_rows), tmp_path / "mme")
+    assert fields(data.load("mme", tmp_path / "mme", "test")) == EXPECTED
     assert report.images == {"written": 3}
 
 
-def test_odd_hub_rows_are_refused_and_nothing_is_left_behind(hub_rows: list[dict], tmp_path: Path):
-    for number, (change, told) in enumerate(
+def test_an_invalid_hub_row_is_an_error_and_writes_nothing(hub_rows: list[dict], tmp_path: Path):
+    for number, (change, message) in enumerate(
         (
             (lambda rows: rows.pop(), r"code_reasoning/0002.png has 1 questions, but MME has two"),
             (lambda rows: rows[0].update(category="ocr"), r"row 0: 'category' is 'ocr', which is none of existence"),
-            (lambda rows: rows[1].update(answer="maybe"), r"row 1: the truth must be Yes or No but is 'maybe'"),
+            (lambda rows: rows[1].update(answer="maybe"), r"row 1: the ground truth must be Yes or No but is 'maybe'"),
             (lambda rows: rows[0].update(image=None), r"row 0: its image is missing"),
-            (lambda rows: rows[0].update(image={"bytes": b"no", "path": ""}), r"row 0 is damaged or no image"),
+            (lambda rows: rows[0].update(image={"bytes": b"no", "path": ""}), r"row 0 is damaged or not an image"),
         )
     ):
         rows = [dict(row) for row in hub_rows]
         change(rows)
-        source = parquet(tmp_path / str(number), rows)
-        with pytest.raises(UserError, match=told):
+        source = write_parquet(tmp_path / str(number), rows)
+        with pytest.raises(UserError, match=message):
             mme.prepare(source, tmp_path / "mme")
         assert not (tmp_path / "mme").exists()
 
 
-def test_mistakes_are_told(tree: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="holds no MME"):
+def test_mistakes_are_errors_that_name_the_line(tree: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="does not contain MME"):
         mme.read_questions(tmp_path / "nowhere")
     with pytest.raises(UserError, match="it has the split test, not train"):
         data.load("mme", tree, "train")
     text = tree / "code_reasoning" / "0001.txt"
-    for content, told in (
+    for content, message in (
         ("Is it?\tYes\n", r"0001.txt: 1 questions, but MME has two"),
         ("Is it? Yes\nIs it?\tNo\n", r"0001.txt:1: a line must have 2 columns .*question, Yes\|No.* has 1"),
-        ("Is it?\tYes\nIs it?\tperhaps\n", r"0001.txt:2: the truth must be Yes or No"),
+        ("Is it?\tYes\nIs it?\tperhaps\n", r"0001.txt:2: the ground truth must be Yes or No"),
     ):
         text.write_text(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             mme.read_questions(tree)
     text.write_text("Is it?\tYes\nIs it?\tNo\n")
     (tree / "code_reasoning" / "0001.png").unlink()
@@ -154,11 +154,11 @@ def test_mistakes_are_told(tree: Path, tmp_path: Path):
         mme.read_questions(tmp_path)
 
 
-def test_real_questions_have_two_lines_an_image(shared: Path):
+def test_real_questions_have_two_lines_per_image(shared: Path):
     total = 0
     for subtask in mme.SUBTASKS:
         file = shared / "mme" / "questions" / f"{subtask}.txt"
-        lines = list(mme.columns(file, ("image", "question", "Yes|No")))
+        lines = list(mme.read_columns(file, ("image", "question", "Yes|No")))
         mme.check_pairs([fields[0] for _, fields in lines], str(file))
         total += len(lines)
     assert total == mme.PUBLISHED["test"]

@@ -1,4 +1,4 @@
-"""Own data: every line checked, every mistake told with file and line, one file split without leaks."""
+"""The user's own data: every line is checked, errors name file and line, and no image is in two splits."""
 
 import json
 from pathlib import Path
@@ -32,17 +32,17 @@ def test_questions_of_every_kind(folder: Path):
         {"image": "sub/b.png", "question": "Who?", "choices": ["x", "y"], "answer": "y", "context": "C", "id": "q"},
         {"image": "a.png", "question": "What?", "answer": "a red kite", "id": 12},
     )
-    first, second, third = own.read(file)
+    first, second, third = own.read_questions(file)
     assert (first.id, first.answer, first.answer_index, first.context) == ("1", "y", 1, "")
     assert (second.id, second.answer, second.answer_index, second.context) == ("q", "y", 1, "C")
     assert second.image == folder / "sub" / "b.png"
     assert (third.id, third.answer, third.answer_index, third.choices) == ("12", "a red kite", None, ())
 
 
-def test_a_text_is_a_choice_and_a_number_is_its_place(folder: Path):
+def test_a_text_is_a_choice_and_a_number_is_an_index(folder: Path):
     numbers = {"image": "a.png", "question": "How many?", "choices": ["2", "1", "0"]}
     file = write(folder / "data.jsonl", numbers | {"answer": "0"}, numbers | {"answer": 0})
-    assert [question.answer for question in own.read(file)] == ["0", "2"]
+    assert [question.answer for question in own.read_questions(file)] == ["0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,19 @@ def test_a_text_is_a_choice_and_a_number_is_its_place(folder: Path):
         ({"choices": []}, "'choices' is empty"),
         ({"choices": "x, y"}, "'choices' must be a list of texts"),
         ({"choices": ["x", 2]}, "'choices' must be a list of texts"),
-        ({"image": "c.png"}, "c.png is missing; paths start at the folder of the .jsonl file"),
+        ({"image": "c.png"}, "c.png is missing; paths are relative to the folder of the .jsonl file"),
         ({"image": 3}, "'image' must be text but is the number 3"),
         ({"question": None}, "'question' must be text but is null"),
         ({"contxt": "C"}, "unknown key 'contxt'; did you mean 'context'?"),
         ({"zzz": 1}, "unknown key 'zzz'; known: image, question, choices, answer, context, id"),
         ({"id": ["a"]}, "'id' must be a text or a whole number but is ['a']"),
-        ({"id": "1"}, "'id' 1 is already that of line 1"),
+        ({"id": "1"}, "'id' 1 is already used in line 1"),
     ],
 )
-def test_wrong_line_is_told_with_file_and_number(folder: Path, change: dict, sentence: str):
+def test_an_error_names_the_file_and_the_line(folder: Path, change: dict, sentence: str):
     file = write(folder / "data.jsonl", GOOD, "", GOOD | change)
     with pytest.raises(UserError) as error:
-        own.read(file)
+        own.read_questions(file)
     assert f"data.jsonl:3: {sentence}" in str(error.value).replace(f"image {folder}/", "")
 
 
@@ -85,9 +85,9 @@ def test_wrong_line_is_told_with_file_and_number(folder: Path, change: dict, sen
         ('{"image": "a.png", "question": "?", "answer": " "}', "data.jsonl:2: 'answer' is empty"),
     ],
 )
-def test_line_that_is_no_record_is_told(folder: Path, line: str, sentence: str):
+def test_an_invalid_line_is_an_error(folder: Path, line: str, sentence: str):
     with pytest.raises(UserError) as error:
-        own.read(write(folder / "data.jsonl", GOOD, line))
+        own.read_questions(write(folder / "data.jsonl", GOOD, line))
     assert sentence in str(error.value)
 
 
@@ -96,19 +96,19 @@ def test_example_of_the_documentation(tmp_path: Path, draw):
     lines = [line for line in page.splitlines() if line.startswith('{"image": "photos/')]
     for line in lines:
         draw(tmp_path / json.loads(line)["image"])
-    closed, opened = own.read(write(tmp_path / "data.jsonl", *lines))
+    closed, opened = own.read_questions(write(tmp_path / "data.jsonl", *lines))
     assert (closed.answer, opened.answer, opened.id) == ("a plate", "a red kite", "k")
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(folder: Path):
     (folder / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
-    assert len(own.read(folder / "data.jsonl")) == 1
+    assert len(own.read_questions(folder / "data.jsonl")) == 1
 
 
 def test_text_may_hold_unusual_line_separators(folder: Path):
     file = folder / "data.jsonl"
     file.write_text(json.dumps(GOOD | {"question": "one\u2028two\x0bthree"}, ensure_ascii=False) + "\n")
-    assert own.read(file)[0].question == "one\u2028two\x0bthree"
+    assert own.read_questions(file)[0].question == "one\u2028two\x0bthree"
 
 
 def test_prepare_a_folder_with_splits(folder: Path, tmp_path: Path):
@@ -120,27 +120,22 @@ def test_prepare_a_folder_with_splits(folder: Path, tmp_path: Path):
     assert sum(report.images.values()) == 2
     for split in ("train", "val", "test"):
         before, after = own.load(source, split), own.load(tmp_path / "out", split)
-        for one, other in zip(before, after, strict=True):
-            assert (one.id, one.question, one.answer, one.answer_index, one.choices) == (
-                other.id,
-                other.question,
-                other.answer,
-                other.answer_index,
-                other.choices,
-            )
-            assert other.image.is_relative_to(tmp_path / "out")
-            assert one.image.read_bytes() == other.image.read_bytes()
+        for original, prepared in zip(before, after, strict=True):
+            for name in ("id", "question", "answer", "answer_index", "choices"):
+                assert getattr(original, name) == getattr(prepared, name)
+            assert prepared.image.is_relative_to(tmp_path / "out")
+            assert original.image.read_bytes() == prepared.image.read_bytes()
 
 
-def test_images_from_outside_the_folder_come_along(tmp_path: Path, draw):
+def test_images_from_outside_the_folder_are_added(tmp_path: Path, draw):
     source = tmp_path / "lists"
     source.mkdir()
-    elsewhere = [draw(tmp_path / name / "photo.png", n) for n, name in enumerate(("one", "two", "three"))]
-    paths = [str(elsewhere[0]), "../two/photo.png", "../three/photo.png"]
+    photos = [draw(tmp_path / name / "photo.png", n) for n, name in enumerate(("one", "two", "three"))]
+    paths = [str(photos[0]), "../two/photo.png", "../three/photo.png"]
     write(source / "data.jsonl", *(GOOD | {"image": path} for path in paths))
     own.prepare(source / "data.jsonl", tmp_path / "out")
     questions = [q for split in ("train", "val", "test") for q in own.load(tmp_path / "out", split)]
-    assert {q.image.read_bytes() for q in questions} == {path.read_bytes() for path in elsewhere}
+    assert {q.image.read_bytes() for q in questions} == {path.read_bytes() for path in photos}
 
 
 def test_one_file_is_split_by_image(tmp_path: Path, draw):
@@ -162,7 +157,7 @@ def test_too_few_images_to_split(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("fault", ["image", "line"])
-def test_broken_source_leaves_nothing_behind(folder: Path, fault: str):
+def test_an_invalid_source_writes_nothing(folder: Path, fault: str):
     for split in ("train", "val", "test"):
         write(folder / f"{split}.jsonl", GOOD)
     if fault == "image":

@@ -1,4 +1,4 @@
-"""ScienceQA: the published annotation files, byte by byte, from the official layout or the hub's parquet."""
+"""ScienceQA: the official layout or the hub's parquet is converted to the published annotation files."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_load_gives_questions_in_the_published_order(prepared: Path):
     assert first.image == prepared / "images/train/3/image.png"
 
 
-def test_load_knows_what_the_leaderboard_splits_by(prepared: Path):
+def test_load_gives_the_tags_of_the_leaderboard(prepared: Path):
     without_hint, _ = scienceqa.load(prepared, "train")
     assert without_hint.tags == {
         "subject": "natural science",
@@ -72,45 +72,45 @@ def test_load_knows_what_the_leaderboard_splits_by(prepared: Path):
 
 
 def test_folder_of_the_published_experiments_loads_unchanged(prepared: Path, tmp_path: Path):
-    # Theirs: /input/scienceqa/*.json with images at /input/scienceqa/images, no facts, nothing else.
-    theirs = tmp_path / "input" / "scienceqa"
-    shutil.copytree(prepared, theirs)
-    (theirs / scienceqa.FACTS).unlink()
-    questions = scienceqa.load(theirs, "test")
+    # It has /input/scienceqa/*.json and the images in /input/scienceqa/images, but no file with tags.
+    published = tmp_path / "input" / "scienceqa"
+    shutil.copytree(prepared, published)
+    (published / scienceqa.TAGS_FILE).unlink()
+    questions = scienceqa.load(published, "test")
     assert [q.tags for q in questions] == [{"context": c} for c in ("text+image", "image", "text+image")]
-    assert all(q.image.is_relative_to(theirs) for q in questions)
+    assert all(q.image.is_relative_to(published) for q in questions)
 
 
-def test_facts_come_from_the_official_file_where_it_lies_in_the_folder(prepared: Path, official_scienceqa: Path):
-    with_facts = scienceqa.load(prepared, "val")
-    (prepared / scienceqa.FACTS).unlink()
+def test_tags_come_from_the_official_file_if_the_folder_has_it(prepared: Path, official_scienceqa: Path):
+    with_tags = scienceqa.load(prepared, "val")
+    (prepared / scienceqa.TAGS_FILE).unlink()
     shutil.copy(official_scienceqa / "problems.json", prepared)
-    assert scienceqa.load(prepared, "val") == with_facts
+    assert scienceqa.load(prepared, "val") == with_tags
 
 
 @pytest.mark.parametrize(
-    "written",
+    "image",
     ["images/train/3/image.png", "scienceqa/images/train/3/image.png", "/else/sqa/images/train/3/image.png"],
 )
-def test_image_is_found_whatever_root_its_path_was_written_for(prepared: Path, written: str):
-    edit_json(prepared / "scienceqa_train.json", lambda entries: entries[0].update(image=written))
+def test_image_is_found_whatever_folder_its_path_is_relative_to(prepared: Path, image: str):
+    edit_json(prepared / "scienceqa_train.json", lambda entries: entries[0].update(image=image))
     assert scienceqa.load(prepared, "train")[0].image == prepared / "images/train/3/image.png"
 
 
-def test_image_elsewhere_is_found_by_its_absolute_path(prepared: Path, tmp_path: Path, draw):
-    elsewhere = draw(tmp_path / "photos" / "a.png")
-    edit_json(prepared / "scienceqa_train.json", lambda entries: entries[0].update(image=str(elsewhere)))
-    assert scienceqa.load(prepared, "train")[0].image == elsewhere
+def test_image_outside_the_folder_is_found_by_its_absolute_path(prepared: Path, tmp_path: Path, draw):
+    photo = draw(tmp_path / "photos" / "a.png")
+    edit_json(prepared / "scienceqa_train.json", lambda entries: entries[0].update(image=str(photo)))
+    assert scienceqa.load(prepared, "train")[0].image == photo
 
 
-def test_load_tells_which_paths_it_tried(prepared: Path):
+def test_an_error_names_the_paths_of_a_missing_image(prepared: Path):
     (prepared / "images/train/3/image.png").unlink()
     with pytest.raises(UserError, match=r"entry 1: its image is missing \(looked for .*sqa/images/train/3") as e:
         scienceqa.load(prepared, "train")
     assert str(prepared.parent / "scienceqa/images/train/3/image.png") in str(e.value)
 
 
-def test_prepared_folder_outlives_its_source(prepared: Path, official_scienceqa: Path):
+def test_prepared_folder_does_not_need_its_source(prepared: Path, official_scienceqa: Path):
     shutil.rmtree(official_scienceqa)
     assert all(q.image.stat().st_size for q in scienceqa.load(prepared, "train"))
 
@@ -125,7 +125,7 @@ def test_images_are_copied_where_links_are_not_allowed(official_scienceqa: Path,
     assert len(scienceqa.load(tmp_path / "sqa", "train")) == 2
 
 
-def test_preparing_again_replaces_and_keeps_other_files(prepared: Path, official_scienceqa: Path):
+def test_preparing_again_replaces_its_files_and_keeps_others(prepared: Path, official_scienceqa: Path):
     (prepared / "notes.txt").write_text("mine")
     edit_json(official_scienceqa / "pid_splits.json", lambda splits: splits.update(train=["1"]))
     scienceqa.prepare(official_scienceqa, prepared)
@@ -145,11 +145,11 @@ def test_preparing_in_place_keeps_the_official_files(official_scienceqa: Path):
 def test_foreign_folder_is_not_written_into(official_scienceqa: Path, tmp_path: Path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("…")
-    with pytest.raises(UserError, match=r"holds other things \(thesis\.tex\); give a new or empty folder"):
+    with pytest.raises(UserError, match=r"contains other files \(thesis\.tex\); give a new or empty folder"):
         scienceqa.prepare(official_scienceqa, tmp_path / "home")
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
@@ -159,8 +159,8 @@ BROKEN = {
         r"problem 4: its image is missing \(looked for .*; unpack https://\S*/val\.zip there",
     ),
     "truncated image": (
-        lambda root: cut(root / "images/val/4/image.png"),
-        r"images/val/4/image\.png is damaged or no image .* fetch the file again",
+        lambda root: truncate(root / "images/val/4/image.png"),
+        r"images/val/4/image\.png is damaged or not an image .* download or copy the file again",
     ),
     "invalid JSON": (
         lambda root: (root / "problems.json").write_text('{\n "1": {\n  "question": \n}}'),
@@ -196,7 +196,7 @@ BROKEN = {
     ),
     "problem gone": (
         lambda root: edit_json(root / "problems.json", lambda p: p.pop("4")),
-        r"pid_splits\.json: val names problem 4, which .*problems\.json lacks",
+        r"pid_splits\.json: val names problem 4, which is not in .*problems\.json",
     ),
     "split gone": (
         lambda root: edit_json(root / "pid_splits.json", lambda s: s.pop("val")),
@@ -208,7 +208,7 @@ BROKEN = {
     ),
     "wrong folder": (
         lambda root: (root / "pid_splits.json").unlink(),
-        r"is no ScienceQA folder: it has neither problems\.json with pid_splits\.json nor",
+        r"is not a ScienceQA folder: it has neither problems\.json with pid_splits\.json nor",
     ),
     "way out of the folder": (
         lambda root: (
@@ -216,7 +216,7 @@ BROKEN = {
             edit_json(root / "pid_splits.json", lambda s: s["val"].append("../../x")),
             shutil.copytree(root / "images/val/4", root / "x"),
         ),
-        r"lies outside the folder",
+        r"is outside the folder",
     ),
 }
 
@@ -234,9 +234,9 @@ def test_broken_source_is_one_sentence_and_leaves_nothing_behind(official_scienc
 
 
 @pytest.mark.parametrize("fault", ["truncated image", "answer out of range", "invalid JSON"])
-def test_broken_source_leaves_an_earlier_result_as_it_was(prepared: Path, official_scienceqa: Path, fault: str):
+def test_broken_source_does_not_change_an_earlier_result(prepared: Path, official_scienceqa: Path, fault: str):
     before = {path: path.read_bytes() for path in prepared.rglob("*.json")}
-    # A link shares its content with the source: break the link, as a download in place of the file would.
+    # A hard link shares its content with the source: replace the source file, as a new download would.
     image = official_scienceqa / "images/val/4/image.png"
     content = image.read_bytes()
     image.unlink()
@@ -249,11 +249,11 @@ def test_broken_source_leaves_an_earlier_result_as_it_was(prepared: Path, offici
 
 
 def test_disk_error_is_one_sentence_and_leaves_nothing_behind(official_scienceqa: Path, tmp_path: Path, monkeypatch):
-    def full(*_, **__):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "link", full)
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*sqa: No space left on device"):
         scienceqa.prepare(official_scienceqa, tmp_path / "out" / "sqa")
@@ -270,7 +270,7 @@ def test_load_refuses_a_folder_that_was_not_prepared(tmp_path: Path):
     [
         ({"answer": "(b) gamma"}, r"entry 1: 'answer' is '\(b\) gamma', which is none of \(a\) alpha, \(b\)"),
         ({"choices": []}, r"entry 1: 'choices' is empty"),
-        ({"choices": ["x"] * 27}, r"entry 1: 27 choices, but at most 26"),
+        ({"choices": ["x"] * 27}, r"entry 1: 'choices' has 27 texts; at most 26"),
         ({"context": None}, r"entry 1: 'context' must be text but is null"),
     ],
 )
@@ -280,8 +280,8 @@ def test_load_refuses_a_wrong_entry(prepared: Path, change: dict, sentence: str)
         scienceqa.load(prepared, "train")
 
 
-def parquet(root: Path, official: Path) -> None:
-    """Write the official folder again as the hub holds it: no problem numbers, images inside the rows."""
+def write_parquet(root: Path, official: Path) -> None:
+    """Write the official folder as parquet like the hub's: no problem numbers, and the images inside the rows."""
     import datasets
 
     text = datasets.Value("string")
@@ -304,33 +304,29 @@ def parquet(root: Path, official: Path) -> None:
 
 
 def test_the_hubs_parquet_files_give_the_same_questions(prepared: Path, official_scienceqa: Path, tmp_path: Path):
-    parquet(tmp_path / "hub_copy", official_scienceqa)
+    write_parquet(tmp_path / "hub_copy", official_scienceqa)
     report = scienceqa.prepare(tmp_path / "hub_copy", tmp_path / "from_hub")
     assert report.counts == {"train": 2, "val": 2, "test": 3}
     assert report.left_out == {"without an image": 1}
     assert report.images == {"written": 7}
     for split in ("train", "val", "test"):
-        ours, theirs = scienceqa.load(prepared, split), scienceqa.load(tmp_path / "from_hub", split)
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.image.read_bytes() == other.image.read_bytes()
-            assert (one.question, one.choices, one.answer_index) == (
-                other.question,
-                other.choices,
-                other.answer_index,
-            )
-            assert (one.context, one.tags) == (other.context, other.tags)
+        questions, hub_questions = scienceqa.load(prepared, split), scienceqa.load(tmp_path / "from_hub", split)
+        for question, hub_question in zip(questions, hub_questions, strict=True):
+            assert question.image.read_bytes() == hub_question.image.read_bytes()
+            for name in ("question", "choices", "answer_index", "context", "tags"):
+                assert getattr(question, name) == getattr(hub_question, name)
     assert [q.id for q in scienceqa.load(tmp_path / "from_hub", "train")] == ["train-0", "train-1"]
 
 
-def test_half_a_download_is_refused(official_scienceqa: Path, tmp_path: Path):
-    parquet(tmp_path / "hub_copy", official_scienceqa)
+def test_an_incomplete_download_is_an_error(official_scienceqa: Path, tmp_path: Path):
+    write_parquet(tmp_path / "hub_copy", official_scienceqa)
     next((tmp_path / "hub_copy" / "data").glob("validation-*")).unlink()
     with pytest.raises(UserError, match=r"lacks parquet files of validation \(has 0\); download it again"):
         scienceqa.prepare(tmp_path / "hub_copy", tmp_path / "sqa")
     assert not (tmp_path / "sqa").exists()
 
 
-def test_real_material(shared: Path, tmp_path: Path):
+def test_real_data(shared: Path, tmp_path: Path):
     report = scienceqa.prepare(shared / "scienceqa", tmp_path / "sqa")
     assert report.counts == {"train": 120, "val": 40, "test": 40}
     assert report.left_out == {"without an image": 60}
@@ -342,6 +338,8 @@ def test_real_material(shared: Path, tmp_path: Path):
             assert question.context == f"{record['hint']} {record['lecture']}"
             assert question.tags["subject"] == record["subject"]
             assert question.tags["grade"] == record["grade"]
-    (tmp_path / "sqa" / scienceqa.FACTS).unlink()
-    for question in scienceqa.load(tmp_path / "sqa", "train"):  # without facts the blank tells
+    (tmp_path / "sqa" / scienceqa.TAGS_FILE).unlink()
+    for question in scienceqa.load(
+        tmp_path / "sqa", "train"
+    ):  # without the tags file, the space at the start of the context tells
         assert question.tags["context"] == ("text+image" if problems[question.id]["hint"] else "image")

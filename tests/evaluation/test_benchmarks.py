@@ -1,4 +1,4 @@
-"""A model and an adapter on the same samples: every number follows from what stands in the written files."""
+"""Base model and adapter are evaluated on the same samples, and every number follows from the written files."""
 
 import json
 from dataclasses import replace
@@ -13,21 +13,21 @@ from blipfit.adapters.bank import Bank
 from blipfit.data import icons, rewardbench
 from blipfit.errors import UserError
 from blipfit.evaluation import benchmarks, clip_score, generation, text
-from blipfit.evaluation.benchmarks import Settings
 from blipfit.evaluation.mme import score_mme
 from blipfit.evaluation.rewardbench import score_rewardbench
+from blipfit.evaluation.tasks import Settings, load_task
 from blipfit.model import clip
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import AdapterConfig
 from blipfit.run import Evaluation, read_json, read_lines
 
-# Random models never end by themselves, and 256 tokens of nonsense prove no more than 10.
+# Random models never generate an end token, and 10 tokens test as much as 256.
 SETTINGS = Settings(batch_size=8, decoding="short-answer")
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sets")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
     icons.prepare(root / "icons", train=4, val=4, test=6)
     datasets.prepare_drawn("mme", root / "mme", 2)
     datasets.prepare_drawn("rewardbench", root / "rewardbench", 40)
@@ -37,29 +37,31 @@ def sets(tmp_path_factory):
 @pytest.fixture
 def adapter(backbone, tmp_path):
     """An adapter that changes the answers."""
-    part = AdapterConfig(qformer=("ffn",), rank=2)
-    bank = Bank(backbone, [part], [0])
+    config = AdapterConfig(qformer=("ffn",), rank=2)
+    bank = Bank(backbone, [config], [0])
     bank.values.add_(torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(3)), alpha=0.3)
     state = bank.state(0)
     bank.remove()
-    digest = peft_format.save(tmp_path / "adapter", part, state, "small")
+    digest = peft_format.save(tmp_path / "adapter", config, state, "small")
     return tmp_path / "adapter", digest
 
 
-def _take(backbone, sets, names, tmp_path, settings=SETTINGS, adapter=None, split="test"):
-    tasks = [benchmarks.read(backbone, name, sets / name, split) for name in names]
-    see = ImageFeatures.from_backbone(backbone, "off").features
+def _evaluate(backbone, data, names, tmp_path, settings=SETTINGS, adapter=None, split="test"):
+    tasks = [load_task(backbone, name, data / name, split) for name in names]
+    get_features = ImageFeatures.from_backbone(backbone, "off").features
     folder, digest = adapter or (None, None)
 
-    def place(task):
+    def get_evaluation(task):
         return Evaluation(tmp_path / "out" / task.title)
 
-    return benchmarks.side_by_side(backbone, folder, tasks, see, settings, place, {"run": None}, digest)
+    return benchmarks.compare_with_adapter(
+        backbone, folder, tasks, get_features, settings, get_evaluation, {"run": None}, digest
+    )
 
 
-def test_base_and_adapter_side_by_side(backbone, adapter, sets, tmp_path):
+def test_records_of_base_and_adapter_follow_from_the_written_files(backbone, adapter, data, tmp_path):
     names = ("icons", "mme", "rewardbench")
-    records = _take(backbone, sets, names, tmp_path, adapter=adapter)
+    records = _evaluate(backbone, data, names, tmp_path, adapter=adapter)
     for name, record in zip(names, records, strict=True):
         out = Evaluation(tmp_path / "out" / f"{name}-test")
         assert read_json(out.record_file) == json.loads(json.dumps(record))
@@ -80,27 +82,31 @@ def test_base_and_adapter_side_by_side(backbone, adapter, sets, tmp_path):
             k: official[k] for k in ("perception", "subtasks")
         }
     assert bench["tuned"]["likelihood_sum"]["pooled"]["pairs"] == 4
-    # The adapter is out again: the same model answers as before.
-    (again,) = _take(backbone, sets, ["icons"], tmp_path)
-    assert again["base"] == icons_record["base"]
-    assert "tuned" not in again
+    # The adapter is removed afterwards: the same model gives the same metrics.
+    (record,) = _evaluate(backbone, data, ["icons"], tmp_path)
+    assert record["base"] == icons_record["base"]
+    assert "tuned" not in record
 
 
-def test_another_adapter_is_refused(backbone, adapter, sets, tmp_path):
+def test_an_adapter_with_another_hash_is_refused(backbone, adapter, data, tmp_path):
     with pytest.raises(UserError, match="is not the adapter that its result was made with"):
-        _take(backbone, sets, ["icons"], tmp_path, adapter=(adapter[0], "0" * 64))
+        _evaluate(backbone, data, ["icons"], tmp_path, adapter=(adapter[0], "0" * 64))
     assert not (tmp_path / "out").exists()
 
 
-def test_rewardbench_is_scored_from_its_lines(backbone, sets, tmp_path):
-    (record,) = _take(backbone, sets, ["rewardbench"], tmp_path, split="all")
+def test_rewardbench_is_scored_from_its_lines(backbone, data, tmp_path):
+    (record,) = _evaluate(backbone, data, ["rewardbench"], tmp_path, split="all")
     base, lines = record["base"], read_lines(tmp_path / "out/rewardbench-all/predictions.jsonl")
     assert record["questions"] == 40
     for how, name in (("sum", "sums"), ("mean", "means")):
         right = sum(line[name][line["best"]] > line[name][1 - line["best"]] for line in lines)
         assert base[f"likelihood_{how}"]["pooled"]["right"] == right
-    pairs = rewardbench.unique(
-        [pair for split in ("train", "val", "test") for pair in rewardbench.read(sets / f"rewardbench/{split}.jsonl")]
+    pairs = rewardbench.drop_duplicates(
+        [
+            pair
+            for split in ("train", "val", "test")
+            for pair in rewardbench.read_pairs(data / f"rewardbench/{split}.jsonl")
+        ]
     )
     assert [line["answer"] for line in lines] == [pair.responses[pair.best] for pair in pairs]
     rouge = text.rouge([line["prediction"] for line in lines], [line["answer"] for line in lines])["rougeL"]
@@ -108,48 +114,48 @@ def test_rewardbench_is_scored_from_its_lines(backbone, sets, tmp_path):
     assert base["cut_responses"] == 0
 
 
-def test_responses_are_scored_whole(small, sets):
-    """The likelihood is of the response itself: for T5, whose end token counts in both, the negated training loss."""
+def test_response_scores_are_the_negated_training_loss(small, data):
+    """T5's end token counts in both. The score is of the whole response."""
     backbone = checkpoints.load(small["t5"])
-    task = benchmarks.read(backbone, "rewardbench", sets / "rewardbench")
-    see = ImageFeatures.from_backbone(backbone, "off").features
-    outcome = benchmarks.answer(backbone, task, see, SETTINGS)
-    for row, (pair, record) in enumerate(zip(task.pairs, outcome.records, strict=True)):
+    task = load_task(backbone, "rewardbench", data / "rewardbench")
+    get_features = ImageFeatures.from_backbone(backbone, "off").features
+    result = benchmarks.evaluate_task(backbone, task, get_features, SETTINGS)
+    for row, (pair, record) in enumerate(zip(task.pairs, result.records, strict=True)):
         batch = backbone.text.targets([task.encoded_split.encoded[row]])
-        visual = backbone.query(see([task.encoded_split.questions[row]]), batch)
+        visual = backbone.query(get_features([task.encoded_split.questions[row]]), batch)
         loss = backbone.losses(visual, batch).item()
         assert record["sums"][pair.best] == pytest.approx(-loss, abs=1e-3)
 
 
-def test_judging_in_words_asks_in_both_orders(backbone, sets, tmp_path, monkeypatch):
+def test_judgments_are_generated_in_both_orders(backbone, data, tmp_path, monkeypatch):
     monkeypatch.setitem(generation.PRESETS, "sampling", replace(generation.PRESETS["sampling"], max_tokens=4))
-    (record,) = _take(backbone, sets, ["rewardbench"], tmp_path, replace(SETTINGS, samples=2))
-    found = record["base"]["judgements"]
+    (record,) = _evaluate(backbone, data, ["rewardbench"], tmp_path, replace(SETTINGS, samples=2))
+    scores = record["base"]["judgements"]
     file = tmp_path / "out/rewardbench-test/judgements-base.jsonl"
     lines = read_lines(file)
-    assert found["judgements"] == len(lines) == 4 * 2 * 2
+    assert scores["judgements"] == len(lines) == 4 * 2 * 2
     assert sorted(line["meta"]["random_number"] for line in lines) == [0] * 8 + [1] * 8
-    assert score_rewardbench(file)["pooled"] == found["pooled"]
-    assert found["decoding"] == "sampling"
+    assert score_rewardbench(file)["pooled"] == scores["pooled"]
+    assert scores["decoding"] == "sampling"
 
 
-def test_the_clip_score_is_of_the_models_own_words(backbone, sets, tmp_path):
-    judge = clip.load("tiny-clip")
-    (record,) = _take(backbone, sets, ["rewardbench"], tmp_path, replace(SETTINGS, clip=judge))
+def test_the_clip_score_is_of_the_generated_answers(backbone, data, tmp_path):
+    clip_model = clip.load("tiny-clip")
+    (record,) = _evaluate(backbone, data, ["rewardbench"], tmp_path, replace(SETTINGS, clip=clip_model))
     lines = read_lines(tmp_path / "out/rewardbench-test/predictions.jsonl")
-    pairs = rewardbench.read(sets / "rewardbench/test.jsonl")
-    expected = clip_score.score(judge, [pair.image for pair in pairs], [line["prediction"] for line in lines])
+    pairs = rewardbench.read_pairs(data / "rewardbench/test.jsonl")
+    expected = clip_score.score(clip_model, [pair.image for pair in pairs], [line["prediction"] for line in lines])
     assert [line["clip_score"] for line in lines] == pytest.approx(list(expected.values), abs=1e-3)
     assert record["base"]["answers"]["clip_score"]["mean"] == pytest.approx(sum(expected.values) / 4, abs=1e-3)
     assert record["clip"] == "tiny-clip"
 
 
-def test_what_cannot_be_asked(backbone, sets):
-    with pytest.raises(UserError, match="two questions an image; give an even limit, not 3"):
-        benchmarks.read(backbone, "mme", sets / "mme", limit=3)
+def test_loading_a_task_refuses_wrong_limits_splits_and_folders(backbone, data):
+    with pytest.raises(UserError, match="two questions per image, so the limit must be even; 3 is odd"):
+        load_task(backbone, "mme", data / "mme", limit=3)
     with pytest.raises(UserError, match="unknown split 'tset'; known: train, val, test, all"):
-        benchmarks.read(backbone, "rewardbench", sets / "rewardbench", "tset")
+        load_task(backbone, "rewardbench", data / "rewardbench", "tset")
     with pytest.raises(UserError, match=r"test.jsonl is missing; run `blipfit prepare rewardbench"):
-        benchmarks.read(backbone, "rewardbench", sets / "icons")
+        load_task(backbone, "rewardbench", data / "icons")
     with pytest.raises(UserError, match="cannot be drawn from icons; mme and rewardbench can"):
-        datasets.prepare_drawn("iconqa", sets / "x")
+        datasets.prepare_drawn("iconqa", data / "x")

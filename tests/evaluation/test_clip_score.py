@@ -87,8 +87,8 @@ def pairs() -> tuple[list[Image.Image], list[str]]:
     return images, texts
 
 
-def direct(folder: Path, images: list[Image.Image], texts: list[str]) -> list[float]:
-    """The same by transformers alone, a pair at a time, from the model's own logits."""
+def scores_by_transformers(folder: Path, images: list[Image.Image], texts: list[str]) -> list[float]:
+    """Scores by transformers alone, one pair at a time, from the model's own logits."""
     model = CLIPModel.from_pretrained(folder).eval()
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
     scores = []
@@ -99,20 +99,22 @@ def direct(folder: Path, images: list[Image.Image], texts: list[str]) -> list[fl
     return scores
 
 
-def test_tokenizer_made_here_is_clips(checkpoint: Path):
+def test_the_tokenizer_of_these_tests_is_clips(checkpoint: Path):
     ids = CLIPTokenizer.from_pretrained(checkpoint)("a photo of a cat").input_ids
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 def test_equals_transformers_called_directly(checkpoint: Path, pairs):
     images, texts = pairs
-    judge = clip.load(str(checkpoint))
-    expected = direct(checkpoint, images, texts)
+    clip_model = clip.load(str(checkpoint))
+    expected = scores_by_transformers(checkpoint, images, texts)
     for batch_size in (1, 7, 64):
-        scores = clip_score.score(judge, images, texts, batch_size)
+        scores = clip_score.score(clip_model, images, texts, batch_size)
         np.testing.assert_allclose(scores.values, expected, rtol=0, atol=1e-4)
-        assert scores.cut == sum(len(judge.tokenizer(t, verbose=False).input_ids) > 77 for t in texts) > 3
-    # Both sides of the max are there, and the scores differ: the test could not pass by chance.
+        assert (
+            scores.truncated_texts == sum(len(clip_model.tokenizer(t, verbose=False).input_ids) > 77 for t in texts) > 3
+        )
+    # Some scores are clamped to 0, some are not, and they differ: the test cannot pass by chance.
     assert min(expected) == 0
     assert 5 < sum(value > 0 for value in expected) < 35
     assert np.std(expected) > 1
@@ -134,43 +136,45 @@ class BareFeatures(torch.nn.Module):
 
 def test_equals_torchmetrics(checkpoint: Path, pairs):
     metrics = pytest.importorskip("torchmetrics.functional.multimodal", reason="torchmetrics is not installed")
-    judge = clip.load(str(checkpoint))
-    model = BareFeatures(judge.model)
-    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(checkpoint), judge.tokenizer)
+    clip_model = clip.load(str(checkpoint))
+    model = BareFeatures(clip_model.model)
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(checkpoint), clip_model.tokenizer)
     compared = 0
     for image, text in zip(*pairs, strict=True):
-        scores = clip_score.score(judge, [image], [text])
-        if scores.cut:
-            continue  # torchmetrics cuts the end token off too and reads the text somewhere else
+        scores = clip_score.score(clip_model, [image], [text])
+        if scores.truncated_texts:
+            continue  # torchmetrics also removes the end token, so CLIP pools at another token
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         with torch.no_grad():
-            theirs = metrics.clip_score(pixels, text, model_name_or_path=lambda: (model, processor))
-        assert scores.values[0] == pytest.approx(theirs.item(), abs=1e-4)
+            expected = metrics.clip_score(pixels, text, model_name_or_path=lambda: (model, processor))
+        assert scores.values[0] == pytest.approx(expected.item(), abs=1e-4)
         compared += 1
     assert compared > 20
 
 
-def test_a_text_of_77_tokens_is_whole_and_one_of_78_is_cut(checkpoint: Path, pairs):
-    judge = clip.load(str(checkpoint))
+def test_a_text_of_77_tokens_is_read_whole_and_one_of_78_is_truncated(checkpoint: Path, pairs):
+    clip_model = clip.load(str(checkpoint))
     image = pairs[0][0]
     fits, longer, much_longer = (" ".join(["cat"] * n) for n in (75, 76, 200))
-    scores = clip_score.score(judge, [image] * 3, [fits, longer, much_longer])
-    assert scores.cut == 2
+    scores = clip_score.score(clip_model, [image] * 3, [fits, longer, much_longer])
+    assert scores.truncated_texts == 2
     assert scores.values[1] == pytest.approx(scores.values[0], abs=1e-4)
     assert scores.values[2] == pytest.approx(scores.values[0], abs=1e-4)
 
 
-def test_nothing_to_score(checkpoint: Path):
+def test_no_pairs_give_no_scores_and_unpaired_texts_are_an_error(checkpoint: Path):
     assert clip_score.score(clip.load(str(checkpoint)), [], []) == clip_score.ClipScores((), 0)
     with pytest.raises(ValueError, match="argument 2 is longer"):
         clip_score.score(clip.load(str(checkpoint)), [], ["a text"])
 
 
-def test_the_miniature_is_scored_as_transformers_would(tmp_path: Path):
-    judge = clip.load("tiny-clip")
+def test_the_miniature_clip_gives_the_scores_of_transformers(tmp_path: Path):
+    clip_model = clip.load("tiny-clip")
     icons.write_preferences(tmp_path, n=8)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    scores = clip_score.score(judge, [tmp_path / row["image"] for row in rows], [row["response"][0] for row in rows])
+    scores = clip_score.score(
+        clip_model, [tmp_path / row["image"] for row in rows], [row["response"][0] for row in rows]
+    )
     processor = CLIPProcessor.from_pretrained(tiny.clip_folder())
     model = CLIPModel.from_pretrained(tiny.clip_folder()).eval()
     for row, score in zip(rows, scores.values, strict=True):
@@ -179,23 +183,23 @@ def test_the_miniature_is_scored_as_transformers_would(tmp_path: Path):
             out = model(**processor(text=[row["response"][0]], images=image, return_tensors="pt"))
         cosine = (out.image_embeds * out.text_embeds).sum().item()
         assert score == pytest.approx(100 * max(cosine, 0), abs=1e-4)
-    assert (judge.text_length, scores.cut) == (64, 0)
-    assert clip_score.score(judge, [tmp_path / rows[0]["image"]], ["red star " * 40]).cut == 1
+    assert (clip_model.text_length, scores.truncated_texts) == (64, 0)
+    assert clip_score.score(clip_model, [tmp_path / rows[0]["image"]], ["red star " * 40]).truncated_texts == 1
 
 
 def test_photographs_are_opened_from_their_files():
     if not PHOTOS.is_dir():
         pytest.skip(f"no photographs at {PHOTOS}")
     files = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png"))
-    judge = clip.load("tiny-clip")
-    opened = [Image.open(file).convert("RGB") for file in files]
+    clip_model = clip.load("tiny-clip")
+    images = [Image.open(file).convert("RGB") for file in files]
     texts = ["a red star"] * len(files)
-    assert clip_score.score(judge, files, texts).values == pytest.approx(
-        clip_score.score(judge, opened, texts).values, abs=1e-3
+    assert clip_score.score(clip_model, files, texts).values == pytest.approx(
+        clip_score.score(clip_model, images, texts).values, abs=1e-3
     )
 
 
-def copy(checkpoint: Path, to: Path, **config) -> Path:
+def copy_checkpoint(checkpoint: Path, to: Path, **config) -> Path:
     to.mkdir()
     for file in checkpoint.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -211,19 +215,19 @@ def test_wrong_models_are_refused(checkpoint: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is not a model folder"):
         clip.load(str(tmp_path))
     text = json.loads((checkpoint / "config.json").read_text())["text_config"]
-    other_end = copy(checkpoint, tmp_path / "end", text_config=text | {"eos_token_id": 49000})
+    other_end = copy_checkpoint(checkpoint, tmp_path / "end", text_config=text | {"eos_token_id": 49000})
     with pytest.raises(UserError, match="ends a text with id 49407, the model reads it at id 49000"):
         clip.load(str(other_end))
-    deeper = copy(checkpoint, tmp_path / "deep", text_config=text | {"num_hidden_layers": 3})
+    deeper = copy_checkpoint(checkpoint, tmp_path / "deep", text_config=text | {"num_hidden_layers": 3})
     with pytest.raises(UserError, match=r"16 weights are missing, e.g. text_model.encoder.layers.2"):
         clip.load(str(deeper))
-    broken = copy(checkpoint, tmp_path / "broken")
+    broken = copy_checkpoint(checkpoint, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         clip.load(str(broken))
 
 
-def test_loading_says_nothing_and_offline_is_told_at_once(
+def test_loading_prints_nothing_and_fails_at_once_offline(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     clip.load("tiny-clip")

@@ -1,4 +1,4 @@
-"""Open answers go through the same loop as choices: the loss decides the epoch, texts are judged at the end."""
+"""Open answers are trained by the same loop as choices: the loss selects the epoch, texts are scored at the end."""
 
 import json
 import math
@@ -8,12 +8,12 @@ import torch
 
 import reference
 from blipfit.adapters.bank import Bank
+from blipfit.commands import evaluate
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.data.prompts import Prompted
+from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import protocol, text
-from blipfit.evaluation.evaluate import evaluate
 from blipfit.recipe import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig, Recipe, TrainingConfig
 from blipfit.run import read_lines
 from blipfit.training import loop
@@ -23,49 +23,51 @@ OPEN = EvaluationConfig(method="generation", decoding="short-answer", batch_size
 
 @pytest.fixture
 def encoded_split(backbone, tmp_path):
-    prompted = [Prompted(f"What {'thing ' * (n % 3)}is number {n}?", "word " * (n % 4) + "red", ()) for n in range(7)]
+    prompted = [
+        PromptedQuestion(f"What {'thing ' * (n % 3)}is number {n}?", "word " * (n % 4) + "red", ()) for n in range(7)
+    ]
     questions = [Question(str(n), tmp_path / str(n), p.prompt, p.target) for n, p in enumerate(prompted)]
     return EncodedSplit(questions, prompted, backbone.text.encode(prompted))
 
 
-def _see(backbone, encoded_split):
-    seen = dict(
+def _features_of(backbone, encoded_split):
+    features = dict(
         zip((q.id for q in encoded_split.questions), backbone.see(reference.pictures(backbone, 7)), strict=True)
     )
-    return lambda questions: torch.stack([seen[q.id] for q in questions])
+    return lambda questions: torch.stack([features[q.id] for q in questions])
 
 
-def test_the_loss_is_that_of_every_answer_alone(backbone, encoded_split):
-    see = _see(backbone, encoded_split)
-    (loss,) = protocol.losses(backbone, encoded_split, see, 3)
-    alone = 0.0
+def test_the_loss_equals_that_of_single_answers(backbone, encoded_split):
+    get_features = _features_of(backbone, encoded_split)
+    (loss,) = protocol.compute_losses(backbone, encoded_split, get_features, 3)
+    total = 0.0
     with torch.no_grad():
         for question, encoded in zip(encoded_split.questions, encoded_split.encoded, strict=True):
             batch = backbone.text.targets([encoded])
-            alone += backbone.losses(backbone.query(see([question]), batch), batch).item()
-    assert loss == pytest.approx(alone / sum(len(e.target) for e in encoded_split.encoded), rel=1e-5)
+            total += backbone.losses(backbone.query(get_features([question]), batch), batch).item()
+    assert loss == pytest.approx(total / sum(len(e.target) for e in encoded_split.encoded), rel=1e-5)
 
 
-def test_a_look_is_better_the_higher(backbone, encoded_split):
-    see = _see(backbone, encoded_split)
+def test_a_higher_validation_score_means_a_lower_loss(backbone, encoded_split):
+    get_features = _features_of(backbone, encoded_split)
     bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 3, [0, 0, 0])
     bank.tensor(1, "language_projection.bias").add_(3.0)
     bank.tensor(2, "language_projection.bias").add_(math.nan)
-    looks = protocol.validate(backbone, encoded_split, see, OPEN)
-    assert [look.measure for look in looks] == ["val_loss"] * 3
-    assert looks[0].value != looks[1].value
-    assert (looks[0].score > looks[1].score) == (looks[0].value < looks[1].value)
-    assert [look.finite for look in looks] == [True, True, False]
+    results = protocol.validate(backbone, encoded_split, get_features, OPEN)
+    assert [result.measure for result in results] == ["val_loss"] * 3
+    assert results[0].value != results[1].value
+    assert (results[0].score > results[1].score) == (results[0].value < results[1].value)
+    assert [result.finite for result in results] == [True, True, False]
 
 
-def test_texts_are_judged_against_the_wanted_answers(backbone, encoded_split):
-    see = _see(backbone, encoded_split)
-    (judged,) = protocol.evaluate_split(backbone, encoded_split, see, OPEN)
-    (texts,) = protocol.generated_texts(backbone, encoded_split, see, OPEN)
-    assert [record["prediction"] for record in judged.records] == texts
+def test_generated_texts_are_compared_with_the_reference_answers(backbone, encoded_split):
+    get_features = _features_of(backbone, encoded_split)
+    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, OPEN)
+    (texts,) = protocol.generate_texts(backbone, encoded_split, get_features, OPEN)
+    assert [record["prediction"] for record in evaluation.records] == texts
     rouge = text.rouge(texts, [p.target for p in encoded_split.prompted])
-    assert [record["rougeL"] for record in judged.records] == pytest.approx(rouge["rougeL"].tolist(), abs=1e-6)
-    metrics = judged.metrics
+    assert [record["rougeL"] for record in evaluation.records] == pytest.approx(rouge["rougeL"].tolist(), abs=1e-6)
+    metrics = evaluation.metrics
     assert (metrics["method"], metrics["decoding"], metrics["stemmer"]) == ("generation", "short-answer", False)
     assert metrics["texts"]["rougeL"]["mean"] == pytest.approx(rouge["rougeL"].mean())
     assert metrics["questions"] == 7
@@ -83,14 +85,14 @@ def open_data(iconqa, tmp_path):
     return folder
 
 
-def _recipe(model, **judged):
+def _recipe(model, **evaluation):
     return Recipe(
         experiment="open",
         model=ModelConfig(name=str(model)),
         data=DataConfig(name="own", prompt="vqa-v1", images="off"),
         adapter=AdapterConfig(qformer=("self_attn", "ffn"), rank=4),
         training=TrainingConfig(batch_size=4, max_epochs=4, learning_rate=0.01, patience=4),
-        evaluation=EvaluationConfig(**judged),
+        evaluation=EvaluationConfig(**evaluation),
     )
 
 
@@ -105,12 +107,12 @@ def test_open_answers_are_trained_by_the_same_loop(small, family, open_data, tmp
     records = read_lines(run.predictions_file)
     assert {"split", "id", "prediction", "answer", "rougeL"} <= records[0].keys()
     assert [record["answer"] for record in records] == ["a red star"] * 11
-    again = evaluate(run.folder, open_data, "test", "cpu", base=True)
+    again = evaluate.run(run.folder, open_data, "test", "cpu", base=True)
     assert again["tuned"] == result["metrics"]["test"]
     assert again["base"]["loss"] > again["tuned"]["loss"]
 
 
-def test_ranking_needs_choices_and_says_the_mend(small, open_data, tmp_path):
+def test_open_questions_and_unknown_decodings_are_refused_before_training(small, open_data, tmp_path):
     with pytest.raises(UserError, match=r"has no choices, .* evaluation.method=generation"):
         loop.train([_recipe(small["t5"])], open_data, tmp_path / "results", device="cpu")
     with pytest.raises(UserError, match="unknown decoding 'greed'; did you mean 'greedy'"):

@@ -1,4 +1,4 @@
-"""VL-RewardBench's rules: the pattern of judgements, both orders, votes of K samples, ties, duplicates, averages."""
+"""VL-RewardBench's rules: verdicts in texts, both orders, majority of samples, ties, duplicates, averages."""
 
 import json
 import random
@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from blipfit.data.rewardbench import Pair, read
+from blipfit.data.rewardbench import Pair, read_pairs
 from blipfit.errors import UserError
 from blipfit.evaluation import rewardbench
-from blipfit.evaluation.rewardbench import Judgement, judge_prompt, judgement_record, pairwise, verdict, vote
+from blipfit.evaluation.rewardbench import (
+    Judgment,
+    judge_prompt,
+    judgment_record,
+    majority_outcome,
+    pairwise_accuracy,
+    parse_verdict,
+)
 
 ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "vl_rewardbench" / "test_text_only.jsonl"
 
@@ -27,7 +34,7 @@ ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "vl_rewardbench" /
         ("Answer 1 is better.", None),
         ("Overall Judgment: Answer 1 is far better.", None),
         ("Overall Judgment: Response 1 is better.", None),
-        ("Overall\nJudgment: Answer 1 is better.", None),  # line breaks vanish, they do not become blanks
+        ("Overall\nJudgment: Answer 1 is better.", None),  # line breaks are removed, not replaced by blanks
         ("Overall Judgment: Answer 1\nis better.", 1),
         ("Overall Judgment: Answer X is better.", None),
         ("Overall Judgment: Answer 3 is better.", 3),
@@ -35,11 +42,11 @@ ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "vl_rewardbench" /
         ("", None),
     ],
 )
-def test_pattern_of_a_judgement(text: str, number: int | None):
-    assert verdict(text) == number
+def test_the_verdict_is_read_from_the_text(text: str, number: int | None):
+    assert parse_verdict(text) == number
 
 
-def said(number: int) -> str:
+def judgment_text(number: int) -> str:
     return f"Overall Judgment: Answer {number} is better." if number else "I cannot tell."
 
 
@@ -58,30 +65,30 @@ def said(number: int) -> str:
         (0, False, 0, "unparsed"),
     ],
 )
-def test_both_orders(best: int, swapped: bool, number: int, outcome: str):
-    assert Judgement("a", ("a",), best, swapped, said(number)).outcome == outcome
+def test_the_outcome_depends_on_the_order_of_the_responses(best: int, swapped: bool, number: int, outcome: str):
+    assert Judgment("a", ("a",), best, swapped, judgment_text(number)).outcome == outcome
 
 
-def test_votes():
-    assert vote(["right"]) == "right"
-    assert vote(["wrong", "right", "wrong"]) == "wrong"
-    assert vote(["wrong", "right"]) == "tie"
-    assert vote(["right", "right", "unparsed"]) == "unparsed"
+def test_the_majority_decides():
+    assert majority_outcome(["right"]) == "right"
+    assert majority_outcome(["wrong", "right", "wrong"]) == "wrong"
+    assert majority_outcome(["wrong", "right"]) == "tie"
+    assert majority_outcome(["right", "right", "unparsed"]) == "unparsed"
 
 
 def pair(name: str, best: int = 0, text: str = "x") -> Pair:
     return Pair(name, "What?", (f"{text} one", f"{text} two"), (best, 1 - best))
 
 
-def write(file: Path, judged: list[tuple[Pair, bool, int]]) -> Path:
-    lines = [json.dumps(judgement_record(p, swapped, said(number))) for p, swapped, number in judged]
+def write_judgments(file: Path, judgments: list[tuple[Pair, bool, int]]) -> Path:
+    lines = [json.dumps(judgment_record(p, swapped, judgment_text(number))) for p, swapped, number in judgments]
     file.write_text("\n".join(lines) + "\n")
     return file
 
 
-def test_scores_by_hand(tmp_path: Path):
-    file = write(
-        tmp_path / "judged.jsonl",
+def test_scores_calculated_by_hand(tmp_path: Path):
+    file = write_judgments(
+        tmp_path / "judgments.jsonl",
         [
             (pair("RLHF-V-1"), False, 1),
             (pair("RLHF-V-1"), True, 2),
@@ -149,34 +156,42 @@ def independent(lines: list[dict], k: int) -> dict:
     return {**rates, "pooled": pooled, "macro": sum(rates.values()) / 3}
 
 
-def test_a_second_implementation_agrees_on_real_rows_judged_at_random(tmp_path: Path):
+def test_a_second_implementation_agrees_on_real_rows_with_random_judgments(tmp_path: Path):
     if not ROWS.is_file():
         pytest.skip(f"no real rows at {ROWS}")
-    draw = random.Random(4)
-    endings = [said(1), said(2), said(2), "**Overall Judgment**:\n**Answer 1** is the better one.", "Therefore…\n"]
+    generator = random.Random(4)
+    endings = [
+        judgment_text(1),
+        judgment_text(2),
+        judgment_text(2),
+        "**Overall Judgment**:\n**Answer 1** is the better one.",
+        "Therefore…\n",
+    ]
     endings += ["Therefore Answer 2 is slightly better, so Answer 1 is better", "Overall Judgment: both are fine."]
-    judged = []
-    for row in read(ROWS):
-        careful = draw.random() < 0.8
-        for _ in range(draw.randint(1, 6)):
-            text = draw.choice(endings[:4] if careful else endings)
-            judged.append(judgement_record(row, draw.random() < 0.5, f"Answer 1 is clear.\n{text}"))
-    draw.shuffle(judged)
-    file = tmp_path / "judged.jsonl"
-    wrapped = [{"0": line} if n % 2 else line for n, line in enumerate(judged)] + [{"0": None}]
+    judgments = []
+    for row in read_pairs(ROWS):
+        careful = generator.random() < 0.8
+        for _ in range(generator.randint(1, 6)):
+            text = generator.choice(endings[:4] if careful else endings)
+            judgments.append(judgment_record(row, generator.random() < 0.5, f"Answer 1 is clear.\n{text}"))
+    generator.shuffle(judgments)
+    file = tmp_path / "judgments.jsonl"
+    wrapped = [{"0": line} if n % 2 else line for n, line in enumerate(judgments)] + [{"0": None}]
     file.write_text("".join(json.dumps(line) + "\n" for line in wrapped))
     for k in (1, 3, 5, 9):
-        record, expected = rewardbench.score_rewardbench(file, samples=k), independent(judged, k)
-        found = {name: facts["accuracy"] for name, facts in record["categories"].items()}
-        found |= {"pooled": record["pooled"]["accuracy"], "macro": record["macro"]}
-        assert found == {name: pytest.approx(100 * value, abs=1e-4) for name, value in expected.items()}
+        record, expected = rewardbench.score_rewardbench(file, samples=k), independent(judgments, k)
+        accuracies = {name: facts["accuracy"] for name, facts in record["categories"].items()}
+        accuracies |= {"pooled": record["pooled"]["accuracy"], "macro": record["macro"]}
+        assert accuracies == {name: pytest.approx(100 * value, abs=1e-4) for name, value in expected.items()}
         assert record["pooled"]["pairs"] == 400
         assert sum(record["pooled"][name] for name in rewardbench.OUTCOMES) == 400
 
 
-def test_pairwise_by_likelihood():
+def test_pairwise_accuracy_by_likelihood():
     pairs = [pair("RLHF-V-1"), pair("mmmu_1", 1), pair("mmmu_2", 1), pair("wildvision-1"), pair("RLHF-V-1", 0, "other")]
-    record = pairwise([*pairs, pairs[0]], [(-1.0, -2.0), (-3.0, -2.5), (-2.0, -9.0), (-4.0, -4.0), (-2, -1), (-9, -1)])
+    record = pairwise_accuracy(
+        [*pairs, pairs[0]], [(-1.0, -2.0), (-3.0, -2.5), (-2.0, -9.0), (-4.0, -4.0), (-2, -1), (-9, -1)]
+    )
     assert (record["rows"], record["repeated_rows"], record["repeated_ids"]) == (6, 1, 1)
     assert record["categories"]["hallucination"]["accuracy"] == 50
     assert record["categories"]["reasoning"]["accuracy"] == 50
@@ -194,45 +209,48 @@ def test_pairwise_by_likelihood():
     assert (record["pooled"]["accuracy"], record["pooled"]["strict"]) == (50, 40)
 
 
-def test_a_judge_that_knows_scores_100_in_both_orders_and_one_that_does_not_50():
+def test_a_perfect_judge_scores_100_and_one_that_always_says_1_has_only_ties():
     if not ROWS.is_file():
         pytest.skip(f"no real rows at {ROWS}")
-    pairs = read(ROWS)
+    pairs = read_pairs(ROWS)
     both = [(row, swapped) for row in pairs for swapped in (False, True)]
-    knows = [Judgement(r.id, r.key, r.best, s, said(1 + (r.best ^ s))) for r, s in both]
-    record = rewardbench.score(knows)
+    perfect = [Judgment(r.id, r.key, r.best, s, judgment_text(1 + (r.best ^ s))) for r, s in both]
+    record = rewardbench.score_judgments(perfect)
     assert record["pooled"]["accuracy"] == record["macro"] == 100
     assert record["both_orders"] == {"pairs": 400, "steady": 400}
-    first = rewardbench.score([Judgement(r.id, r.key, r.best, s, said(1)) for r, s in both])
+    first = rewardbench.score_judgments([Judgment(r.id, r.key, r.best, s, judgment_text(1)) for r, s in both])
     assert first["pooled"]["tie"] == 400
     assert first["mean"]["pooled"] == 50
     assert first["both_orders"] == {"pairs": 400, "steady": 0}
 
 
-def test_prompt_shows_the_answers_in_the_order_told():
-    shown = pair("RLHF-V-1")
-    assert "Answer 1: x one\n\nAnswer 2: x two" in judge_prompt(shown, swapped=False)
-    assert "Answer 1: x two\n\nAnswer 2: x one" in judge_prompt(shown, swapped=True)
-    assert verdict(judge_prompt(shown, swapped=False)) is None
+def test_the_prompt_has_the_answers_in_the_requested_order():
+    example = pair("RLHF-V-1")
+    assert "Answer 1: x one\n\nAnswer 2: x two" in judge_prompt(example, swapped=False)
+    assert "Answer 1: x two\n\nAnswer 2: x one" in judge_prompt(example, swapped=True)
+    assert parse_verdict(judge_prompt(example, swapped=False)) is None
 
 
-def test_odd_lines_are_told(tmp_path: Path):
-    file = tmp_path / "judged.jsonl"
-    good = judgement_record(pair("RLHF-V-1"), False, said(1))
-    for change, told in (
-        ({"meta": {"filter_choice": "x"}}, "judged.jsonl:2: meta.random_number must be 0 .* or 1 .* but is None"),
-        ({"meta": {"filter_choice": None, "random_number": 1}}, "judged.jsonl:2: 'meta': 'filter_choice' must be text"),
-        ({"meta": None}, "judged.jsonl:2: 'meta': expected an object"),
-        ({"ranking": [1, 2]}, "judged.jsonl:2: the ranking must be"),
-        ({"response": "x"}, "judged.jsonl:2: 'response' must be a list of two texts"),
+def test_invalid_lines_are_refused_with_their_number(tmp_path: Path):
+    file = tmp_path / "judgments.jsonl"
+    good = judgment_record(pair("RLHF-V-1"), False, judgment_text(1))
+    for change, message in (
+        ({"meta": {"filter_choice": "x"}}, "judgments.jsonl:2: meta.random_number must be 0 .* or 1 .* but is None"),
+        (
+            {"meta": {"filter_choice": None, "random_number": 1}},
+            "judgments.jsonl:2: 'meta': 'filter_choice' must be text",
+        ),
+        ({"meta": None}, "judgments.jsonl:2: 'meta': expected an object"),
+        ({"ranking": [1, 2]}, "judgments.jsonl:2: the ranking must be"),
+        ({"response": "x"}, "judgments.jsonl:2: 'response' must be a list of two texts"),
     ):
         file.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             rewardbench.score_rewardbench(file)
     file.write_text("\n")
-    with pytest.raises(UserError, match="holds no judgements"):
+    with pytest.raises(UserError, match="contains no judgments"):
         rewardbench.score_rewardbench(file)
     with pytest.raises(UserError, match="is missing"):
         rewardbench.score_rewardbench(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match="samples is 0"):
-        rewardbench.score([], samples=0)
+        rewardbench.score_judgments([], samples=0)

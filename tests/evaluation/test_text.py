@@ -1,4 +1,4 @@
-"""ROUGE against Google's own scorer and by hand, exact match, and bootstrap intervals that hold what they promise."""
+"""ROUGE against Google's scorer and by hand, exact match, and the coverage of bootstrap intervals."""
 
 import json
 import random
@@ -14,7 +14,7 @@ ROWS = Path(__file__).parents[2].parent / "shared" / "data" / "vl_rewardbench" /
 
 
 def random_texts(count: int) -> list[tuple[str, str]]:
-    draw = random.Random(8)
+    generator = random.Random(8)
     words = [
         "a",
         "star",
@@ -32,7 +32,9 @@ def random_texts(count: int) -> list[tuple[str, str]]:
         "звезда",
         ".",
     ]
-    return [tuple(" ".join(draw.choices(words, k=draw.randrange(12))) for _ in range(2)) for _ in range(count)]
+    return [
+        tuple(" ".join(generator.choices(words, k=generator.randrange(12))) for _ in range(2)) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("stemmer", [False, True])
@@ -40,39 +42,39 @@ def test_equals_googles_scorer(stemmer: bool):
     pairs = random_texts(300)
     if ROWS.is_file():
         pairs += [tuple(json.loads(line)["response"]) for line in ROWS.read_text().splitlines()[:100]]
-    found = text.rouge([p for p, _ in pairs], [r for _, r in pairs], stemmer)
+    values = text.rouge([p for p, _ in pairs], [r for _, r in pairs], stemmer)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
-    for name, values in found.items():
+    for name, metric_values in values.items():
         expected = [scorer.score(target=r, prediction=p)[name].fmeasure for p, r in pairs]
-        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(metric_values, expected, rtol=0, atol=1e-12)
 
 
-def test_rouge_by_hand():
-    found = text.rouge(["the red stars", "a b c d", "", "x"], ["the red star", "a c b d e", "x", "y"])
+def test_rouge_calculated_by_hand():
+    values = text.rouge(["the red stars", "a b c d", "", "x"], ["the red star", "a c b d e", "x", "y"])
     # Unigrams 2 of 3 and 2 of 3; then 4 of 4 and 4 of 5.
-    np.testing.assert_allclose(found["rouge1"], [2 / 3, 8 / 9, 0, 0], atol=1e-12)
-    np.testing.assert_allclose(found["rouge2"], [1 / 2, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(values["rouge1"], [2 / 3, 8 / 9, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(values["rouge2"], [1 / 2, 0, 0, 0], atol=1e-12)
     # Longest common subsequence of the second: a b d or a c d.
-    np.testing.assert_allclose(found["rougeL"], [2 / 3, 6 / 9, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(values["rougeL"], [2 / 3, 6 / 9, 0, 0], atol=1e-12)
     assert text.rouge(["the red stars"], ["the red star"], stemmer=True)["rouge1"] == 1
 
 
 def test_exact_match():
-    said, wanted = ["(b) The  Red star!", "red star", "a", ""], ["b red star", "Red star", "an", ""]
-    assert text.exact_match(said, wanted).tolist() == [1, 1, 1, 1]
-    assert text.exact_match(said, wanted, strict=True).tolist() == [0, 0, 0, 1]
-    assert text.normalized("The theatre, an act: (a)") == "theatre act"
+    predictions, references = ["(b) The  Red star!", "red star", "a", ""], ["b red star", "Red star", "an", ""]
+    assert text.exact_match(predictions, references).tolist() == [1, 1, 1, 1]
+    assert text.exact_match(predictions, references, strict=True).tolist() == [0, 0, 0, 1]
+    assert text.normalize("The theatre, an act: (a)") == "theatre act"
 
 
-def test_texts_without_their_references_are_a_defect():
+def test_texts_without_references_are_an_error():
     with pytest.raises(ValueError, match="shorter"):
         text.rouge(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="shorter"):
         text.exact_match(["a", "b"], ["a"])
 
 
-def test_everything_at_once_keeps_each_sample():
-    record = text.judge(["a red star", "blue"], ["a red star", "green"], stemmer=True)
+def test_score_texts_returns_means_and_the_values_of_each_sample():
+    record = text.score_texts(["a red star", "blue"], ["a red star", "green"], stemmer=True)
     assert record["stemmer"] is True
     assert record["samples"]["rougeL"] == [1, 0]
     assert record["metrics"]["exact"] == {"mean": 0.5, "interval": [0, 1], "samples": 2}
@@ -80,72 +82,72 @@ def test_everything_at_once_keeps_each_sample():
     json.dumps(record, allow_nan=False)
 
 
-def test_interval_is_that_of_the_normal_distribution_where_it_applies():
+def test_the_interval_equals_that_of_the_normal_distribution_for_many_values():
     values = np.random.default_rng(1).normal(0.4, 0.2, 2000)
-    told = text.mean(values)
+    result = text.mean(values)
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert told["mean"] == pytest.approx(values.mean())
-    assert told["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=5e-4)
+    assert result["mean"] == pytest.approx(values.mean())
+    assert result["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=5e-4)
     narrow = text.mean(values, level=0.5)["interval"]
     assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * half / 1.96, rel=0.05)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    draws = np.random.default_rng(5)
+def test_intervals_cover_the_true_mean_in_about_95_percent_of_trials():
+    generator = np.random.default_rng(5)
     covered = 0
     for trial in range(300):
-        low, high = text.mean(draws.random(60) < 0.3, seed=trial, resamples=400)["interval"]
+        low, high = text.mean(generator.random(60) < 0.3, seed=trial, resamples=400)["interval"]
         covered += low <= 0.3 <= high
     assert 0.89 <= covered / 300 <= 0.98
 
 
-def test_same_seed_same_interval_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch):
+def test_the_same_seed_gives_the_same_interval_with_any_block_size(monkeypatch: pytest.MonkeyPatch):
     values = np.random.default_rng(2).random(50)
-    told = text.mean(values, seed=3, resamples=999)
-    assert told == text.mean(values.tolist(), seed=3, resamples=999)
-    assert told["interval"] != text.mean(values, seed=4, resamples=999)["interval"]
-    low, high = told["interval"]
-    assert low < told["mean"] < high
+    result = text.mean(values, seed=3, resamples=999)
+    assert result == text.mean(values.tolist(), seed=3, resamples=999)
+    assert result["interval"] != text.mean(values, seed=4, resamples=999)["interval"]
+    low, high = result["interval"]
+    assert low < result["mean"] < high
     monkeypatch.setattr(text, "_BLOCK", 700)  # 14 resamples at once instead of all
-    assert told == text.mean(values, seed=3, resamples=999)
+    assert result == text.mean(values, seed=3, resamples=999)
 
 
-def test_pairing_removes_what_both_share():
-    draws = np.random.default_rng(6)
-    easy = draws.random(400)
-    base, tuned = easy + draws.normal(0, 0.01, 400), easy + 0.02 + draws.normal(0, 0.01, 400)
-    told = text.difference(base, tuned)
-    assert told["difference"] == pytest.approx(0.02, abs=0.002)
-    assert told["interval"][0] > 0.015
-    assert told["interval"][1] < 0.025
-    assert told["interval"] == pytest.approx(text.mean(tuned - base)["interval"], abs=1e-9)
-    # Were they not paired, the interval would be many times as wide.
-    shuffled = text.difference(base, draws.permutation(tuned))["interval"]
-    assert shuffled[1] - shuffled[0] > 10 * (told["interval"][1] - told["interval"][0])
-    assert text.difference(tuned, base)["difference"] == -told["difference"]
+def test_pairing_removes_the_difficulty_of_samples():
+    generator = np.random.default_rng(6)
+    difficulty = generator.random(400)
+    base, tuned = difficulty + generator.normal(0, 0.01, 400), difficulty + 0.02 + generator.normal(0, 0.01, 400)
+    result = text.difference(base, tuned)
+    assert result["difference"] == pytest.approx(0.02, abs=0.002)
+    assert result["interval"][0] > 0.015
+    assert result["interval"][1] < 0.025
+    assert result["interval"] == pytest.approx(text.mean(tuned - base)["interval"], abs=1e-9)
+    # Without pairing the interval is many times as wide.
+    shuffled = text.difference(base, generator.permutation(tuned))["interval"]
+    assert shuffled[1] - shuffled[0] > 10 * (result["interval"][1] - result["interval"][0])
+    assert text.difference(tuned, base)["difference"] == -result["difference"]
 
 
 def test_ratio_of_means():
-    draws = np.random.default_rng(7)
-    base = draws.random(300)
-    told = text.ratio(base, 0.9 * base)
-    assert told["ratio"] == pytest.approx(0.9)
-    assert told["interval"] == pytest.approx([0.9, 0.9])
-    noisy = text.ratio(base, 0.9 * base + draws.normal(0, 0.1, 300))
+    generator = np.random.default_rng(7)
+    base = generator.random(300)
+    result = text.ratio(base, 0.9 * base)
+    assert result["ratio"] == pytest.approx(0.9)
+    assert result["interval"] == pytest.approx([0.9, 0.9])
+    noisy = text.ratio(base, 0.9 * base + generator.normal(0, 0.1, 300))
     assert noisy["interval"][0] < noisy["ratio"] < noisy["interval"][1]
 
 
-def test_what_has_no_value_is_none_and_not_a_number_of_json():
+def test_undefined_values_are_none_and_never_nan():
     assert text.mean([]) == {"mean": None, "interval": None, "samples": 0}
     assert text.difference([], []) == {"difference": None, "interval": None, "samples": 0}
     assert text.ratio([], []) == text.ratio([0.0, 0.0], [1.0, 0.0]) | {"samples": 0}
-    # A base that is right once in four: many resamples have none, and their ratio is infinite.
-    told = text.ratio([1, 0, 0, 0], [1, 1, 1, 1])
-    assert told["ratio"] == 4
-    assert told["interval"][1] is None
-    assert told["interval"][0] is not None
-    # 0 / 0 says nothing: what is left is 1 everywhere.
+    # With one right sample of four many resamples of the base have a mean of 0, so their ratio is infinite.
+    result = text.ratio([1, 0, 0, 0], [1, 1, 1, 1])
+    assert result["ratio"] == 4
+    assert result["interval"][1] is None
+    assert result["interval"][0] is not None
+    # Resamples with 0 / 0 are left out; all others have a ratio of 1.
     assert text.ratio([1, 0, 0, 0], [1, 0, 0, 0])["interval"] == [1, 1]
-    json.dumps(told, allow_nan=False)
+    json.dumps(result, allow_nan=False)
     with pytest.raises(AssertionError, match="paired"):
         text.difference([1, 2], [1])

@@ -1,4 +1,4 @@
-"""The three stages against Hugging Face's own forward."""
+"""The three stages compared with Hugging Face's own forward pass."""
 
 import copy
 
@@ -25,7 +25,7 @@ def test_stages_give_the_logits_of_hugging_face(backbone: Backbone):
         losses = backbone.losses(visual, batch)
         loss, expected = reference.forward(backbone.hf, backbone, pixels, _rows(encoded))
     torch.testing.assert_close(staged[0], torch.cat(expected), atol=1e-5, rtol=0)
-    assert staged.std() > 0.1  # all-equal logits would pass anything
+    assert staged.std() > 0.1  # logits without variance would pass any comparison
     assert losses.item() == pytest.approx(loss.item() * len(batch.labels_N), abs=1e-4)
 
 
@@ -41,19 +41,19 @@ def test_the_picture_and_the_instruction_matter(backbone: Backbone):
 
 def test_features_are_those_before_the_trained_layer_norm(backbone: Backbone):
     pixels = reference.pictures(backbone, 2)
-    seen = backbone.see(pixels)
+    features = backbone.see(pixels)
     with torch.no_grad():
-        whole = backbone.hf.vision_model(pixels).last_hidden_state
-        torch.testing.assert_close(backbone.hf.vision_model.post_layernorm(seen), whole)
-    assert (seen - whole).abs().max() > 0.1
-    assert not seen.requires_grad
+        expected = backbone.hf.vision_model(pixels).last_hidden_state
+        torch.testing.assert_close(backbone.hf.vision_model.post_layernorm(features), expected)
+    assert (features - expected).abs().max() > 0.1
+    assert not features.requires_grad
 
 
 def test_losses_flow_back_to_the_query_stage_through_the_frozen_language_model(backbone: Backbone):
     bank = Bank(backbone, [AdapterConfig(qformer=("self_attn",), rank=2)], [0])
     batch = backbone.text.targets(reference.ask(backbone))
     bank.backward(backbone.losses(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch).sum())
-    for name in bank.names(0):
+    for name in bank.tensor_names(0):
         gradient = bank.tensor(0, name, bank.grads)
         assert bool(gradient.any()) != name.endswith("lora_A"), name  # B is zero, so A moves only from the second step
 
@@ -66,7 +66,7 @@ def test_t5_runs_the_exact_gelu(small):
 
 
 def _brute_force(hf, backbone, pixels, encoded):
-    """Every candidate alone in HF's forward: a batch of one without any padding."""
+    """Score every candidate alone in HF's forward pass: a batch of 1 without padding."""
     scores = []
     for row, e in enumerate(encoded):
         for candidate in e.candidates:
@@ -113,7 +113,7 @@ def test_candidate_scores_equal_brute_force_in_a_bank(backbone: Backbone):
 
 
 @torch.no_grad()
-def test_a_batch_scores_as_its_questions_alone(backbone: Backbone):
+def test_a_batch_has_the_scores_of_its_questions_alone(backbone: Backbone):
     encoded, pixels = reference.ask(backbone, 5), reference.pictures(backbone, 5)
     together = _scores(backbone, pixels, encoded).sums_KM[0]
     alone = [_scores(backbone, pixels[i : i + 1], encoded[i : i + 1]).sums_KM[0] for i in range(5)]
@@ -129,7 +129,7 @@ def test_one_token_candidates_are_scored(backbone: Backbone):
         assert _scores(backbone, pixels, encoded).sums_KM[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_generation_in_a_batch_is_generation_alone(backbone: Backbone):
+def test_generation_in_a_batch_gives_the_same_as_alone(backbone: Backbone):
     encoded, pixels = reference.ask(backbone, 4), reference.pictures(backbone, 4)
 
     def generate(rows):
@@ -142,19 +142,19 @@ def test_generation_in_a_batch_is_generation_alone(backbone: Backbone):
     assert len({tuple(row) for row in together.tolist()}) > 1
 
 
-def test_generation_is_hugging_faces(backbone: Backbone):
+def test_generation_gives_the_ids_of_hugging_face(backbone: Backbone):
     (e,), pixels = reference.ask(backbone, 1), reference.pictures(backbone, 1)
     batch = backbone.text.prompts([e])
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    ours = backbone.generate(backbone.query(backbone.see(pixels), batch), batch, **options)
+    ids = backbone.generate(backbone.query(backbone.see(pixels), batch), batch, **options)
     placeholder = [backbone.hf.config.image_token_id] * backbone.hf.config.num_query_tokens
-    theirs = backbone.hf.generate(
+    expected = backbone.hf.generate(
         pixel_values=pixels,
         qformer_input_ids=batch.qformer_ids_BT,
         input_ids=torch.tensor([placeholder + e.prompt]),
         **options,
     )
-    assert ours[0].tolist() == theirs[0].tolist()[-ours.shape[1] :]
+    assert ids[0].tolist() == expected[0].tolist()[-ids.shape[1] :]
 
 
 def test_equal_weights_have_equal_fingerprints():

@@ -1,4 +1,4 @@
-"""FLOPs by formula against torch's counter, for every stage, family and a shape unlike the miniatures'."""
+"""FLOPs by formula compared with torch's counter: every stage, both families, and a shape unlike the miniatures'."""
 
 from types import SimpleNamespace
 
@@ -44,14 +44,14 @@ MIDDLE_TEXT = {
 }  # fmt: skip
 
 
-class Ids:
-    """What the stages read of a text encoder."""
+class TextEncoderStub:
+    """The attributes of a text encoder that the stages read."""
 
     decoder_start = 0
     llm = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 
 
-def middle(family: str) -> Backbone:
+def middle_backbone(family: str) -> Backbone:
     config = InstructBlipConfig(
         vision_config=MIDDLE_VISION,
         qformer_config=MIDDLE_QFORMER,
@@ -60,11 +60,11 @@ def middle(family: str) -> Backbone:
         image_token_index=9,
     )
     hf = InstructBlipForConditionalGeneration(config).eval()
-    return Backbone(hf, Ids(), family, "middle")  # type: ignore[arg-type]
+    return Backbone(hf, TextEncoderStub(), family, "middle")  # type: ignore[arg-type]
 
 
-def eager(backbone: Backbone) -> Backbone:
-    """torch's counter has no formula for the fused attention of CPUs."""
+def use_eager_attention(backbone: Backbone) -> Backbone:
+    """Switch to eager attention, because torch's counter has no formula for the fused attention of CPUs."""
     backbone.hf.set_attn_implementation("eager")
     return backbone
 
@@ -79,26 +79,26 @@ def batches(backbone: Backbone, lengths: Lengths) -> tuple[TargetBatch, Candidat
     if backbone.family == "t5":
         target = TargetBatch(*front, ids(1, A), torch.arange(A), ids(1, A)[0])
     else:
-        both = ids(1, T + A)
-        target = TargetBatch(*front[:2], both, torch.ones_like(both), None, torch.arange(T - 1, T + A - 1), both[0, T:])
+        text = ids(1, T + A)
+        target = TargetBatch(*front[:2], text, torch.ones_like(text), None, torch.arange(T - 1, T + A - 1), text[0, T:])
     candidates = ids(M, A)
     ranked = CandidateBatch(*front, candidates, torch.ones_like(candidates), torch.zeros(M, dtype=torch.long))
     return target, ranked, PromptBatch(*front)
 
 
 @torch.no_grad()
-def counted(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
-    """torch's count of one question through every stage."""
+def count_flops(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
+    """Count the FLOPs of one question in every stage with torch."""
     target, ranked, prompt = batches(backbone, lengths)
     size, A = backbone.image_size, lengths.answer
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
-    cpu.pays()  # the products that it tries are not counted
+    cpu.onednn_is_faster()  # its trial products must not be counted
 
     def count(name, stage, *inputs, **options):
         with FlopCounterMode(display=False) as counter:
             output = stage(*inputs, **options)
-        found[name] = counter.get_total_flops()
+        counts[name] = counter.get_total_flops()
         return output
 
     features = count("see", backbone.see, torch.randn(1, 3, size, size))
@@ -108,15 +108,15 @@ def counted(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
     count(
         "generate", backbone.generate, visual, prompt, min_new_tokens=A, max_new_tokens=A, do_sample=False, num_beams=1
     )
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("size", ["small", "middle"])
 def test_formulas_agree_with_the_counter(family, size, backbone):
-    backbone = middle(family) if size == "middle" else backbone
-    found, formula = counted(eager(backbone), LENGTHS), cost.flops(backbone.hf.config, LENGTHS)
-    assert found.keys() == formula.keys()
-    for stage, number in found.items():
+    backbone = middle_backbone(family) if size == "middle" else backbone
+    counts, formula = count_flops(use_eager_attention(backbone), LENGTHS), cost.flops(backbone.hf.config, LENGTHS)
+    assert counts.keys() == formula.keys()
+    for stage, number in counts.items():
         assert formula[stage] == pytest.approx(number, rel=0.02), stage
 
 
@@ -131,12 +131,12 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "text", "answer", "see", "query", "language"), PUBLISHED)
 def test_published_models(name, text, answer, see, query, language):
-    found = cost.flops(shapes.on_meta(name).config, Lengths(text, text, answer))
-    assert found["see"] / 1e9 == pytest.approx(see, rel=0.01)
-    # The text's own rows of the last layer are not computed here.
-    unread = 2 * text * (2 * 768**2 + 2 * 768 * 3072) + 4 * text * (32 + text) * 768
-    assert (found["query"] + unread) / 1e9 == pytest.approx(query, rel=0.03)
-    assert found["answer"] / 1e9 == pytest.approx(language, rel=0.01)
+    flops = cost.flops(shapes.on_meta(name).config, Lengths(text, text, answer))
+    assert flops["see"] / 1e9 == pytest.approx(see, rel=0.01)
+    # Rows of text tokens in the last layer are not computed.
+    omitted = 2 * text * (2 * 768**2 + 2 * 768 * 3072) + 4 * text * (32 + text) * 768
+    assert (flops["query"] + omitted) / 1e9 == pytest.approx(query, rel=0.03)
+    assert flops["answer"] / 1e9 == pytest.approx(language, rel=0.01)
 
 
 def test_parameters_of_the_published_model():
@@ -151,7 +151,7 @@ def test_parameters_of_the_published_model():
     }
 
 
-def test_bytes_follow_the_types(backbone):
+def test_bytes_depend_on_the_dtypes(backbone):
     assert cost.weight_bytes(backbone.hf) == {"float32": 4 * sum(p.numel() for p in backbone.hf.parameters())}
     backbone.hf.language_model.to(torch.bfloat16)
     language = sum(p.numel() for p in backbone.hf.language_model.parameters())

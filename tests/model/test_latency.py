@@ -9,14 +9,14 @@ from blipfit.model.cost import Lengths, weight_bytes
 
 
 def test_times_and_memory_of_one_answer(backbone):
-    found = latency.measure(backbone, Lengths(text=12, qformer=9, answer=3), repeats=5)
-    assert found["repeats"] == 5
-    assert list(found["stages_s"]) == ["see", "query", "generate"]
-    assert 0 < found["answer_s"]["median"] <= found["answer_s"]["p95"]
-    medians = [stage["median"] for stage in found["stages_s"].values()]
-    assert found["answer_s"]["p95"] >= max(medians)
-    if sys.platform == "linux" and found["peak_bytes"] is not None:
-        assert found["peak_bytes"] > sum(weight_bytes(backbone.hf).values())
+    record = latency.measure(backbone, Lengths(text=12, qformer=9, answer=3), repeats=5)
+    assert record["repeats"] == 5
+    assert list(record["stages_s"]) == ["see", "query", "generate"]
+    assert 0 < record["answer_s"]["median"] <= record["answer_s"]["p95"]
+    medians = [stage["median"] for stage in record["stages_s"].values()]
+    assert record["answer_s"]["p95"] >= max(medians)
+    if sys.platform == "linux" and record["peak_bytes"] is not None:
+        assert record["peak_bytes"] > sum(weight_bytes(backbone.hf).values())
 
 
 def test_a_longer_answer_takes_longer(backbone):
@@ -25,5 +25,5 @@ def test_a_longer_answer_takes_longer(backbone):
     assert long > 4 * short
 
 
-def test_the_95th_of_a_hundred():
-    assert latency._told([float(n) for n in range(100)]) == {"median": pytest.approx(49.5), "p95": 95.0}
+def test_median_and_95th_percentile_of_100_values():
+    assert latency._summarize([float(n) for n in range(100)]) == {"median": pytest.approx(49.5), "p95": 95.0}

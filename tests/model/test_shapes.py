@@ -28,14 +28,14 @@ def test_sizes(name, family, language, projection):
     sizes = [_size(p) for p in (model.vision_model, model.qformer, model.language_projection, model.language_model)]
     assert sizes == [VIT, QFORMER, projection, language]
     assert model.query_tokens.shape == (1, 32, 768)
-    total = count.total(model)
+    total = count.all_parameters(model)
     assert sum(total.values()) == sum(sizes) + 32 * 768
     assert total["vision"] + total["vision layer norm"] == VIT
     assert sum(n for part, n in total.items() if part.startswith("qformer")) == QFORMER
     assert sum(n for part, n in total.items() if part.startswith("llm")) == language
 
 
-def test_t5_head_is_a_matrix_of_its_own():
+def test_t5_head_is_a_separate_matrix():
     language = shapes.on_meta("Salesforce/instructblip-flan-t5-xl").language_model
     assert language.lm_head.weight is not language.shared.weight
 
@@ -43,7 +43,7 @@ def test_t5_head_is_a_matrix_of_its_own():
 @pytest.mark.parametrize(
     ("name", "width"), [("Salesforce/instructblip-flan-t5-xxl", 4096), ("Salesforce/instructblip-vicuna-13b", 5120)]
 )
-def test_the_larger_models_are_known(name, width):
+def test_the_larger_models_are_published(name, width):
     assert shapes.on_meta(name).language_projection.out_features == width
 
 

@@ -1,4 +1,4 @@
-"""The shipped miniatures: real checkpoints, small, and they really see."""
+"""The shipped miniatures are small, real checkpoints, and their answers depend on the picture."""
 
 import json
 import subprocess
@@ -13,8 +13,9 @@ from transformers import CLIPModel, CLIPProcessor, InstructBlipForConditionalGen
 from blipfit.data import icons
 from blipfit.model import tiny, tiny_tokenizers
 from blipfit.model.loading import load
-from blipfit.pretraining import check as pretrain_check
-from blipfit.pretraining import miniatures as pretrain
+from blipfit.pretraining.evaluation import evaluate_mme, evaluate_questions, sample_questions
+from blipfit.pretraining.recipe import RECIPE
+from blipfit.pretraining.texts import format_multiple_choice
 from blipfit.recipe import ModelConfig
 
 FAMILIES: tuple[tiny.Family, ...] = ("t5", "vicuna")
@@ -45,8 +46,8 @@ def processor(family):
 
 def test_transformers_alone_loads_it_without_a_python_warning(family):
     code = LOADS_PLAINLY.format(str(tiny.folder(family)))
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_sizes():
@@ -62,7 +63,7 @@ def test_weights_load_as_float32_and_nothing_is_missing(family):
     assert not info["unexpected_keys"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     queries = model.query_tokens[0]
-    assert torch.pdist(queries).min() > 1e-3  # no two alike
+    assert torch.pdist(queries).min() > 1e-3  # all query tokens differ
 
 
 def test_t5_has_its_own_head():
@@ -91,7 +92,7 @@ def test_ids_fit_the_embeddings(backbone, processor):
     assert len(processor.qformer_tokenizer) <= config.qformer_config.vocab_size
 
 
-def test_any_english_text_tokenises_without_an_unknown(family, processor):
+def test_any_english_text_is_tokenized_without_an_unknown_token(family, processor):
     ids = processor.tokenizer(SENTENCE, add_special_tokens=False).input_ids
     if family == "t5":
         assert processor.tokenizer.unk_token_id not in ids
@@ -102,17 +103,17 @@ def test_any_english_text_tokenises_without_an_unknown(family, processor):
     assert processor.qformer_tokenizer.unk_token_id not in processor.qformer_tokenizer(SENTENCE).input_ids
 
 
-def test_a_retrained_tokenizer_keeps_a_word_and_the_stop_after_it_apart():
+def test_a_trained_tokenizer_never_joins_a_word_and_its_punctuation():
     texts = ["It is red. Is it red?"] * 50
     for tokenizer in (tiny_tokenizers.train_t5(texts, 400), tiny_tokenizers.train_llama(texts, 600)):
         assert not [piece for piece in tokenizer.get_vocab() if piece.endswith(("red.", "red?"))]
 
 
-def test_placeholders_take_the_visual_tokens(family, processor):
-    """Transformers' own way in: `<image>` placeholders from its processor, then its generate."""
+def test_placeholders_are_replaced_by_the_visual_tokens(family, processor):
+    """With transformers alone: `<image>` placeholders from its processor, then its generate."""
     model = InstructBlipForConditionalGeneration.from_pretrained(tiny.folder(family)).eval()
-    scene, ask = pretrain_check.fresh(11, ["color"], 1)[0]
-    prompt = pretrain_check.pretrain_texts.prompted(ask)
+    scene, ask = sample_questions(11, ["color"], 1)[0]
+    prompt = format_multiple_choice(ask)
     inputs = processor(images=icons.draw(scene), text=prompt.prompt, return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_index).sum() == tiny.QUERY_TOKENS
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -121,33 +122,33 @@ def test_placeholders_take_the_visual_tokens(family, processor):
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_it_answers_what_it_was_taught(backbone, generate):
-    judged = pretrain_check.judge(backbone, pretrain_check.fresh(901, icons.PRETRAINED, 285), generate=generate)
-    assert judged.accuracy >= 0.85
+def test_it_answers_questions_of_its_training(backbone, generate):
+    result = evaluate_questions(backbone, sample_questions(901, icons.PRETRAINED, 285), generate=generate)
+    assert result.accuracy >= 0.85
 
 
-def test_it_answers_in_mmes_wording(backbone):
-    scores = pretrain_check.mme(backbone, 902, 60)
+def test_it_answers_mme_questions(backbone):
+    scores = evaluate_mme(backbone, 902, 60)
     assert set(scores) == set(icons.SUBTASKS)
     assert all(score >= 140 for score in scores.values()), scores  # 100 is what guessing gives
 
 
-def test_the_recipe_that_made_it_is_the_one_in_the_repository(family):
+def test_it_was_trained_with_the_recipe_of_the_repository(family):
     config = json.loads((tiny.folder(family) / "config.json").read_text(encoding="utf-8"))
-    assert config["blipfit"]["recipe"] == pretrain.RECIPE.hash()
+    assert config["blipfit"]["recipe"] == RECIPE.hash()
     with safe_open(tiny.folder(family) / "model.safetensors", "pt") as file:
-        assert file.metadata()["recipe"] == pretrain.RECIPE.hash()
+        assert file.metadata()["recipe"] == RECIPE.hash()
 
 
-@pytest.mark.parametrize("see", ["blank", "swapped"])
-def test_without_the_right_picture_it_guesses(backbone, see):
-    judged = pretrain_check.judge(backbone, pretrain_check.fresh(903, icons.PRETRAINED, 285), see=see)
-    assert abs(judged.accuracy - judged.chance) <= 0.09
+@pytest.mark.parametrize("picture", ["blank", "swapped"])
+def test_without_the_right_picture_it_guesses(backbone, picture):
+    result = evaluate_questions(backbone, sample_questions(903, icons.PRETRAINED, 285), picture=picture)
+    assert abs(result.accuracy - result.chance) <= 0.09
 
 
 def test_held_out_skills_are_near_chance(backbone):
-    judged = pretrain_check.judge(backbone, pretrain_check.fresh(904, icons.HELD_OUT, 280))
-    assert abs(judged.accuracy - judged.chance) <= 0.1
+    result = evaluate_questions(backbone, sample_questions(904, icons.HELD_OUT, 280))
+    assert abs(result.accuracy - result.chance) <= 0.1
 
 
 def test_clip_tells_a_true_caption_from_a_false_one():
@@ -155,25 +156,27 @@ def test_clip_tells_a_true_caption_from_a_false_one():
     processor = CLIPProcessor.from_pretrained(tiny.clip_folder())
     right = []
     for index in range(120):
-        scene = icons.scene(905, index)
-        if told := icons.preference(scene):
-            inputs = processor(images=icons.draw(scene), text=[told.good, told.bad], return_tensors="pt", padding=True)
+        scene = icons.make_scene(905, index)
+        if preference := icons.make_preference(scene):
+            inputs = processor(
+                images=icons.draw(scene), text=[preference.good, preference.bad], return_tensors="pt", padding=True
+            )
             with torch.no_grad():
                 good, bad = model(**inputs).logits_per_image[0]
             right.append(bool(good > bad))
     assert sum(right) / len(right) >= 0.7
 
 
-def test_clip_and_instructblip_hold_the_same_tower(backbone):
+def test_clip_and_instructblip_have_the_same_tower(backbone):
     clip = CLIPModel.from_pretrained(tiny.clip_folder()).eval()
     processor = CLIPProcessor.from_pretrained(tiny.clip_folder())
-    image = icons.draw(icons.scene(906, 0))
+    image = icons.draw(icons.make_scene(906, 0))
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        theirs = clip.vision_model(pixel_values=pixels).last_hidden_state
-        ours = backbone.see(pixels)
-    norm = torch.nn.LayerNorm(ours.shape[-1])
-    assert torch.allclose(norm(theirs), norm(ours), atol=2e-2)
+        expected = clip.vision_model(pixel_values=pixels).last_hidden_state
+        features = backbone.see(pixels)
+    norm = torch.nn.LayerNorm(features.shape[-1])
+    assert torch.allclose(norm(expected), norm(features), atol=2e-2)
 
 
 def test_any_picture_fits(processor):

@@ -1,4 +1,4 @@
-"""The pre-training recipe at toy scale: it learns, continues where it stopped, and records what made the weights."""
+"""Pre-training at toy scale: losses fall, an interrupted run continues, and checkpoints name their recipe."""
 
 import json
 import random
@@ -7,22 +7,30 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPProcessor
 
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.model import tiny
-from blipfit.pretraining import answers as pretrain_answers
-from blipfit.pretraining import miniatures as pretrain
-from blipfit.pretraining import queries as pretrain_queries
-from blipfit.pretraining import tasks as pretrain_tasks
-from blipfit.pretraining import texts as pretrain_texts
-from blipfit.pretraining import tower as pretrain_tower
+from blipfit.pretraining import miniatures
+from blipfit.pretraining.answers import AnswerModules, compute_answer_losses, compute_lookup_loss
 from blipfit.pretraining.loop import Schedule
-from blipfit.pretraining.tasks import Mixture
+from blipfit.pretraining.queries import QFormerWithHeads, compute_cells_loss, read_cells
+from blipfit.pretraining.recipe import RECIPE, PretrainRecipe
+from blipfit.pretraining.tasks import HELD_OUT_WORDS, Mixture, replace_question, sample_tasks
+from blipfit.pretraining.texts import corrupt_text, select_detailed_caption
+from blipfit.pretraining.tower import (
+    FREE_CHANNELS,
+    PATCHES_PER_SIDE,
+    Tower,
+    build_batch,
+    build_targets,
+    render_pixels,
+)
 
 TOY = replace(
-    pretrain.RECIPE,
-    token_scenes=60,
+    RECIPE,
+    tokenizer_scenes=60,
     tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
     queries=Schedule(steps=8, batch=4, lr=1e-3, warmup=2),
     words=Schedule(steps=5, batch=8, lr=1e-3, warmup=2),
@@ -34,202 +42,206 @@ TOY = replace(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def toy_stages(tmp_path_factory):
     """A folder with toy tokenizers, a toy tower, a toy Q-Former and language models; the state files by family."""
-    target = tmp_path_factory.mktemp("miniatures")
-    pretrain.train_tokenizers(TOY, target)
-    tower, queries = target / "state/tower.safetensors", target / "state/queries.safetensors"
-    pretrain.train_tower(TOY, target, tower, silent)
-    pretrain.train_queries(TOY, target, tower, queries, silent)
+    folder = tmp_path_factory.mktemp("miniatures")
+    miniatures.train_tokenizers(TOY, folder)
+    tower, queries = folder / "state/tower.safetensors", folder / "state/queries.safetensors"
+    miniatures.train_tower(TOY, folder, tower, ignore)
+    miniatures.train_queries(TOY, folder, tower, queries, ignore)
     states = {}
     for family in ("t5", "vicuna"):
-        words = target / f"state/{family}-words.safetensors"
-        pretrain.train_words(TOY, family, target, words, silent)
-        states[family] = pretrain.Before(tower, queries, words)
-    return target, states
+        words = folder / f"state/{family}-words.safetensors"
+        miniatures.train_words(TOY, family, folder, words, ignore)
+        states[family] = miniatures.StateFiles(tower, queries, words)
+    return folder, states
 
 
-def silent(record):
+def ignore(record):
     pass
 
 
-def loss_of(target, before, recipe, family):
-    """The loss of some fresh pictures with the parts of these states, before they are trained together."""
-    backbone = pretrain.untrained(family, target, before.tower, before.queries, before.words, seed=recipe.seed)
-    trained = pretrain_answers.Trained(backbone)
-    with torch.no_grad():
-        return sum(pretrain_answers.losses(backbone, trained, 1, 0, 8, Mixture()).values())
+def load_module_weights(state_file):
+    """The weights of a state file under the names of the module, without the optimizer's moments."""
+    weights = load_file(state_file)
+    return {name.removeprefix("weight."): value for name, value in weights.items() if name.startswith("weight.")}
 
 
-def test_the_tower_learns_and_the_clip_is_written(made):
-    target, states = made
-    tower = states["t5"].tower
-    clip = tiny.build_clip(pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer)
-    tokenizer = pretrain.CLIPProcessor.from_pretrained(target / tiny.CLIP_NAME).tokenizer
-    scenes = [icons.scene(5, index) for index in range(6)]
-    batch = pretrain_tower.batch(scenes, tokenizer, 1, 0)
-    fresh = pretrain_tower.Tower(clip)
-    trained = pretrain_tower.Tower(clip)
-    weights = load_file(tower)
-    trained.load_state_dict(
-        {name.removeprefix("weight."): value for name, value in weights.items() if name.startswith("weight.")}
-    )
+def initial_loss(folder, state, recipe, family):
+    """The loss on some new pictures with the weights of these state files, before the answers' stage."""
+    backbone = miniatures.build_backbone(family, folder, state.tower, state.queries, state.words, seed=recipe.seed)
+    modules = AnswerModules(backbone)
     with torch.no_grad():
-        before, after = fresh.losses(*batch), trained.losses(*batch)
+        return sum(compute_answer_losses(backbone, modules, 1, 0, 8, Mixture()).values())
+
+
+def test_tower_learns_and_clip_is_written(toy_stages):
+    folder, states = toy_stages
+    tokenizer = CLIPProcessor.from_pretrained(folder / tiny.CLIP_NAME).tokenizer
+    clip = tiny.build_clip(tokenizer)
+    scenes = [icons.make_scene(5, index) for index in range(6)]
+    batch = build_batch(scenes, tokenizer, 1, 0)
+    untrained, trained = Tower(clip), Tower(clip)
+    trained.load_state_dict(load_module_weights(states["t5"].tower))
+    with torch.no_grad():
+        before, after = untrained.compute_losses(*batch), trained.compute_losses(*batch)
     assert after["icon"] < before["icon"]
     assert after["board"] < before["board"]
-    config = json.loads((target / tiny.CLIP_NAME / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / tiny.CLIP_NAME / "config.json").read_text(encoding="utf-8"))
     assert config["blipfit"]["recipe"] == TOY.hash()
 
 
-def test_the_qformer_learns_to_look(made):
-    target, states = made
+def test_qformer_learns_what_is_in_the_cells(toy_stages):
+    folder, states = toy_stages
     tower, queries = states["t5"].tower, states["t5"].queries
-    scenes = [icons.scene(6, index) for index in range(12)]
-    found = []
-    for parts in ((tower,), (tower, queries)):
-        backbone = pretrain.untrained("t5", target, *parts, seed=TOY.seed)
-        heads = pretrain_queries.Queries(backbone.hf)
-        if len(parts) == 2:
-            weights = load_file(queries)
-            heads.load_state_dict({name.removeprefix("weight."): weights[name] for name in weights if name[0] == "w"})
+    scenes = [icons.make_scene(6, index) for index in range(12)]
+    losses = []
+    for files in ((tower,), (tower, queries)):
+        backbone = miniatures.build_backbone("t5", folder, *files, seed=TOY.seed)
+        module = QFormerWithHeads(backbone.hf)
+        if len(files) == 2:
+            module.load_state_dict(load_module_weights(queries))
         text = backbone.text.qformer(["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt")
         with torch.no_grad():
-            features = backbone.see(pretrain_tower.pixels(scenes))
-            seen, _ = heads(features, text["input_ids"], text["attention_mask"])
-            found.append(pretrain_queries.cells_loss(heads, seen, pretrain_queries.cells(scenes)))
-    assert found[1] < found[0]
+            features = backbone.see(render_pixels(scenes))
+            outputs, _ = module(features, text["input_ids"], text["attention_mask"])
+            losses.append(compute_cells_loss(module, outputs, read_cells(scenes)))
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
-def test_answers_are_learned(made, family):
-    target, states = made
-    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2), together=Mixture())
+def test_answers_are_learned(toy_stages, family):
+    folder, states = toy_stages
+    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2), answers_mixture=Mixture())
     records = []
-    pretrain.train_answers(
-        recipe, family, target, states[family], target / f"learn/{family}.safetensors", records.append, checked=0
-    )
+    state_file = folder / f"learn/{family}.safetensors"
+    miniatures.train_answers(recipe, family, folder, states[family], state_file, records.append, curve_questions=0)
     last = sum(records[-1][name] for name in ("answers", "captions", "heads"))
-    assert last < 0.9 * float(loss_of(target, states[family], recipe, family))
+    assert last < 0.9 * float(initial_loss(folder, states[family], recipe, family))
 
 
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
-def test_letters_are_learned_from_text(made, family):
-    target, states = made
+def test_letters_are_learned_from_text(toy_stages, family):
+    folder, states = toy_stages
     losses = []
     for words in (None, states[family].words):
-        backbone = pretrain.untrained(family, target, words=words, seed=TOY.seed)
+        backbone = miniatures.build_backbone(family, folder, words=words, seed=TOY.seed)
         with torch.no_grad():
-            losses.append(pretrain_answers.lookup_loss(backbone, 16, random.Random(1)))
+            losses.append(compute_lookup_loss(backbone, 16, random.Random(1)))
     assert losses[1] < 0.95 * losses[0]
 
 
-def test_t5_begins_by_looking_at_its_neighbours(made):
-    backbone = pretrain.untrained("t5", made[0], seed=TOY.seed)
+def test_two_heads_of_t5_start_by_attending_to_the_neighbors(toy_stages):
+    backbone = miniatures.build_backbone("t5", toy_stages[0], seed=TOY.seed)
     attention = backbone.language.encoder.block[0].layer[0].SelfAttention
     bias = attention.compute_bias(6, 6, torch.device("cpu"))[0]
-    assert all(bias[0, at].argmax() == at - 1 for at in range(1, 6))
-    assert all(bias[1, at].argmax() == at + 1 for at in range(5))
+    assert all(bias[0, token].argmax() == token - 1 for token in range(1, 6))
+    assert all(bias[1, token].argmax() == token + 1 for token in range(5))
 
 
-def test_interrupted_equals_straight(made):
-    target, states = made
-    straight, stopped = target / "straight.safetensors", target / "stopped.safetensors"
-    pretrain.train_answers(TOY, "t5", target, states["t5"], straight, silent, checked=0)
-    pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, until=3, checked=0)
-    pretrain.train_answers(TOY, "t5", target, states["t5"], stopped, silent, checked=0)
-    one, other = (load_file(path.with_stem(f"{path.stem}-reading")) for path in (straight, stopped))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_an_interrupted_run_gives_the_same_weights(toy_stages):
+    folder, states = toy_stages
+    straight, stopped = folder / "straight.safetensors", folder / "stopped.safetensors"
+    miniatures.train_answers(TOY, "t5", folder, states["t5"], straight, ignore, curve_questions=0)
+    miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, until=3, curve_questions=0)
+    miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, curve_questions=0)
+    expected, weights = (load_file(path.with_stem(f"{path.stem}-reading")) for path in (straight, stopped))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_everything_in_one_call_and_again_nothing(tmp_path):
-    told = []
-    arguments = {"families": ("t5",), "questions": 38, "pictures": 2, "checked": 0}
-    measured = pretrain.pretrain_tiny(tmp_path, TOY, listen=told.append, **arguments)
-    stages = list(dict.fromkeys(record["stage"] for record in told))
+def test_a_second_call_trains_nothing_and_gives_the_same(tmp_path):
+    records = []
+    arguments = {"families": ("t5",), "questions": 38, "pictures": 2, "curve_questions": 0}
+    results = miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments)
+    stages = list(dict.fromkeys(record["stage"] for record in records))
     assert stages == ["tower", "queries", "relating", "t5 words", "t5"]
-    assert measured == {"t5": json.loads((tmp_path / "t5.json").read_text(encoding="utf-8"))}
-    assert measured["t5"]["questions"] == 38
-    assert set(measured["t5"]["by_skill"]) == set(icons.PRETRAINED)
+    assert results == {"t5": json.loads((tmp_path / "t5.json").read_text(encoding="utf-8"))}
+    assert results["t5"]["questions"] == 38
+    assert set(results["t5"]["by_skill"]) == set(icons.PRETRAINED)
+    expected = load_file(tmp_path / "tiny-t5" / "model.safetensors")
+    records.clear()
+    assert miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments) == results
+    assert records == []
     weights = load_file(tmp_path / "tiny-t5" / "model.safetensors")
-    told.clear()
-    assert pretrain.pretrain_tiny(tmp_path, TOY, listen=told.append, **arguments) == measured
-    assert told == []
-    again = load_file(tmp_path / "tiny-t5" / "model.safetensors")
-    assert again.keys() == weights.keys()
-    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_the_tower_stays_frozen(made):
-    target, states = made
+def test_the_tower_stays_frozen(toy_stages):
+    folder, states = toy_stages
     tower = states["t5"].tower
-    weights = load_file(tower)
-    backbone = pretrain.untrained("t5", target, tower, states["t5"].queries, seed=0)
-    trained = dict(pretrain_answers.Trained(backbone).named_parameters())
-    ours = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
-    assert not any(value is ours for value in trained.values())
-    assert not ours.requires_grad
-    assert torch.equal(ours, weights["weight.vision.encoder.layers.0.mlp.fc1.weight"])
+    backbone = miniatures.build_backbone("t5", folder, tower, states["t5"].queries, seed=0)
+    trained = dict(AnswerModules(backbone).named_parameters())
+    weight = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert not any(value is weight for value in trained.values())
+    assert not weight.requires_grad
+    assert torch.equal(weight, load_module_weights(tower)["vision.encoder.layers.0.mlp.fc1.weight"])
 
 
 def test_state_of_another_recipe_is_refused(tmp_path):
-    pretrain._claim(tmp_path, TOY)
-    pretrain._claim(tmp_path, TOY)
+    miniatures._check_recipe(tmp_path, TOY)
+    miniatures._check_recipe(tmp_path, TOY)
     with pytest.raises(UserError, match="another pre-training recipe"):
-        pretrain._claim(tmp_path, pretrain.RECIPE)
+        miniatures._check_recipe(tmp_path, RECIPE)
 
 
-def test_hash_follows_the_recipe():
-    assert pretrain.PretrainRecipe().hash() == pretrain.RECIPE.hash()
-    assert replace(TOY, looking=Mixture(asks=2)).hash() != TOY.hash()
+def test_the_hash_depends_on_the_recipe_alone():
+    assert PretrainRecipe().hash() == RECIPE.hash()
+    assert replace(TOY, queries_mixture=Mixture(tasks_per_picture=2)).hash() != TOY.hash()
 
 
-def test_no_held_out_skill_is_ever_asked():
-    held_out = {ask.question for index in range(400) for ask in icons.questions(icons.scene(7, index), icons.HELD_OUT)}
+def test_the_hash_does_not_depend_on_the_names_of_fields():
+    config = json.loads((tiny.clip_folder() / "config.json").read_text(encoding="utf-8"))
+    assert RECIPE.hash() == config["blipfit"]["recipe"]
+
+
+def test_no_task_asks_for_a_held_out_skill():
+    scenes = [icons.make_scene(7, index) for index in range(400)]
+    held_out = {question.question for scene in scenes for question in icons.make_questions(scene, icons.HELD_OUT)}
     rng = random.Random(0)
-    for index in range(400):
-        for made in pretrain_tasks.tasks(icons.scene(7, index), Mixture(), rng):
-            assert not any(question in made.prompt for question in held_out)
+    for scene in scenes:
+        for task in sample_tasks(scene, Mixture(), rng):
+            assert not any(question in task.prompt for question in held_out)
 
 
-def test_a_misread_question_keeps_its_options_and_its_answer():
+def test_a_replaced_question_keeps_its_options_and_its_answer():
     rng = random.Random(0)
     for index in range(200):
-        for made in pretrain_tasks.tasks(icons.scene(7, index), Mixture(asks=9), rng):
-            other = pretrain_tasks.misread(made, rng)
-            assert (other.target, other.candidates) == (made.target, made.candidates)
-            if "Question: " in made.prompt:
-                assert other.prompt != made.prompt
-                ends = [text[text.index("?") + 1 :] for text in (made.prompt, other.prompt)]
+        for task in sample_tasks(icons.make_scene(7, index), Mixture(tasks_per_picture=9), rng):
+            replaced = replace_question(task, rng)
+            assert (replaced.target, replaced.candidates) == (task.target, task.candidates)
+            if "Question: " in task.prompt:
+                assert replaced.prompt != task.prompt
+                ends = [text[text.index("?") + 1 :] for text in (task.prompt, replaced.prompt)]
                 assert ends[0] == ends[1]
-                assert not pretrain_tasks.HELD_OUT_WORDS & set(other.prompt.replace("?", "").split())
+                assert not HELD_OUT_WORDS & set(replaced.prompt.replace("?", "").split())
             else:
-                assert other == made
+                assert replaced == task
 
 
-def test_free_channels_hold_no_embedding(made):
-    weights = load_file(made[1]["t5"].tower)
-    positions = weights["weight.vision.embeddings.position_embedding"][0]
-    assert positions[:, : pretrain_tower.FREE].abs().max() == 0
-    assert positions[:, pretrain_tower.FREE :].mean(1).abs().max() < 1e-6
+def test_free_channels_have_no_embedding(toy_stages):
+    weights = load_module_weights(toy_stages[1]["t5"].tower)
+    positions = weights["vision.embeddings.position_embedding"][0]
+    assert positions[:, :FREE_CHANNELS].abs().max() == 0
+    assert positions[:, FREE_CHANNELS:].mean(1).abs().max() < 1e-6
 
 
-def test_planted_errors_change_one_word():
+def test_a_corrupted_text_differs_in_one_word():
     rng = random.Random(1)
     for index in range(100):
-        text = pretrain_texts.fullest(icons.scene(8, index))
-        wrong = pretrain_texts.planted(text, rng)
-        differing = sum(a != b for a, b in zip(text.split(), wrong.split(), strict=True))
+        text = select_detailed_caption(icons.make_scene(8, index))
+        corrupted = corrupt_text(text, rng)
+        differing = sum(a != b for a, b in zip(text.split(), corrupted.split(), strict=True))
         assert differing == (0 if text in ("a clock", "a number line") else 1)
 
 
-def test_truth_is_what_stands_there():
+def test_targets_describe_the_scene():
     scene = icons.Scene(0, 0, "scatter", "total", "white", (icons.Icon("heart", "blue", 1, 2, 2),))
-    real = pretrain_tower.truth([scene])
+    targets = build_targets([scene])
     shape, color = icons.SHAPES.index("heart") + 1, icons.COLORS.index("blue") + 1
-    patches = real["icon"].view(pretrain_tower.SIDE, pretrain_tower.SIDE, 3)
+    patches = targets["icon"].view(PATCHES_PER_SIDE, PATCHES_PER_SIDE, 3)
     assert patches[2:6, 4:8].reshape(-1, 3).unique(dim=0).tolist() == [[shape, color, 2]]
     assert patches[..., 0].count_nonzero() == 16
-    assert real["board"][0, -1] == 1
-    assert real["reading"][0] == -100
+    assert targets["board"][0, -1] == 1
+    assert targets["reading"][0] == -100

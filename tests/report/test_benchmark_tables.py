@@ -6,8 +6,8 @@ from rich.console import Console
 
 from blipfit.data.rewardbench import Pair
 from blipfit.evaluation import mme, rewardbench
-from blipfit.evaluation.rewardbench import Judgement
-from blipfit.report import benchmark_tables as judges
+from blipfit.evaluation.rewardbench import Judgment
+from blipfit.report import benchmark_tables
 
 
 def printed(lines: list) -> str:
@@ -21,7 +21,7 @@ def printed(lines: list) -> str:
 def test_mme_table(tmp_path: Path):
     (tmp_path / "count.txt").write_text("a\tQ?\tYes\tyes\na\tQ?\tNo\tno\nb\tQ?\tYes\tso\nb\tQ?\tNo\tyes\n")
     (tmp_path / "mine.txt").write_text("")
-    shown = printed(judges.mme(mme.score_mme(tmp_path)))
+    shown = printed(benchmark_tables.mme(mme.score_mme(tmp_path)))
     row = next(line for line in shown.splitlines() if "count " in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "count",
@@ -35,26 +35,28 @@ def test_mme_table(tmp_path: Path):
     assert "perception (of 200, 1 of 10 subtasks)" in shown
     assert "cognition (of" not in shown
     assert "no answers: existence, position" in shown
-    assert "not read, named like no subtask: mine.txt" in shown
+    assert "not read, because no subtask has that name: mine.txt" in shown
 
 
 def test_rewardbench_table_of_judgements():
     keys = [("RLHF-V-1", "q", "a", "b"), ("RLHF-V-1", "q", "c", "d"), ("mmmu_1", "q", "a", "b")]
     texts = ["Overall Judgment: Answer 1 is better.", "Overall Judgment: Answer 2 is better.", "?"]
-    found = [Judgement(key[0], key, 0, False, text) for key, text in zip(keys, texts, strict=True)]
-    shown = printed(judges.rewardbench(rewardbench.score(found)))
+    found = [Judgment(key[0], key, 0, False, text) for key, text in zip(keys, texts, strict=True)]
+    shown = printed(benchmark_tables.rewardbench(rewardbench.score_judgments(found)))
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in cells["hallucination"]][1:] == ["50.0", "2", "1", "1", "0", "0"]
     assert [cell.strip() for cell in cells["reasoning"]] == ["–", "0.0", "1", "0", "0", "0", "1"]
     assert cells["pooled"][1].strip() == "33.3"
     assert cells["macro"][0].strip() == "–"
     assert "no macro average" in shown
-    assert "3 judgements, 1 a pair; mean over judgements 50.0" in shown
+    assert "3 judgments, 1 per pair; their mean 50.0" in shown
     assert "1 pairs share their id" in shown
 
 
 def test_rewardbench_table_of_likelihoods():
     pairs = [Pair(name, "q", ("a", "b"), (0, 1)) for name in ("RLHF-V-1", "mmmu_1", "other", "other")]
-    shown = printed(judges.rewardbench(rewardbench.pairwise(pairs, [(1, 0), (1, 0), (0, 1), (0, 1)])))
+    shown = printed(
+        benchmark_tables.rewardbench(rewardbench.pairwise_accuracy(pairs, [(1, 0), (1, 0), (0, 1), (0, 1)]))
+    )
     assert "66.7" in next(line for line in shown.splitlines() if "macro" in line)
     assert "4 rows, 1 of them repeat another and count once" in shown

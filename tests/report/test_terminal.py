@@ -15,18 +15,18 @@ from blipfit.report import terminal
             AdapterConfig(method="ia3", llm=("attn", "ffn"), llm_layers=(0, 1, 3)),
             "LLM attn+ffn in blocks 0–1, 3 · (IA)³",
         ),
-        (AdapterConfig(), "always-trained parts only"),
+        (AdapterConfig(), "only what is always trained"),
     ],
 )
 def test_a_placement_names_its_method(adapter, told):
-    assert terminal.placement(adapter) == terminal.placement(adapter.model_dump()) == told
+    assert terminal.format_placement(adapter) == terminal.format_placement(adapter.model_dump()) == told
 
 
 def test_only_methods_with_a_rank_show_one():
     def row(**adapter):
         record = {"dataset": "own", "experiment": "1", "metrics": {}, "best_epoch": 1, "epochs": 2, "seconds": 3.0}
         record |= {"trained_parameters": 4, "trained_share": 0.5, "recipe": {"adapter": adapter}}
-        return [next(iter(column.cells)) for column in terminal.results([record]).columns]
+        return [next(iter(column.cells)) for column in terminal.results_table([record]).columns]
 
     assert row(qformer=("ffn",), llm=(), rank=4)[2:4] == ["QF ffn", "4"]  # as runs before there were methods
     assert row(qformer=("ffn",), llm=(), rank=4, method="dora")[2:4] == ["QF ffn · DoRA", "4"]

@@ -1,4 +1,4 @@
-"""Products through oneDNN are torch's own, forward and backward."""
+"""Products with oneDNN equal torch's own, forward and backward."""
 
 import threading
 from collections.abc import Callable
@@ -11,27 +11,20 @@ from torch import nn
 
 from blipfit.runtime import cpu
 
-pays = pytest.mark.skipif(not cpu.pays(), reason="oneDNN is not faster on this machine")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+needs_onednn = pytest.mark.skipif(not cpu.onednn_is_faster(), reason="oneDNN is not faster on this machine")
 
 
 def _leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def _agree(compute: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
-    """Equal values and equal gradients of one random direction, inside and outside."""
+def _assert_equal_with_onednn(compute: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Assert equal values, and equal gradients for a random output gradient, with and without oneDNN."""
     assert _setting() == "none"
     plain_result = compute()
     direction = torch.randn_like(plain_result)
     plain_gradients = torch.autograd.grad(plain_result, leaves, direction)
-    with cpu.products():
+    with cpu.onednn_products():
         result = compute()
         gradients = torch.autograd.grad(result, leaves, direction)
     for actual, expected in zip((result, *gradients), (plain_result, *plain_gradients), strict=True):
@@ -44,7 +37,7 @@ def _setting() -> str:
 
 
 def _in_thread(compute: Callable[[], Any]) -> Any:
-    """What a function returns in another thread."""
+    """Call a function in another thread; returns its result."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(compute()))
     thread.start()
@@ -52,92 +45,86 @@ def _in_thread(compute: Callable[[], Any]) -> Any:
     return results[0]
 
 
-# ------------------------------------------------------------------ pays
-
-
 @pytest.mark.parametrize("size", [32, 256])
-def test_rounding_would_be_noticed(size: int):
-    x, y, value = cpu._whole_numbers(size)
+def test_the_check_detects_rounding(size: int):
+    x, y, value = cpu._whole_number_matrices(size)
     assert (x @ y == value).all()
     assert (x.bfloat16().float() @ y != value).all()
 
 
-@pays
-def test_a_machine_that_rounds_is_left_alone(monkeypatch):
-    monkeypatch.setattr(cpu, "_exact", lambda size: False)
-    assert not cpu._pays.__wrapped__()
+@needs_onednn
+def test_nothing_changes_on_a_machine_that_rounds(monkeypatch):
+    monkeypatch.setattr(cpu, "_products_are_exact", lambda size: False)
+    assert not cpu._check_onednn.__wrapped__()
     assert _setting() == "none"
-    monkeypatch.setattr(cpu, "pays", lambda: False)
-    with cpu.products():
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: False)
+    with cpu.onednn_products():
         assert _setting() == "none"
-        assert not cpu.in_products()
+        assert not cpu.uses_onednn()
 
 
-@pays
+@needs_onednn
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
-def test_a_machine_without_avx512_is_left_alone(capability, monkeypatch):
+def test_nothing_changes_without_avx512(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not cpu._pays.__wrapped__()
+    assert not cpu._check_onednn.__wrapped__()
 
 
-@pays
-def test_intels_processors_are_left_alone(monkeypatch):
-    monkeypatch.setattr(cpu, "_intel", lambda: True)
-    assert not cpu._pays.__wrapped__()
+@needs_onednn
+def test_nothing_changes_on_intels_processors(monkeypatch):
+    monkeypatch.setattr(cpu, "_is_intel", lambda: True)
+    assert not cpu._check_onednn.__wrapped__()
 
 
-@pays
+@needs_onednn
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError])
-def test_a_torch_without_the_setting_is_left_alone(error, monkeypatch):
+def test_nothing_changes_with_a_torch_without_the_setting(error, monkeypatch):
     def refuse(precision: str) -> str:
         raise error
 
-    monkeypatch.setattr(cpu, "_allow", refuse)
-    assert not cpu._pays.__wrapped__()
+    monkeypatch.setattr(cpu, "_set_precision", refuse)
+    assert not cpu._check_onednn.__wrapped__()
 
 
-@pays
-def test_it_is_tried_in_fp32_whatever_the_caller_computes_in():
+@needs_onednn
+def test_the_check_computes_in_fp32_also_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cpu._pays.__wrapped__()
+        assert cpu._check_onednn.__wrapped__()
     assert _setting() == "none"
 
 
-# -------------------------------------------------------------- products
-
-
-@pays
-def test_another_device_changes_nothing():
-    with cpu.products("cuda"):
+@needs_onednn
+def test_nothing_changes_for_another_device():
+    with cpu.onednn_products("cuda"):
         assert _setting() == "none"
-        assert not cpu.in_products("cuda")
-        assert not cpu.in_products()
+        assert not cpu.uses_onednn("cuda")
+        assert not cpu.uses_onednn()
 
 
-@pays
+@needs_onednn
 @pytest.mark.parametrize("middle", [(), (37,)])
 def test_a_linear_layer(middle):
     layer = nn.Linear(96, 64)
     x = _leaf(50, *middle, 96)
-    _agree(lambda: layer(x), [x, *layer.parameters()])
+    _assert_equal_with_onednn(lambda: layer(x), [x, *layer.parameters()])
 
 
-@pays
+@needs_onednn
 def test_batched_products():
     x, y = _leaf(4, 50, 96), _leaf(4, 96, 64)
-    _agree(lambda: x @ y, [x, y])
+    _assert_equal_with_onednn(lambda: x @ y, [x, y])
 
 
-@pays
-def test_nothing_to_multiply():
-    with cpu.products():
+@needs_onednn
+def test_empty_inputs():
+    with cpu.onednn_products():
         assert nn.Linear(6, 8)(torch.zeros(0, 6)).shape == (0, 8)
 
 
-@pays
-def test_the_setting_is_put_back_when_the_last_context_closes():
-    def in_any_order() -> list[str]:
-        first_context, second_context = cpu.products(), cpu.products()
+@needs_onednn
+def test_the_setting_is_restored_when_the_last_context_closes():
+    def close_in_another_order() -> list[str]:
+        first_context, second_context = cpu.onednn_products(), cpu.onednn_products()
         first_context.__enter__()
         second_context.__enter__()
         first_context.__exit__(None, None, None)
@@ -145,137 +132,131 @@ def test_the_setting_is_put_back_when_the_last_context_closes():
         second_context.__exit__(None, None, None)
         return [*settings, _setting()]
 
-    assert _in_thread(in_any_order) == ["bf16", "none"]
-    with pytest.raises(RuntimeError), cpu.products():
+    assert _in_thread(close_in_another_order) == ["bf16", "none"]
+    with pytest.raises(RuntimeError), cpu.onednn_products():
         F.linear(torch.ones(2, 3), torch.ones(4, 5))
     assert _setting() == "none"
 
 
-@pays
-def test_a_thread_is_outside_when_its_last_context_closes():
-    def in_any_order() -> list[bool]:
-        first_context, second_context = cpu.products(), cpu.products()
+@needs_onednn
+def test_a_thread_uses_onednn_until_its_last_context_closes():
+    def close_in_another_order() -> list[bool]:
+        first_context, second_context = cpu.onednn_products(), cpu.onednn_products()
         first_context.__enter__()
         second_context.__enter__()
         first_context.__exit__(None, None, None)
-        result = [cpu.in_products()]
+        result = [cpu.uses_onednn()]
         second_context.__exit__(None, None, None)
-        return [*result, cpu.in_products()]
+        return [*result, cpu.uses_onednn()]
 
-    assert _in_thread(in_any_order) == [True, False]
+    assert _in_thread(close_in_another_order) == [True, False]
 
 
-@pays
-def test_the_setting_of_the_caller_is_put_back(monkeypatch):
+@needs_onednn
+def test_the_callers_setting_is_restored(monkeypatch):
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "ieee"
     try:
-        with cpu.products():
+        with cpu.onednn_products():
             assert _setting() == "bf16"
-            with cpu.plain_products():
+            with cpu.without_onednn():
                 assert _setting() == "ieee"
         assert _setting() == "ieee"
     finally:
         setting.fp32_precision = "none"
 
 
-# ----------------------------------------------------------- in_products
-
-
-@pays
-def test_in_products_is_true_inside_only():
-    assert not cpu.in_products()
-    with cpu.products():
-        assert cpu.in_products()
-        assert not cpu.in_products("cuda")
-        with cpu.products():
-            assert cpu.in_products()
-        assert cpu.in_products()
-    assert not cpu.in_products()
-    with pytest.raises(ValueError), cpu.products():
+@needs_onednn
+def test_onednn_is_used_inside_the_context_only():
+    assert not cpu.uses_onednn()
+    with cpu.onednn_products():
+        assert cpu.uses_onednn()
+        assert not cpu.uses_onednn("cuda")
+        with cpu.onednn_products():
+            assert cpu.uses_onednn()
+        assert cpu.uses_onednn()
+    assert not cpu.uses_onednn()
+    with pytest.raises(ValueError), cpu.onednn_products():
         raise ValueError
-    assert not cpu.in_products()
+    assert not cpu.uses_onednn()
 
 
-@pays
-def test_another_thread_is_not_inside():
-    with cpu.products():
-        assert _in_thread(lambda: (cpu.in_products(), _setting())) == (False, "bf16"), "the setting is the process's"
-        assert cpu.in_products()
-    assert _in_thread(lambda: (cpu.in_products(), _setting())) == (False, "none")
+@needs_onednn
+def test_another_thread_does_not_use_onednn():
+    with cpu.onednn_products():
+        assert _in_thread(lambda: (cpu.uses_onednn(), _setting())) == (False, "bf16"), "the setting is global"
+        assert cpu.uses_onednn()
+    assert _in_thread(lambda: (cpu.uses_onednn(), _setting())) == (False, "none")
 
 
-@pays
-def test_the_setting_stays_while_another_thread_is_inside():
+@needs_onednn
+def test_the_setting_stays_while_another_thread_uses_onednn():
     entry, exit_signal = threading.Event(), threading.Event()
 
-    def stay() -> None:
-        with cpu.products():
+    def use_onednn() -> None:
+        with cpu.onednn_products():
             entry.set()
             exit_signal.wait(10)
 
-    thread = threading.Thread(target=stay)
+    thread = threading.Thread(target=use_onednn)
     thread.start()
     assert entry.wait(10)
-    with cpu.products():
+    with cpu.onednn_products():
         pass
     assert _setting() == "bf16"
-    assert not cpu.in_products()
+    assert not cpu.uses_onednn()
     exit_signal.set()
     thread.join()
     assert _setting() == "none"
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_a_graph_is_traced_as_if_inside(answer, monkeypatch):
-    monkeypatch.setattr(cpu, "pays", lambda: answer)
-    with cpu.products():
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_a_graph_is_traced_with_onednn_where_it_is_faster(is_faster, monkeypatch):
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: is_faster)
+    with cpu.onednn_products():
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert cpu.in_products() is answer
-        assert not cpu.in_products("cuda")
+        assert cpu.uses_onednn() is is_faster
+        assert not cpu.uses_onednn("cuda")
         monkeypatch.undo()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not cpu.in_products()
+    assert not cpu.uses_onednn()
 
 
-# -------------------------------------------------------- plain_products
-
-
-@pays
-def test_plain_products_are_torchs_own_inside():
-    with cpu.products():
-        with cpu.plain_products():
+@needs_onednn
+def test_without_onednn_products_are_torchs_own():
+    with cpu.onednn_products():
+        with cpu.without_onednn():
             assert _setting() == "none"
         assert _setting() == "bf16"
-        with pytest.raises(ValueError), cpu.plain_products():
+        with pytest.raises(ValueError), cpu.without_onednn():
             raise ValueError
         assert _setting() == "bf16"
-        with cpu.plain_products("cuda"):
+        with cpu.without_onednn("cuda"):
             assert _setting() == "bf16"
     assert _setting() == "none"
 
 
-def test_plain_products_outside_do_nothing():
-    with cpu.plain_products():
+def test_without_onednn_does_nothing_outside_onednn_products():
+    with cpu.without_onednn():
         assert _setting() == "none"
     assert _setting() == "none"
 
 
-@pays
-def test_plain_products_of_a_thread_outside_do_nothing():
-    def look() -> tuple[str, str]:
-        with cpu.plain_products():
+@needs_onednn
+def test_without_onednn_does_nothing_in_another_thread():
+    def read_settings() -> tuple[str, str]:
+        with cpu.without_onednn():
             result = _setting()
         return result, _setting()
 
-    with cpu.products():
-        assert _in_thread(look) == ("bf16", "bf16")
-    assert _in_thread(look) == ("none", "none")
+    with cpu.onednn_products():
+        assert _in_thread(read_settings) == ("bf16", "bf16")
+    assert _in_thread(read_settings) == ("none", "none")
 
 
-@pays
-def test_plain_products_change_nothing_in_a_compiled_graph(monkeypatch):
-    with cpu.products():
+@needs_onednn
+def test_without_onednn_does_nothing_in_a_compiled_graph(monkeypatch):
+    with cpu.onednn_products():
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        with cpu.plain_products():
+        with cpu.without_onednn():
             assert _setting() == "bf16"

@@ -1,4 +1,4 @@
-"""Two processes over one batch give what one gives."""
+"""Two processes over a batch compute the same as a single process."""
 
 import json
 import subprocess
@@ -14,21 +14,21 @@ ARGUMENTS += ["training.dropout=false", "--device", "cpu", "--json"]
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_a_single_process(tmp_path: Path) -> None:
     icons.prepare(tmp_path / "data", train=32, val=10, test=10)
-    found = {}
+    results = {}
     for name, launcher in (
-        ("one", [sys.executable, "-m", "blipfit.cli"]),
+        ("single", [sys.executable, "-m", "blipfit.cli"]),
         (
-            "two",
+            "double",
             [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "blipfit.cli"],
         ),
     ):
         folders = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / name)]
-        ended = subprocess.run([*launcher, *ARGUMENTS, *folders], capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stderr
-        found[name] = json.loads(ended.stdout)["results"]
+        process = subprocess.run([*launcher, *ARGUMENTS, *folders], capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        results[name] = json.loads(process.stdout)["results"]
         assert sorted(p.name for p in (tmp_path / name / "icons").iterdir()) == ["13", "45"]
-    for one, two in zip(found["one"], found["two"], strict=True):
-        assert one["metrics"] == two["metrics"]
-        assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
+    for single, double in zip(results["single"], results["double"], strict=True):
+        assert single["metrics"] == double["metrics"]
+        assert double["history"][0]["loss"] == pytest.approx(single["history"][0]["loss"], rel=1e-5)

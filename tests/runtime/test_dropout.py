@@ -1,4 +1,4 @@
-"""Dropout inside a bank: all experiments the same mask, the right share dropped, the modules back afterwards."""
+"""Dropout in a bank: all experiments share a mask, the scale is exact, and the modules are restored afterwards."""
 
 import pytest
 import torch
@@ -6,20 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from blipfit.runtime import dropout
-from blipfit.runtime.dropout import BANK_SIZE, SharedDropout, apply_mask, draw_mask
+from blipfit.runtime.dropout import BANK_SIZE, SharedDropout, apply_mask, sample_mask
 
 SIXTEEN_BIT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 class Attention(nn.Module):
-    """Draws noise in an attention function, as modules with a `scaling` do."""
+    """A module with a `scaling`, as those that sample noise in an attention function."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +21,7 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """Dropout at two depths, under an attribute and in a list."""
+    """A model with dropout at two depths, in an attribute and in a list."""
 
     def __init__(self):
         super().__init__()
@@ -40,23 +33,20 @@ class Model(nn.Module):
         return self.dropout(self.layers[0](self.attention.dropout(x)))
 
 
-# ---------------------------------------------------------- shared masks
-
-
-def test_all_experiments_share_the_mask_and_one_alone_has_it_too():
+def test_all_experiments_share_the_mask_of_a_single_experiment():
     x = torch.rand(4, 50, 8) + 1
     model = nn.Sequential(nn.Dropout(0.3))
-    replaced_modules = dropout.share(model, 1)
+    replaced_modules = dropout.share_masks(model, 1)
     torch.manual_seed(1)
     single_output = model(x)
-    dropout.restore(model, replaced_modules)
-    dropout.share(model, 3)
+    dropout.restore_modules(model, replaced_modules)
+    dropout.share_masks(model, 3)
     torch.manual_seed(1)
     bank_output = model(x.repeat(3, 1, 1))
     assert all(torch.equal(part, single_output) for part in bank_output.chunk(3))
     assert (single_output == 0).float().mean() == pytest.approx(0.3, abs=0.05)
-    kept_mask = single_output != 0
-    torch.testing.assert_close(single_output[kept_mask], x[kept_mask] / 0.7)
+    is_kept = single_output != 0
+    torch.testing.assert_close(single_output[is_kept], x[is_kept] / 0.7)
 
 
 @SIXTEEN_BIT
@@ -71,17 +61,17 @@ def test_all_experiments_share_the_mask_in_16_bit(dtype):
     assert (single_output == 0).float().mean() == pytest.approx(0.3, abs=0.05)
 
 
-def test_a_model_of_a_bank_equals_models_alone():
+def test_a_model_in_a_bank_equals_single_models():
     model, x = Model(), torch.randn(4, 8)
     x_K = [x, x + 1, 2 * x]
     results = []
     for size, rows in [(3, torch.cat(x_K)), *((1, part) for part in x_K)]:
-        replaced_modules = dropout.share(model, size)
+        replaced_modules = dropout.share_masks(model, size)
         torch.manual_seed(1)
         results.append(model(rows))
-        dropout.restore(model, replaced_modules)
-    bank_output, *single_output = results
-    torch.testing.assert_close(bank_output, torch.cat(single_output))
+        dropout.restore_modules(model, replaced_modules)
+    bank_output, *single_outputs = results
+    torch.testing.assert_close(bank_output, torch.cat(single_outputs))
 
 
 def test_different_questions_have_different_masks():
@@ -90,15 +80,15 @@ def test_different_questions_have_different_masks():
     assert torch.equal(y[:2], y[2:])
 
 
-def test_every_call_has_a_mask_of_its_own():
+def test_every_call_samples_a_new_mask():
     layer, x = SharedDropout(0.5, 2), torch.ones(4, 100)
     assert not torch.equal(layer(x), layer(x))
 
 
-def test_one_experiment_has_the_noise_of_a_mask_of_its_rows():
+def test_the_mask_is_sampled_for_the_rows_of_a_single_experiment():
     x = torch.randn(6, 5)
     torch.manual_seed(1)
-    mask = draw_mask(x, 0.5, 2)
+    mask = sample_mask(x, 0.5, 2)
     torch.manual_seed(1)
     assert torch.equal(mask, torch.empty(3, 5).bernoulli_(0.5) * 2)
 
@@ -112,31 +102,28 @@ def test_rows_in_any_memory_order():
     assert torch.equal(layer(x), expected)
 
 
-# ----------------------------------------------------------------- scale
-
-
-def test_kept_values_are_scaled_exactly():
+def test_remaining_values_are_scaled_exactly():
     x = torch.randn(6, 1000)
     for p in (0.1, 0.3, 0.5):
         y = SharedDropout(p, 3)(x)
-        kept_mask = y != 0
-        assert torch.equal(y[kept_mask], x[kept_mask] * torch.ones(()).div(1 - p))
-        torch.testing.assert_close(y[kept_mask].double(), x[kept_mask].double() / (1 - p), atol=0, rtol=2**-23)
+        is_kept = y != 0
+        assert torch.equal(y[is_kept], x[is_kept] * torch.ones(()).div(1 - p))
+        torch.testing.assert_close(y[is_kept].double(), x[is_kept].double() / (1 - p), atol=0, rtol=2**-23)
 
 
 @SIXTEEN_BIT
 @pytest.mark.parametrize("p", [0.1, 0.3])
-def test_kept_16_bit_values_are_rounded_once(dtype, p):
+def test_remaining_16_bit_values_are_rounded_only_at_the_end(dtype, p):
     x = (torch.rand(6, 50_000) + 1).to(dtype)
     y = SharedDropout(p, 3)(x)
-    kept_mask = y != 0
-    expected = x[kept_mask].double() / (1 - p)
-    torch.testing.assert_close(y[kept_mask].double(), expected, atol=0, rtol=torch.finfo(dtype).eps / 2)
-    assert float((y[kept_mask].double() / expected).mean()) == pytest.approx(1, abs=1e-3)
-    assert float(y[kept_mask].double().sum() / expected.sum()) == pytest.approx(1, abs=1e-3)
+    is_kept = y != 0
+    expected = x[is_kept].double() / (1 - p)
+    torch.testing.assert_close(y[is_kept].double(), expected, atol=0, rtol=torch.finfo(dtype).eps / 2)
+    assert float((y[is_kept].double() / expected).mean()) == pytest.approx(1, abs=1e-3)
+    assert float(y[is_kept].double().sum() / expected.sum()) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_scale_in_bfloat16_would_be_noticed():
+def test_the_comparison_detects_a_scale_rounded_to_bfloat16():
     x = (torch.rand(50_000) + 1).bfloat16()
     y = x * torch.ones((), dtype=torch.bfloat16).div(0.9)
     assert abs(float((y.double() / (x.double() / 0.9)).mean()) - 1) > 1e-3
@@ -147,22 +134,22 @@ def test_the_gradient_has_the_same_scale(dtype):
     x = (torch.rand(6, 50_000) + 1).to(dtype).requires_grad_()
     y = SharedDropout(0.1, 3)(x)
     y.sum().backward()
-    kept_mask = y != 0
-    assert torch.equal(x.grad != 0, kept_mask)
+    is_kept = y != 0
+    assert torch.equal(x.grad != 0, is_kept)
     torch.testing.assert_close(
-        x.grad[kept_mask].double(), torch.full_like(x.grad[kept_mask], 1 / 0.9, dtype=torch.float64), atol=0, rtol=2**-8
+        x.grad[is_kept].double(), torch.full_like(x.grad[is_kept], 1 / 0.9, dtype=torch.float64), atol=0, rtol=2**-8
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_on_average_nothing_changes(dtype):
+def test_the_mean_does_not_change(dtype):
     y = SharedDropout(0.1, 2)(torch.ones(400, 5_000, dtype=dtype))
     assert float(y.double().mean()) == pytest.approx(1, abs=3e-3)
 
 
 def test_gradients_of_a_mask():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    mask = draw_mask(x, 0.5, 3)
+    mask = sample_mask(x, 0.5, 3)
     assert torch.autograd.gradcheck(lambda x: apply_mask(x, mask, 0.5), [x])
 
 
@@ -170,13 +157,10 @@ def test_in_a_compiled_graph_the_scale_is_the_same(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     x = torch.rand(6, 1000) + 1
     y = SharedDropout(0.3, 3)(x)
-    kept_mask = y != 0
-    assert all(torch.equal(part, kept_mask[:2]) for part in kept_mask.chunk(3))
-    assert (~kept_mask).float().mean() == pytest.approx(0.3, abs=0.05)
-    torch.testing.assert_close(y[kept_mask], x[kept_mask] / 0.7)
-
-
-# ------------------------------------------------------------- eval mode
+    is_kept = y != 0
+    assert all(torch.equal(part, is_kept[:2]) for part in is_kept.chunk(3))
+    assert (~is_kept).float().mean() == pytest.approx(0.3, abs=0.05)
+    torch.testing.assert_close(y[is_kept], x[is_kept] / 0.7)
 
 
 def test_nothing_is_dropped_in_eval_mode():
@@ -185,17 +169,14 @@ def test_nothing_is_dropped_in_eval_mode():
     assert SharedDropout(0.0, 2)(x) is x
     model = Model().eval()
     expected = model(x := torch.rand(4, 8))
-    dropout.share(model, 2)
+    dropout.share_masks(model, 2)
     assert torch.equal(model(x), expected)
-
-
-# ------------------------------------------------------ share and restore
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_every_dropout_is_replaced(training):
     model = Model().train(training)
-    replaced_modules = dropout.share(model, 3)
+    replaced_modules = dropout.share_masks(model, 3)
     assert not any(type(module) is nn.Dropout for module in model.modules())
     shared_modules = {name: module for name, module in model.named_modules() if isinstance(module, SharedDropout)}
     assert set(replaced_modules) == {"attention.dropout", "layers.0.1", "dropout"}
@@ -208,42 +189,42 @@ def test_every_dropout_is_replaced(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_same_modules_come_back(training):
+def test_the_original_modules_are_restored(training):
     model = Model()
     original = dict(model.named_modules())
-    replaced_modules = dropout.share(model, 3)
+    replaced_modules = dropout.share_masks(model, 3)
     model.train(training)
-    dropout.restore(model, replaced_modules)
+    dropout.restore_modules(model, replaced_modules)
     restored = dict(model.named_modules())
     assert list(restored) == list(original)
     assert all(restored[name] is module for name, module in original.items())
     assert all(module.training is training for module in model.modules())
 
 
-def test_sharing_again_takes_the_new_size():
+def test_sharing_again_uses_the_new_size():
     model = Model()
     for size in (3, 2):
-        replaced_modules = dropout.share(model, size)
+        replaced_modules = dropout.share_masks(model, size)
         assert (model.dropout.bank_size, getattr(model.attention, BANK_SIZE)) == (size, size)
-        dropout.restore(model, replaced_modules)
+        dropout.restore_modules(model, replaced_modules)
 
 
-def test_modules_that_draw_noise_know_the_size_of_the_bank_while_it_is_shared():
+def test_modules_that_sample_noise_have_the_size_of_the_bank_until_the_restore():
     model = Model()
-    replaced_modules = dropout.share(model, 3)
+    replaced_modules = dropout.share_masks(model, 3)
     assert getattr(model.attention, BANK_SIZE) == 3
     assert not any(hasattr(module, BANK_SIZE) for module in (model, *model.layers, model.layers[0][0]))
-    dropout.restore(model, replaced_modules)
+    dropout.restore_modules(model, replaced_modules)
     assert not any(hasattr(module, BANK_SIZE) for module in model.modules())
     assert model.attention.scaling == 0.5
 
 
-def test_torchs_functions_stay_torchs():
+def test_torchs_functions_are_not_replaced():
     original = F.dropout, F.scaled_dot_product_attention
     model = Model()
-    replaced_modules = dropout.share(model, 2)
+    replaced_modules = dropout.share_masks(model, 2)
     assert (F.dropout, F.scaled_dot_product_attention) == original
     with pytest.raises(RuntimeError):
         SharedDropout(2.0, 1)(torch.ones(2, 3))  # no probability
-    dropout.restore(model, replaced_modules)
+    dropout.restore_modules(model, replaced_modules)
     assert (F.dropout, F.scaled_dot_product_attention) == original

@@ -1,4 +1,4 @@
-"""Layers that run compiled or checkpointed compute what they compute alone, and get their forward pass back."""
+"""Compiled or checkpointed layers compute the same as ordinary ones, and their forward pass is restored."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Layer(nn.Module):
         return x + scale * self.dropout(self.narrow(torch.tanh(self.wide(x))))
 
 
-class Calls:
+class CallCounter:
     """A replacement of `torch.utils.checkpoint.checkpoint` that counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
@@ -40,8 +40,8 @@ class Calls:
 
 
 @pytest.fixture
-def checkpoint_calls(monkeypatch) -> Calls:
-    return Calls(monkeypatch)
+def checkpoint_calls(monkeypatch) -> CallCounter:
+    return CallCounter(monkeypatch)
 
 
 def _inputs(rows: int = 3) -> Tensor:
@@ -61,9 +61,6 @@ def _run(stack: list[Layer], x: Tensor) -> tuple[Tensor, list[Tensor]]:
 def _is_plain(stack: list[Layer]) -> bool:
     """Whether the layers have the forward pass of their class."""
     return not any("forward" in layer.__dict__ for layer in stack)
-
-
-# ------------------------------------------------------------- checkpointing
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -94,7 +91,7 @@ def test_the_noise_after_a_checkpointed_layer_is_the_same():
     execution.remove()
 
 
-def test_a_checkpointed_layer_keeps_its_input_alone():
+def test_a_checkpointed_layer_saves_only_its_input():
     stack, x = [Layer()], _inputs()
 
     def saved_shapes() -> list[tuple[int, ...]]:
@@ -112,7 +109,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone():
     assert (3, 4 * WIDTH) in saved_shapes()
     execution = LayerExecution(checkpointed=stack)
     execution.install()
-    # Beside the input, torch keeps an empty tensor for its own use.
+    # Torch also saves an empty tensor for its own use.
     assert [shape for shape in saved_shapes() if shape != (0,)] == [(3, WIDTH)]
     execution.remove()
 
@@ -128,10 +125,7 @@ def test_without_gradients_nothing_is_checkpointed(checkpoint_calls):
     assert torch.equal(output, layer(x, scale=0.3))
 
 
-# ------------------------------------------------------------ install, remove
-
-
-def test_removal_gives_the_layers_their_forward_pass_back(fresh_compiler):
+def test_removal_restores_the_forward_pass_of_the_layers(fresh_compiler):
     stack = [Layer(0), Layer(1)]
     execution = LayerExecution(compiled=stack[:1], checkpointed=stack)
     execution.install()
@@ -143,17 +137,17 @@ def test_removal_gives_the_layers_their_forward_pass_back(fresh_compiler):
     assert _is_plain(stack)
 
 
-def test_other_layers_of_the_class_are_left_alone(checkpoint_calls):
-    layer, neighbor = Layer(0), Layer(1)
+def test_other_layers_of_the_class_do_not_change(checkpoint_calls):
+    layer, other_layer = Layer(0), Layer(1)
     execution = LayerExecution(checkpointed=[layer])
     execution.install()
-    assert _is_plain([neighbor])
-    neighbor(_inputs())
+    assert _is_plain([other_layer])
+    other_layer(_inputs())
     assert checkpoint_calls.count == 0
     execution.remove()
 
 
-def test_installing_twice_is_installing_once(checkpoint_calls):
+def test_installing_a_second_time_does_nothing(checkpoint_calls):
     stack, x = [Layer()], _inputs()
     expected, expected_gradients = _run(stack, x)
     execution = LayerExecution(checkpointed=stack)
@@ -173,7 +167,7 @@ def test_without_layers_nothing_happens():
     execution.remove()
 
 
-def test_hooks_of_a_layer_stay_in_use():
+def test_hooks_of_a_layer_are_still_called():
     layer, x, calls = Layer().eval(), _inputs(), []
     layer.register_forward_hook(lambda *_: calls.append("hook"))
     execution = LayerExecution(checkpointed=[layer])
@@ -183,31 +177,28 @@ def test_hooks_of_a_layer_stay_in_use():
     assert calls == ["hook"]  # not again in the backward pass
 
 
-def test_judging_is_the_same_with_checkpointed_layers(backbone, checkpoint_calls):
-    """Scores and generated tokens of a whole model; its caches are written once."""
+def test_evaluation_is_the_same_with_checkpointed_layers(backbone, checkpoint_calls):
+    """Scores and generated tokens of a whole model; nothing is computed twice."""
     encoded = reference.ask(backbone, 3)
     features = backbone.see(reference.pictures(backbone, 3))
     candidates, prompts = backbone.text.candidates(encoded), backbone.text.prompts(encoded)
 
-    def judge() -> tuple[Tensor, Tensor]:
+    def evaluate() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             scores = backbone.score(backbone.query(features, candidates), candidates).sums_KM
             return scores, backbone.generate(backbone.query(features, prompts), prompts, max_new_tokens=4)
 
-    expected = judge()
+    expected = evaluate()
     execution = LayerExecution(checkpointed=[*backbone.layers("query"), *backbone.layers("answer")])
     execution.install()
-    results = judge()
+    results = evaluate()
     execution.remove()
     assert all(map(torch.equal, results, expected))
     assert checkpoint_calls.count == 0
 
 
-# ------------------------------------------------------------------ compiling
-
-
 def test_a_compiled_layer_computes_the_same(fresh_compiler):
-    """Layers of a kind share what was compiled: the second one compiles nothing."""
+    """Layers of a class share the compiled code: the second layer compiles nothing."""
     stack, x = [Layer(0).eval(), Layer(1).eval()], _inputs()
     expected = [_run([layer], x) for layer in stack]
     execution = LayerExecution(compiled=stack)
@@ -222,7 +213,7 @@ def test_a_compiled_layer_computes_the_same(fresh_compiler):
 
 @pytest.mark.slow
 def test_a_compiled_layer_takes_any_number_of_rows(fresh_compiler):
-    """The second number of rows compiles once more; then any runs."""
+    """The second number of rows is compiled again; then any number runs."""
     stack, sizes = [Layer(0).eval(), Layer(1).eval()], (3, 5, 9, 4)
     expected = [_run(stack, _inputs(rows)) for rows in sizes]
     execution = LayerExecution(compiled=stack)
@@ -236,7 +227,7 @@ def test_a_compiled_layer_takes_any_number_of_rows(fresh_compiler):
 
 @pytest.mark.slow
 def test_a_compiled_layer_shares_its_noise_in_a_bank(fresh_compiler):
-    """Two experiments of a bank have the noise that each has alone; checkpointed, the backward pass has it too."""
+    """Two experiments in a bank have the noise of a single run, also when the backward pass computes it again."""
     layer, x = Layer().train(), _inputs(4)
 
     def outputs(size: int, execution: LayerExecution) -> tuple[Tensor, Tensor]:

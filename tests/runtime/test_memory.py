@@ -1,4 +1,4 @@
-"""Freed memory stays with the process until it is given back."""
+"""Freed memory stays with the process until it is released; its peak can be read and reset."""
 
 import subprocess
 import sys
@@ -8,45 +8,45 @@ import pytest
 
 from blipfit.runtime import memory
 
-FAULTS = """
+COUNT_PAGE_FAULTS = """
 import resource, sys, torch
 from blipfit.runtime import memory
 if sys.argv[1] == "keep":
-    assert memory.keep_freed()
-for _ in range(20):  # its holes settle first
+    assert memory.keep_freed_memory()
+for _ in range(20):  # until the allocator reuses freed memory
     torch.ones(8 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-memory.give_back()
+memory.release_freed_memory()
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
 """
 
 
-@pytest.mark.skipif(memory._glibc() is None, reason="only glibc lets a process keep its memory")
-def test_kept_memory_is_not_asked_for_again():
-    def run(how):
-        command = [sys.executable, "-c", FAULTS, how]
+@pytest.mark.skipif(memory._glibc() is None, reason="only glibc can keep freed memory")
+def test_kept_memory_causes_no_page_faults():
+    def run(mode):
+        command = [sys.executable, "-c", COUNT_PAGE_FAULTS, mode]
         return map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
-    (kept, kept_size), (ordinary, ordinary_size) = run("keep"), run("ordinarily")
-    assert ordinary > 50  # 160 MB are 40 960 pages of 4 kB, or 80 huge ones
-    assert kept < ordinary / 10
-    assert kept_size < ordinary_size + 10 * 1024, "given back"
+    (faults, size), (ordinary_faults, ordinary_size) = run("keep"), run("ordinary")
+    assert ordinary_faults > 50  # 160 MB are 40 960 pages of 4 kB, or 80 huge ones
+    assert faults < ordinary_faults / 10
+    assert size < ordinary_size + 10 * 1024, "memory is released"
 
 
-def test_elsewhere_nothing_is_done():
+def test_nothing_is_done_without_glibc():
     with mock.patch.object(sys, "platform", "darwin"):
         assert memory._glibc.__wrapped__() is None
     with mock.patch.object(memory, "_glibc", return_value=None):
-        assert memory.keep_freed.__wrapped__() is False
-        memory.give_back()
+        assert memory.keep_freed_memory.__wrapped__() is False
+        memory.release_freed_memory()
 
 
-@pytest.mark.skipif(not memory.peak(), reason="only Linux tells")
-def test_the_peak_since_it_was_forgotten():
-    there = memory.forget_peak()
+@pytest.mark.skipif(not memory.peak_bytes(), reason="only Linux reports the peak")
+def test_the_peak_is_counted_from_its_reset():
+    start = memory.reset_peak()
     bytearray(b"1" * 50_000_000)
-    assert memory.peak() - there > 50_000_000
-    assert memory.forget_peak() < there + 25_000_000
+    assert memory.peak_bytes() - start > 50_000_000
+    assert memory.reset_peak() < start + 25_000_000

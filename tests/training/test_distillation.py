@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import checkpoints
 import reference
 from blipfit import grid
-from blipfit.commands import shrink as shrinking
+from blipfit.commands import shrink
 from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import DistillationConfig, ModelConfig
@@ -24,7 +24,7 @@ SHORT = ["training.max_epochs=1", "training.batch_size=4", "data.images=off", "t
 @pytest.fixture
 def smaller(small, family, tmp_path):
     """A folder with the small model shrunk, query tokens too."""
-    shrinking.run(str(small[family]), SIZES, "magnitude", None, None, 8, 0, tmp_path / "smaller", torch.device("cpu"))
+    shrink.run(str(small[family]), SIZES, "magnitude", None, None, 8, 0, tmp_path / "smaller", torch.device("cpu"))
     return tmp_path / "smaller"
 
 
@@ -152,22 +152,22 @@ def test_the_recipe_of_a_recovery(small, family, smaller, iconqa, tmp_path):
 
 
 def test_a_teacher_that_is_gone_is_said_before_anything_begins(small, family, smaller, iconqa, tmp_path):
-    with pytest.raises(UserError, match=r"the teacher cannot be had: \./gone is not a model folder"):
+    with pytest.raises(UserError, match=r"the teacher cannot be used: \./gone is not a model folder"):
         train([recipe(smaller, "./gone")], iconqa, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
 def test_what_would_learn_nothing_is_refused(small, family):
-    with pytest.raises(UserError, match=r"only seeing is learned"):
+    with pytest.raises(UserError, match=r"only the Q-Former is trained"):
         recipe(small[family], small[family], labels=0, answers=0, visual=0)
-    with pytest.raises(UserError, match=r"only seeing is learned"):
+    with pytest.raises(UserError, match=r"only the Q-Former is trained"):
         recipe(small[family], small[family], experiment=32, labels=0, answers=0)
 
 
 def test_who_cannot_teach(small, family, smaller, tmp_path):
     student = checkpoints.load(smaller)
     other = checkpoints.write(tmp_path / "other", family, checkpoints.own_tokenizers(family), seed=1)
-    with pytest.raises(UserError, match=r"it sees otherwise \(embeddings"):
+    with pytest.raises(UserError, match=r"its vision tower differs \(embeddings"):
         distillation.teacher(recipe(smaller, other), student)
     (smaller / "shrink.json").unlink()
     with pytest.raises(UserError, match=r"has 4 query tokens and .* 2, and no shrink.json"):

@@ -100,7 +100,7 @@ def test_a_batch_ranks_as_each_question_alone_in_bf16(gpu_backbone):
     backbone = gpu_backbone
     questions, pixels = reference.ask(backbone, 6), reference.pictures(backbone, 6).to("cuda", torch.bfloat16)
 
-    def rank(rows: list[int]) -> list[ranking.Choice]:
+    def rank(rows: list[int]) -> list[ranking.QuestionScores]:
         return ranking.rank(backbone, [questions[i] for i in rows], lambda at: backbone.see(pixels[rows][list(at)]), 4)[
             0
         ]

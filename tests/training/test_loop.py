@@ -19,14 +19,15 @@ from blipfit.adapters import bank as bank_module
 from blipfit.adapters import peft_format
 from blipfit.data import iconqa as iconqa_data
 from blipfit.data import images
-from blipfit.data.prompts import prompt
+from blipfit.data.prompts import get_prompt
 from blipfit.errors import UserError
 from blipfit.evaluation.ranking import summarize
 from blipfit.model.backbone import fingerprint, head
 from blipfit.recipe import Recipe
 from blipfit.run import Run
-from blipfit.training import loop
+from blipfit.training import events, loop, session
 from blipfit.training import step as step_module
+from blipfit.training.events import Event, Listener
 from blipfit.training.model_cache import ModelCache
 from blipfit.training.step import Stepper
 
@@ -88,9 +89,6 @@ def _close(one: Run, other: Run, tolerance: float) -> None:
         torch.testing.assert_close(tensor, tensors[name], atol=tolerance, rtol=0, msg=name)
 
 
-# ---------------------------------------------------------------- the record
-
-
 def test_a_run_folder_is_complete(recipe, train, family, iconqa):
     experiment = recipe(15 if family == "t5" else 47, family=family)
     (run,) = train([experiment])
@@ -132,10 +130,10 @@ def test_the_recorded_numbers_are_those_of_the_files(recipe, train, family, smal
     assert [r["id"] for r in records] == [q.id for split in questions.values() for q in split]
     tuned = reference.merged(backbone.hf, adapter, state)
     for record, question in zip(records[6:], questions["test"], strict=True):
-        written = prompt("iconqa-v1")(question)
+        written = get_prompt("iconqa-v1")(question)
         assert record["answer"] == written.target
         assert tuple(c["text"] for c in record["candidates"]) == written.candidates
-        pixels = images.pixels([images.open_image(question.image)], backbone.image_size)
+        pixels = images.to_pixels([images.open_image(question.image)], backbone.image_size)
         (e,) = backbone.text.encode([written])
         for found, ids in zip(record["candidates"], e.candidates, strict=True):
             with torch.no_grad():
@@ -186,9 +184,6 @@ def test_nothing_of_the_model_changes(recipe, train, small, family, tmp_path):
     assert not any(module.training for module in used.modules())
 
 
-# -------------------------------------------------------- sameness of results
-
-
 def test_the_same_recipe_gives_the_same_numbers(recipe, train):
     (one,), (other,) = train([recipe(30)], "one"), train([recipe(30)], "other")
     assert _same(one.result(), other.result())
@@ -235,32 +230,36 @@ def test_accumulation_is_only_a_matter_of_memory(recipe, train):
     _close(one, four, 1e-5)
 
 
-# ------------------------------------------------------------ stop and go on
-
-
 class Interrupted(Exception):
     """The machine goes down."""
 
 
-def _at(event: str, nth: int) -> loop.Listener:
-    seen = []
+def interrupt_at(kind: type[Event], nth: int) -> Listener:
+    """A listener that raises Interrupted at the nth event of a type."""
+    count = 0
 
-    def listen(name: str, facts: dict[str, Any]) -> None:
-        if name == event:
-            seen.append(facts)
-            if len(seen) == nth:
+    def listener(event: Event) -> None:
+        nonlocal count
+        if isinstance(event, kind):
+            count += 1
+            if count == nth:
                 raise Interrupted
 
-    return listen
+    return listener
+
+
+def collect(kind: type[Event], collected: list[Any]) -> Listener:
+    """A listener that appends events of a type to a list."""
+    return lambda event: collected.append(event) if isinstance(event, kind) else None
 
 
 # The event and which of them, how often checkpoints are written in an epoch, and the epoch it then goes on in.
 INTERRUPTIONS = {
-    "before the first checkpoint": ("epoch", 1, None, [0]),
-    "after an epoch": ("epoch", 2, None, [1]),
-    "in the first epoch": ("step", 5, 0.0, [0]),
-    "in the last epoch": ("step", 15, 0.0, [2]),
-    "between two records": ("finished", 1, None, []),
+    "before the first checkpoint": (events.EpochDone, 1, None, [0]),
+    "after an epoch": (events.EpochDone, 2, None, [1]),
+    "in the first epoch": (events.StepsDone, 5, 0.0, [0]),
+    "in the last epoch": (events.StepsDone, 15, 0.0, [2]),
+    "between two records": (events.RunFinished, 1, None, []),
 }
 
 
@@ -269,25 +268,25 @@ def test_interrupted_and_resumed_is_straight(recipe, train, monkeypatch, where):
     event, nth, seconds, goes_on_in = INTERRUPTIONS[where]
     both = [recipe(19, "training.max_epochs=3"), recipe(30, "training.max_epochs=3")]
     straight = train(both, "straight")
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
+    monkeypatch.setattr(session, "CHECK_EVERY", 1)
     if seconds is not None:
-        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(session, "SAVE_SECONDS", seconds)
     with pytest.raises(Interrupted):
-        train(both, "broken", listen=_at(event, nth))
+        train(both, "broken", listener=interrupt_at(event, nth))
     starts = []
-    resumed = train(both, "broken", listen=lambda name, facts: starts.append(facts) if name == "start" else None)
+    resumed = train(both, "broken", listener=collect(events.TrainingStarted, starts))
     for one, other in zip(straight, resumed, strict=True):
         assert _same(one.result(), other.result())
         assert len(_records(other.log_file)) == 3
         assert {path.name for path in other.folder.iterdir()} == FILES
-    assert [facts["epoch"] for facts in starts] == goes_on_in
+    assert [event.epoch for event in starts] == goes_on_in
 
 
 def test_a_bank_whose_members_left_at_different_times_resumes(recipe, train):
     both = [recipe(19, "training.max_epochs=1"), recipe(30, "training.max_epochs=3")]
     straight = train(both, "straight")
     with pytest.raises(Interrupted):
-        train(both, "broken", listen=_at("epoch", 3))
+        train(both, "broken", listener=interrupt_at(events.EpochDone, 3))
     # The second half ran in a bank of its own ranks, so the sums were rounded in another order.
     for one, other in zip(straight, train(both, "broken"), strict=True):
         _close(one, other, 1e-5)
@@ -296,9 +295,9 @@ def test_a_bank_whose_members_left_at_different_times_resumes(recipe, train):
 def test_a_finished_run_is_skipped(recipe, train):
     (run,) = train([recipe(30)])
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    events = []
-    train([recipe(30)], listen=lambda name, facts: events.append(name))
-    assert events == ["skipped"]
+    reported = []
+    train([recipe(30)], listener=reported.append)
+    assert [type(event) for event in reported] == [events.RunSkipped]
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
 
 
@@ -317,19 +316,17 @@ def test_two_recipes_of_one_name_are_refused(recipe, train, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------------ leaving a bank
-
-
 def test_early_stop_leaves_the_bank_alone(recipe, train):
     """One stops for want of progress, one goes on to its end as if it had been alone."""
     still = recipe(13, "training.learning_rate=1e-9", "training.max_epochs=4", "training.patience=2")
     going = recipe(32, "training.max_epochs=4", "training.patience=4")
-    left = []
-    runs = train([still, going], listen=lambda name, facts: left.append(facts["leaving"]) if name == "epoch" else None)
+    epochs = []
+    runs = train([still, going], listener=collect(events.EpochDone, epochs))
     stopped, went = (run.result() for run in runs)
     assert (stopped["epochs"], stopped["best_epoch"]) == (3, 1)
     assert went["epochs"] == 4
-    assert left == [[], [], ["13"], ["32"]]
+    last = [[result.experiment for result in epoch.results if result.is_last] for epoch in epochs]
+    assert last == [[], [], ["13"], ["32"]]
     (alone,) = train([going], "alone")
     _close(runs[1], alone, 1e-4)
 
@@ -342,10 +339,10 @@ def test_a_broken_experiment_leaves_with_a_reason_and_the_others_go_on(recipe, t
     size = f"training.batch_size={batch}"
     good, bad = recipe(13, size), recipe(30, size, "training.learning_rate=1e30")
     failures = []
-    runs = train([good, bad], listen=lambda name, facts: failures.append(facts) if name == "failed" else None)
-    assert [facts["recipe"].experiment for facts in failures] == ["30"]
+    runs = train([good, bad], listener=collect(events.RunFailed, failures))
+    assert [event.recipe.experiment for event in failures] == ["30"]
     reason = json.loads(runs[1].failure_file.read_text())["reason"]
-    assert reason == failures[0]["reason"] == runs[1].failure()
+    assert reason == failures[0].reason == runs[1].failure()
     assert reason.startswith(f"non-finite {what}")
     assert "lower training.learning_rate" in reason
     assert (runs[0].state(), runs[1].state()) == ("finished", "new"), "what failed at once leaves its folder free"
@@ -355,22 +352,20 @@ def test_a_broken_experiment_leaves_with_a_reason_and_the_others_go_on(recipe, t
 
 
 def test_all_experiments_may_break(recipe, train, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
     runs = train([recipe(n, "training.learning_rate=1e30") for n in (13, 30)])
     assert [run.state() for run in runs] == ["new", "new"]
     assert all(run.failure_file.exists() for run in runs)
 
 
 def test_a_failure_of_before_is_forgotten(recipe, train):
-    (run,) = train([recipe(13)], listen=lambda *_: None)
+    (run,) = train([recipe(13)])
     run.result_file.unlink()
     run.fail("the machine went down")
     train([recipe(13)])
     assert run.state() == "finished"
     assert not run.failure_file.exists()
 
-
-# ---------------------------------------------------------------- performance
 
 CHECKPOINTING = "performance.checkpointing=[query, answer]"
 
@@ -401,10 +396,10 @@ def test_a_run_with_padding_is_the_run_without_but_for_rounding(recipe, train, f
 def test_a_checkpointed_and_padded_run_is_resumed(recipe, train, monkeypatch):
     experiment = recipe(30, CHECKPOINTING, "performance.pad_to_multiple_of=8")
     (straight,) = train([experiment], "straight")
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        train([experiment], "broken", listen=_at("step", 4))
+        train([experiment], "broken", listener=interrupt_at(events.StepsDone, 4))
     (resumed,) = train([experiment], "broken")
     assert _same(straight.result(), resumed.result())
 
@@ -412,8 +407,9 @@ def test_a_checkpointed_and_padded_run_is_resumed(recipe, train, monkeypatch):
 def test_recipes_of_different_performance_train_in_banks_of_their_own(recipe, train):
     """On the one model of a model_cache: what a bank changes in it is gone when the next begins."""
     recipes = [recipe(13), recipe(19, CHECKPOINTING), recipe(30), recipe(32, "performance.pad_to_multiple_of=64")]
-    banks = []
-    runs = train(recipes, listen=lambda name, facts: banks.append(facts["recipes"]) if name == "start" else None)
+    starts = []
+    runs = train(recipes, listener=collect(events.TrainingStarted, starts))
+    banks = [event.recipes for event in starts]
     assert sorted(len(bank) for bank in banks) == [1, 1, 2]
     assert all(len({member.performance for member in bank}) == 1 for bank in banks)
     for run, experiment in zip(runs, recipes, strict=True):
@@ -426,15 +422,16 @@ def test_a_run_of_version_0_1_is_finished_or_goes_on(recipe, train):
     experiment, interrupted = recipe(30), recipe(13)
     (run,) = train([experiment])
     with pytest.raises(Interrupted):
-        train([interrupted], listen=_at("epoch", 1))
+        train([interrupted], listener=interrupt_at(events.EpochDone, 1))
     interrupted_run = Run(run.folder.parent / "13")
     for folder in (run, interrupted_run):
         values = yaml.safe_load(folder.recipe_file.read_text())
         del values["performance"]
         folder.recipe_file.write_text(yaml.safe_dump(values))
-    events = []
-    train([experiment, interrupted], listen=lambda name, facts: events.append(name))
-    assert [name for name in events if name in ("skipped", "finished")] == ["skipped", "finished"]
+    reported = []
+    train([experiment, interrupted], listener=reported.append)
+    ends = [type(event) for event in reported if isinstance(event, events.RunSkipped | events.RunFinished)]
+    assert ends == [events.RunSkipped, events.RunFinished]
     assert interrupted_run.state() == "finished"
     with pytest.raises(UserError, match=r"another recipe \(performance.pad_to_multiple_of is 1 there and 8 here\)"):
         train([experiment.override(["performance.pad_to_multiple_of=8"])])
@@ -446,9 +443,6 @@ def test_a_compiled_run_is_the_run_without_but_for_rounding(recipe, train, fresh
     (expected,) = train([experiment], "plain")
     (run,) = train([experiment.override(["performance.compile=true", "performance.pad_to_multiple_of=64"])], "compiled")
     _close(run, expected, 1e-4)
-
-
-# -------------------------------------------------------------- out of memory
 
 
 def _out_of_memory(*_: Any, **__: Any) -> None:
@@ -471,9 +465,9 @@ def _without_room_for_the_best_epoch(*arguments: Any) -> Stepper:
 PLACES = {
     "the trained tensors": (bank_module.Bank, "_allocate", _out_of_memory),
     "the optimizer": (step_module, "BankAdamW", _out_of_memory),
-    "the best epoch": (loop, "Stepper", _without_room_for_the_best_epoch),
+    "the best epoch": (session, "Stepper", _without_room_for_the_best_epoch),
     "the first step": (Stepper, "step", _out_of_memory),
-    "validation": (loop.protocol, "validate", _out_of_memory),
+    "validation": (session.protocol, "validate", _out_of_memory),
 }
 
 
@@ -499,9 +493,6 @@ def test_a_bank_too_large_for_memory_is_told_and_the_model_is_whole(recipe, trai
         assert _facts(run) == _facts(expected)
 
 
-# ---------------------------------------------------------- users' mistakes
-
-
 def test_too_few_questions_for_a_batch(recipe, train, tmp_path):
     with pytest.raises(UserError, match=r"12 training questions are fewer than one batch of 16; .*training.batch_size"):
         train([recipe(13, "training.batch_size=8", "training.accumulation=2")])
@@ -517,7 +508,7 @@ def test_open_questions_cannot_be_ranked(recipe, train, tmp_path):
         lines = [{"id": f"{split}{n}", **line} for n in range(2)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     mine = recipe(13, "data.name=own", "data.prompt=vqa-v1", "experiment=mine")
-    with pytest.raises(UserError, match="own val val0 has no choices, and ranking needs them"):
+    with pytest.raises(UserError, match="own val val0 has no choices, but ranking needs them"):
         train([mine], data=data)
     assert not (tmp_path / "results").exists()
 
@@ -540,9 +531,6 @@ def test_a_wrong_recipe_is_told(recipe, train, change):
         train([recipe(13, change)])
 
 
-# ------------------------------------------------------------------ real text
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
 def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, family, train, tmp_path):
     datasets.prepare("scienceqa", SHARED / "scienceqa", tmp_path / "sqa")
@@ -556,8 +544,6 @@ def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, fami
     assert result["metrics"]["test"]["by"]["leaderboard"]["IMG"]["questions"] == 4
 
 
-# -------------------------------------------------------------------- AdaLoRA
-
 ADALORA = ("adapter.method=adalora", "adapter.adalora.delta_t=2", "training.max_epochs=3")
 
 
@@ -565,10 +551,10 @@ def test_adalora_interrupted_and_resumed_is_straight(recipe, train, monkeypatch)
     """Bit for bit: importances, masks and ranks live in the checkpoint, here of a step between two allocations."""
     both = [recipe(22, *ADALORA), recipe(30, *ADALORA)]
     straight = train(both, "straight")
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        train(both, "broken", listen=_at("step", 8))
+        train(both, "broken", listener=interrupt_at(events.StepsDone, 8))
     for one, other in zip(straight, train(both, "broken"), strict=True):
         assert _same(one.result(), other.result())
         assert one.ranks_file.read_text() == other.ranks_file.read_text()
@@ -601,21 +587,18 @@ def test_a_training_too_short_for_adalora_is_told(recipe, train, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------ methods of peft's layers
-
-
 @pytest.mark.parametrize("method", ["dora", "rslora", "pissa", "ia3"])
 def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkeypatch, method):
     """Two runs of it, each in a bank of its own; the second is stopped between two steps."""
     both = [recipe(n, f"adapter.method={method}", "adapter.rank=8", "training.max_epochs=3") for n in (20, 32)]
     straight = train(both, "straight")
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        train(both, "broken", listen=_at("step", 26))
+        train(both, "broken", listener=interrupt_at(events.StepsDone, 26))
     starts = []
-    resumed = train(both, "broken", listen=lambda name, facts: starts.append(facts) if name == "start" else None)
-    assert [(len(facts["runs"]), facts["epoch"], facts["step"]) for facts in starts] == [(1, 1, 1)]
+    resumed = train(both, "broken", listener=collect(events.TrainingStarted, starts))
+    assert [(len(event.runs), event.epoch, event.step) for event in starts] == [(1, 1, 1)]
     for one, other in zip(straight, resumed, strict=True):
         assert _same(one.result(), other.result())
         assert one.predictions_file.read_text() == other.predictions_file.read_text()
@@ -626,18 +609,18 @@ def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkey
 def test_a_run_of_a_peft_method_is_used_like_any_other(recipe, train, family, small, iconqa, method):
     """SplitEvaluation again from its folder, counted, and loaded by hand it is what was recorded."""
     import blipfit
-    from blipfit.commands import arguments as experiments
+    from blipfit.commands import evaluate, show
 
     mine = recipe(
         32 if family == "t5" else 64, f"adapter.method={method}", "training.learning_rate=5e-3", family=family
     )
     (run,) = train([mine])
     result, plain = run.result(), checkpoints.load(small[family])
-    assert result["trained_parameters"] == experiments.describe(mine)["trained_parameters"]
+    assert result["trained_parameters"] == show.run(mine)["trained_parameters"]
     shared = sum(p.numel() for n, p in plain.hf.named_parameters() if n in _tensors(run))
     added = result["total_parameters"] - sum(p.numel() for p in plain.hf.parameters())
     assert added == result["trained_parameters"] - shared > 0
-    again = experiments.evaluate_run(run.folder, iconqa, "test", torch.device("cpu"), base=True)
+    again = evaluate.run(run.folder, iconqa, "test", torch.device("cpu"), base=True)
     assert again["tuned"] == result["metrics"]["test"]
     line = next(line for line in _records(run.predictions_file) if line["split"] == "test")
     (question,) = (q for q in iconqa_data.load(iconqa, "test") if q.id == line["id"])

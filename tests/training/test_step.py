@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import checkpoints
 import reference
 from blipfit.adapters.bank import Bank
-from blipfit.data.batches import Encoded
+from blipfit.data.batches import EncodedQuestion
 from blipfit.recipe import AdapterConfig, DataConfig, ModelConfig, Recipe
 from blipfit.training import distillation
 from blipfit.training import step as step_module
@@ -232,7 +232,7 @@ class Shapes:
     def __init__(self, walk: Walk, monkeypatch: pytest.MonkeyPatch):
         self.batches, original = [], walk.backbone.text.targets
 
-        def targets(encoded: Sequence[Encoded], multiple: int):
+        def targets(encoded: Sequence[EncodedQuestion], multiple: int):
             self.batches.append(original(encoded, multiple))
             return self.batches[-1]
 

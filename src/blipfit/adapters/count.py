@@ -1,83 +1,91 @@
-"""How many parameters an experiment trains, counted on the modules that a placement names."""
+"""Count the parameters that an experiment trains, and estimate the memory of its training, without loading weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from blipfit.adapters import placement as places
-from blipfit.adapters.bank import MATRICES
+from blipfit.adapters.bank import TRAINING_MATRICES
 from blipfit.adapters.peft_methods import PeftLayers
+from blipfit.adapters.placement import QUERY_TOKENS, component_of, resolve
 from blipfit.methods import PEFT
 from blipfit.recipe import AdapterConfig, Family
 
+SAVED_PER_TOKEN = {"t5": 20, "llama": 18}
+"""Number of 16-bit values per token and unit of width that a layer saves for the backward pass, by model type.
 
-def trained(model: nn.Module, family: Family, adapter: AdapterConfig) -> dict[str, int]:
-    """Trained parameters by component, always-trained ones included; works on the meta device."""
-    placed = places.resolve(model, family, adapter)
+Measured on an H200 with banks of 1 to 16 experiments in bf16, with dropout (`python -m benchmarks.gpu`).
+"""
+
+
+def trained_parameters(model: nn.Module, family: Family, adapter: AdapterConfig) -> dict[str, int]:
+    """Count the parameters that an adapter trains, by component, with the always-trained ones.
+
+    Works on the meta device. Raises UserError and ValueError as `placement.resolve`.
+    """
+    placement = resolve(model, family, adapter)
     query_tokens: Any = model.query_tokens
-    counts = {places.component(places.QUERY_TOKENS): query_tokens.numel()}
+    counts = {component_of(QUERY_TOKENS): query_tokens.numel()}
 
     def add(name: str, number: int) -> None:
-        counts[places.component(name)] = counts.get(places.component(name), 0) + number
+        component = component_of(name)
+        counts[component] = counts.get(component, 0) + number
 
-    for name in placed.full:
+    for name in placement.full:
         add(name, sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)))
     if adapter.method in PEFT:
-        layers = PeftLayers(model, adapter, placed.lora)
+        layers = PeftLayers(model, adapter, placement.lora)
         layers.remove()
         for name, parameter in layers.parameters.items():
             add(name, parameter.numel())
         return counts
-    for name in placed.lora:
+    for name in placement.lora:
         linear: Any = model.get_submodule(name)
-        values = int(adapter.method == "adalora")  # a singular value beside each pair of vectors
-        add(name, adapter.start_rank * (linear.in_features + linear.out_features + values))
+        singular_values = int(adapter.method == "adalora")  # per rank
+        add(name, adapter.start_rank * (linear.in_features + linear.out_features + singular_values))
     return counts
 
 
-def total(model: nn.Module) -> dict[str, int]:
-    """All parameters of the model by component."""
+def all_parameters(model: nn.Module) -> dict[str, int]:
+    """Count all parameters of the model, by component."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = places.component(name)
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        component = component_of(name)
+        counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
 
 
-HALVES_KEPT = {"t5": 20, "llama": 18}
-"""16-bit numbers that backward keeps for each token and unit of width in a layer, by the language model's type.
-
-Measured on an H200 with banks of 1 to 16 experiments in bf16, with dropout (`python -m benchmarks.gpu`)."""
-
-
-def memory_estimate(
+def estimate_memory(
     model: nn.Module,
-    trained_by_part: Mapping[str, int],
+    trained_by_component: Mapping[str, int],
     experiments: int,
     tokens: int,
     rows: int,
     checkpointing: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Bytes that training takes on a GPU with 16-bit frozen parts, by purpose: a sum, not a measurement.
+    """Estimate the memory in bytes that training takes on a GPU with 16-bit frozen weights, by purpose.
 
-    Weights: 2 bytes for ViT and language model, 4 for the Q-Former. Trained: the bank's matrices at 4 bytes.
-    Activations: what backward keeps of Q-Former and language model for `rows` questions of `tokens` text tokens and
-    each experiment; of a stage in `checkpointing` (`query`, `answer`) the layers' inputs, and of one layer what it
-    computes again, with its gradients.
+    `trained_by_component`: `trained_parameters` of an experiment. `experiments`: number in the bank. `tokens`: text
+    tokens of a question. `rows`: questions of a batch, for each experiment. `checkpointing`: stages (`query`, `answer`)
+    with activation checkpointing.
+
+    Returns "weights": 2 bytes per parameter of the ViT and the language model, 4 of the Q-Former; "trained": the bank's
+    matrices at 4 bytes; "activations": what the layers of the Q-Former and the language model save for the backward
+    pass. A checkpointed stage saves its layers' inputs alone, and what a single layer computes again with its
+    gradients.
     """
-    parts = total(model)
-    fp32 = sum(n for part, n in parts.items() if part.startswith(("qformer", "query", "projection")))
+    counts = all_parameters(model)
+    fp32_count = sum(n for component, n in counts.items() if component.startswith(("qformer", "query", "projection")))
     config: Any = model.config
     text, qformer = config.text_config, config.qformer_config
     width = getattr(text, "d_model", None) or text.hidden_size
     layers = getattr(text, "num_layers", None) or text.num_hidden_layers
-    length, halves = tokens + config.num_query_tokens, HALVES_KEPT[text.model_type]
+    length, saved = tokens + config.num_query_tokens, SAVED_PER_TOKEN[text.model_type]
     stages = {"query": (qformer.hidden_size, qformer.num_hidden_layers), "answer": (width, layers)}
-    widths = sum(size * count * (1 if stage in checkpointing else halves) for stage, (size, count) in stages.items())
-    computed_again = max((2 * halves * stages[stage][0] for stage in checkpointing), default=0)
+    widths = sum(size * number * (1 if stage in checkpointing else saved) for stage, (size, number) in stages.items())
+    recomputed = max((2 * saved * stages[stage][0] for stage in checkpointing), default=0)
     return {
-        "weights": 4 * fp32 + 2 * (sum(parts.values()) - fp32),
-        "trained": 4 * MATRICES * sum(trained_by_part.values()) * experiments,
-        "activations": 2 * length * (widths + computed_again) * rows * experiments,
+        "weights": 4 * fp32_count + 2 * (sum(counts.values()) - fp32_count),
+        "trained": 4 * TRAINING_MATRICES * sum(trained_by_component.values()) * experiments,
+        "activations": 2 * length * (widths + recomputed) * rows * experiments,
     }

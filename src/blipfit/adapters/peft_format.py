@@ -1,13 +1,17 @@
-"""Adapters on disk: PEFT's format for LoRA, the always-trained tensors beside it.
+"""Adapters on disk: LoRA in PEFT's format, with the always-trained tensors in a second file.
 
-`adapter_config.json` + `adapter_model.safetensors` are what `peft.PeftModel.from_pretrained` reads;
-`trained.safetensors` holds what PEFT cannot: query tokens, layer norm, projection and, where it is fully trained, the
-Q-Former. Its header carries the adapter's description, so the folder is complete in itself.
+`peft.PeftModel.from_pretrained` reads `adapter_config.json` and `adapter_model.safetensors`. `trained.safetensors`
+holds what PEFT cannot: query tokens, layer norm, projection and, if it is fully trained, the Q-Former. Its header holds
+the adapter's configuration, so the folder is complete in itself.
+
+Dimensions of AdaLoRA's tensors: `r` rank, `I` inputs, `O` outputs of a layer; A `r × I`, E `r × 1`, B `O × r`. A
+triplet is a row of A, a value of E and a column of B.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,35 +32,43 @@ _PREFIX = "base_model.model."
 
 
 def save(folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base: str, seed: int = 0) -> str:
-    """Write an experiment's tensors (`Bank.state`) as an adapter folder; return its SHA-256.
+    """Write an experiment's tensors as an adapter folder; an existing folder is replaced.
 
-    AdaLoRA is written as plain LoRA with a rank for each layer, its values multiplied into A: only what was kept, for
-    any reader of LoRA. (peft's own format of a pruned AdaLoRA makes peft warn that the ranks are ignored.) The hash is
-    of these tensors.
+    `state`: the tensors of `Bank.state`. `base`: name of the model that was trained. `seed`: recorded in the header.
+
+    AdaLoRA is written as plain LoRA with a rank per layer and E multiplied into A: only the triplets with a value, for
+    any program that reads LoRA. (peft's own format of a pruned AdaLoRA makes peft warn that it ignores the ranks.)
+
+    Returns the SHA-256 of the tensors as `read` returns them.
     """
-    adaptive = adapter.method == "adalora"
-    state = _folded(state) if adaptive else state
+    is_adalora = adapter.method == "adalora"
+    state = _fold_values(state) if is_adalora else state
     if adapter.method in PEFT:
-        lora = peft_methods.stored(adapter.method, state)
+        lora = peft_methods.select_peft_tensors(adapter.method, state)
     else:
         lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
     header = {"adapter": adapter.model_dump_json(), "base": base, "seed": str(seed), "format": "pt"}
-    if adaptive:
-        sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values(lora)}
+    if is_adalora:
+        sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values_by_layer(lora)}
         header["layers"] = json.dumps(sizes)
-    stored = _cut(lora) if adaptive else lora
+    saved_lora = _cut_padding(lora) if is_adalora else lora
     with run.replacing(folder) as temporary:
         temporary.mkdir()
-        save_file(_movable({n: t for n, t in state.items() if n not in lora}), temporary / TRAINED_FILE, header)
-        if stored:
-            suffix = _suffix(adapter)
-            save_file(_movable({f"{_PREFIX}{name}{suffix}": t for name, t in stored.items()}), temporary / LORA_FILE)
-            _peft_config(adapter, stored, base).save_pretrained(str(temporary))
+        save_file(_move_to_cpu({n: t for n, t in state.items() if n not in lora}), temporary / TRAINED_FILE, header)
+        if saved_lora:
+            suffix = _name_suffix(adapter)
+            tensors = _move_to_cpu({f"{_PREFIX}{name}{suffix}": t for name, t in saved_lora.items()})
+            save_file(tensors, temporary / LORA_FILE)
+            _make_peft_config(adapter, saved_lora, base).save_pretrained(str(temporary))
     return digest(state)
 
 
 def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read an adapter folder back: its description and all its tensors."""
+    """Read an adapter folder.
+
+    Returns the adapter's configuration and all its tensors by the bank's names, on the CPU. Raises UserError if the
+    folder is not an adapter folder or its files are damaged.
+    """
     try:
         with safe_open(folder / TRAINED_FILE, "pt") as file:
             header = file.metadata()
@@ -64,31 +76,36 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         state, lora = load_file(folder / TRAINED_FILE), {}
         if (folder / LORA_FILE).exists():
             lora = load_file(folder / LORA_FILE)
-            suffix = _suffix(adapter)
+            suffix = _name_suffix(adapter)
             lora = {name.removeprefix(_PREFIX).removesuffix(suffix): tensor for name, tensor in lora.items()}
         if adapter.method == "adalora":
-            lora = _whole(lora, json.loads(header["layers"]), adapter.start_rank)
+            lora = _restore_padding(lora, json.loads(header["layers"]), adapter.start_rank)
         state |= lora
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no adapter folder of blipfit: it has no {TRAINED_FILE}") from None
+        raise UserError(
+            f"{folder} is not an adapter folder of blipfit: it has no {TRAINED_FILE}; "
+            "give the folder `adapter` of a finished run"
+        ) from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{folder} is damaged ({told}); copy it again or train again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} is damaged ({reason}); copy it again or train again") from None
     return adapter, state
 
 
 def base(folder: Path) -> str:
-    """The name of the model that an adapter folder was trained on."""
-    read(folder)  # says what is wrong with it
+    """The name of the model that an adapter folder was trained on. Raises UserError as `read`."""
+    read(folder)  # raises UserError if the folder is damaged
     with safe_open(folder / TRAINED_FILE, "pt") as file:
-        return file.metadata()["base"]
+        name: str = file.metadata()["base"]
+    return name
 
 
 def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
-    """Put a saved adapter into a backbone as a bank of one; return the bank and the adapter's SHA-256.
+    """Install a saved adapter in a backbone, as a bank of one experiment.
 
-    Refuses an adapter of another model (names or shapes differ) and one that changes nothing, which would silently
-    be judged as the base model.
+    Returns the bank and the SHA-256 of the adapter's tensors. Raises UserError if the folder cannot be read, if the
+    adapter was trained on another model (names or shapes differ), or if it changes nothing, because it would then be
+    evaluated as the base model without notice.
     """
     adapter, state = read(folder)
     bank = Bank(backbone, [adapter], [0])
@@ -105,8 +122,11 @@ def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
 
 
 def changes(adapter: AdapterConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    """Whether an adapter makes another model of the base: some B (AdaLoRA: E) is not zero or some trained tensor
-    moved."""
+    """Whether training changed what the model computes.
+
+    `before` and `after`: the experiment's tensors at the start and now. LoRA changes the model if some B is not zero,
+    AdaLoRA if some E is not zero; the always-trained tensors do if they differ from the start.
+    """
     if adapter.method in PEFT:
         return peft_methods.changes(before, after)
     gate, others = (LORA_E, (LORA_A, LORA_B)) if adapter.method == "adalora" else (LORA_B, (LORA_A,))
@@ -120,82 +140,86 @@ def changes(adapter: AdapterConfig, before: Mapping[str, Tensor], after: Mapping
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all tensors in the order of their names."""
+    """Compute the SHA-256 of all tensors, in the order of their names."""
     return fingerprint(*(state[name] for name in sorted(state)))
 
 
-def _suffix(adapter: AdapterConfig) -> str:
-    """What the file's names have beyond the bank's; tensors of peft's layers have peft's names already."""
+def _name_suffix(adapter: AdapterConfig) -> str:
+    """What tensor names end with in the file, but not in the bank; those of peft's layers are the same in both."""
     return "" if adapter.method in PEFT else ".weight"
 
 
-def _peft_config(adapter: AdapterConfig, lora: Mapping[str, Tensor], base: str):  # type: ignore[no-untyped-def]
+def _make_peft_config(adapter: AdapterConfig, lora: Mapping[str, Tensor], base: str) -> Any:
+    """peft's configuration for these LoRA tensors; for AdaLoRA with a rank and an alpha per layer."""
     if adapter.method in PEFT:
-        return peft_methods.saved_configuration(adapter, lora, base)
+        return peft_methods.make_saved_config(adapter, lora, base)
     from peft import LoraConfig
 
     layers = sorted({name.rpartition(".")[0] for name in lora})
-    pattern = {}
+    patterns = {}
     if adapter.method == "adalora":
         ranks = {layer: len(lora[f"{layer}.{LORA_A}"]) for layer in layers}
         scale = adapter.alpha / (adapter.start_rank + RANKNUM_EPSILON)
-        pattern = {"rank_pattern": ranks, "alpha_pattern": {layer: scale * rank for layer, rank in ranks.items()}}
+        patterns = {"rank_pattern": ranks, "alpha_pattern": {layer: scale * rank for layer, rank in ranks.items()}}
     return LoraConfig(
         r=adapter.start_rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=0.0,
         target_modules=layers,
         base_model_name_or_path=base,
         inference_mode=True,
-        **pattern,
+        **patterns,
     )
 
 
-def _values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """E of every layer, by layer."""
+def _values_by_layer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AdaLoRA's E of every layer."""
     return {name.removesuffix(f".{LORA_E}"): tensor for name, tensor in state.items() if name.endswith(LORA_E)}
 
 
-def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AdaLoRA's tensors with E multiplied into A: the triplets with a value first, E one for them, the rest zero."""
+def _fold_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AdaLoRA's tensors with E multiplied into A, at their start rank.
+
+    Triplets whose value is not zero come first and get the value 1; the others are all zero.
+    """
     folded = dict(state)
-    for layer, E in _values(state).items():
-        kept = E.ne(0).view(-1)
+    for layer, E in _values_by_layer(state).items():
+        is_active = E.ne(0).view(-1)
         A, B = state[f"{layer}.{LORA_A}"], state[f"{layer}.{LORA_B}"]
-        folded |= _widened(layer, (A * E)[kept], B[:, kept], len(E))
+        folded |= _pad_layer(layer, (A * E)[is_active], B[:, is_active], len(E))
     return folded
 
 
-def _widened(layer: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
-    """A layer's folded triplets at their start rank again, padded with zeros."""
-    more = rank - len(A)
-    E = F.pad(A.new_ones(len(A), 1), (0, 0, 0, more))
+def _pad_layer(layer: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
+    """A layer's A, E (1 for each triplet) and B, padded with zeros to this rank."""
+    padding = rank - len(A)
+    E = F.pad(A.new_ones(len(A), 1), (0, 0, 0, padding))
     return {
-        f"{layer}.{LORA_A}": F.pad(A, (0, 0, 0, more)),
+        f"{layer}.{LORA_A}": F.pad(A, (0, 0, 0, padding)),
         f"{layer}.{LORA_E}": E,
-        f"{layer}.{LORA_B}": F.pad(B, (0, more)),
+        f"{layer}.{LORA_B}": F.pad(B, (0, padding)),
     }
 
 
-def _cut(folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain LoRA tensors of the layers that kept a triplet, each of its own rank."""
-    cut = {}
-    for layer, E in _values(folded).items():
+def _cut_padding(folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain LoRA tensors of the layers that have an active triplet, each with its own rank."""
+    lora = {}
+    for layer, E in _values_by_layer(folded).items():
         if rank := int(E.count_nonzero()):
-            cut[f"{layer}.{LORA_A}"] = folded[f"{layer}.{LORA_A}"][:rank]
-            cut[f"{layer}.{LORA_B}"] = folded[f"{layer}.{LORA_B}"][:, :rank]
-    return cut
+            lora[f"{layer}.{LORA_A}"] = folded[f"{layer}.{LORA_A}"][:rank]
+            lora[f"{layer}.{LORA_B}"] = folded[f"{layer}.{LORA_B}"][:, :rank]
+    return lora
 
 
-def _whole(cut: Mapping[str, Tensor], layers: Mapping[str, list[int]], rank: int) -> dict[str, Tensor]:
-    """What `_cut` was made from; `layers` are their inputs and outputs."""
-    whole: dict[str, Tensor] = {}
+def _restore_padding(lora: Mapping[str, Tensor], layers: Mapping[str, list[int]], rank: int) -> dict[str, Tensor]:
+    """The inverse of `_cut_padding`; `layers`: the numbers of inputs and outputs of every layer."""
+    folded: dict[str, Tensor] = {}
     for layer, (inputs, outputs) in layers.items():
-        A = cut.get(f"{layer}.{LORA_A}", torch.zeros(0, inputs))
-        B = cut.get(f"{layer}.{LORA_B}", torch.zeros(outputs, 0))
-        whole |= _widened(layer, A, B, rank)
-    return whole
+        A = lora.get(f"{layer}.{LORA_A}", torch.zeros(0, inputs))
+        B = lora.get(f"{layer}.{LORA_B}", torch.zeros(outputs, 0))
+        folded |= _pad_layer(layer, A, B, rank)
+    return folded
 
 
-def _movable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _move_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

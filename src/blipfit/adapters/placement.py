@@ -1,4 +1,7 @@
-"""Placements: from sublayer names to exact module names. With `sublayers`, what knows transformers' module paths."""
+"""Placements: from the sublayer names of a recipe to exact module names.
+
+Together with `sublayers`, this file knows transformers' module paths.
+"""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +13,7 @@ from blipfit import sublayers
 from blipfit.errors import UserError
 from blipfit.recipe import AdapterConfig, Family
 
-_BLOCKS = {
+_BLOCK_PATTERNS = {
     "t5": (r"language_model\.encoder\.block\.(\d+)\.", r"language_model\.decoder\.block\.(\d+)\."),
     "vicuna": (r"language_model\.model\.layers\.(\d+)\.",),
 }
@@ -21,32 +24,35 @@ PROJECTION = "language_projection"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Exact module names of one experiment, by how they are trained."""
+    """The exact module names that one experiment trains, by how they are trained."""
 
     lora: tuple[str, ...]
-    """Linear layers with LoRA, or what the method has for it, beside them."""
+    """Frozen linear layers that get LoRA, or the corresponding parameters of the adapter method."""
     full: tuple[str, ...]
-    """Modules (Linear, LayerNorm, Embedding) trained themselves: the always-trained and, if asked for, the Q-Former."""
+    """Modules (Linear, LayerNorm, Embedding) whose own weights are trained: always the layer norm and the projection,
+    and all of the Q-Former if the recipe trains it fully."""
 
     @property
     def qformer_full(self) -> bool:
+        """Whether the Q-Former is fully trained."""
         return any(name.startswith("qformer.") for name in self.full)
 
 
 def resolve(model: nn.Module, family: Family, adapter: AdapterConfig) -> Placement:
-    """Enumerate what an adapter trains in this model.
+    """List the modules that an adapter trains in this model.
 
-    ValueError where a sublayer name matches no layer, UserError where a chosen block is none of this model's.
+    Raises ValueError if a sublayer name matches no layer of the model, and UserError if `adapter.llm_layers` names a
+    block that the language model does not have.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     lora: list[str] = []
     if adapter.qformer != "full":
-        for part in adapter.qformer:
-            lora += _matching(names, sublayers.QFORMER[part], f"qformer {part}")
-    inside = _chosen_blocks(names, family, adapter.llm_layers)
+        for sublayer in adapter.qformer:
+            lora += _match_names(linear_names, sublayers.QFORMER[sublayer], f"qformer {sublayer}")
+    prefixes = _select_blocks(linear_names, family, adapter.llm_layers)
     for sublayer in adapter.llm:
-        found = _matching(names, sublayers.LANGUAGE[sublayer][family], f"llm {sublayer}")
-        lora += [name for name in found if name.startswith(inside)]
+        names = _match_names(linear_names, sublayers.LANGUAGE[sublayer][family], f"llm {sublayer}")
+        lora += [name for name in names if name.startswith(prefixes)]
     full = [VISION_NORM, PROJECTION]
     if adapter.qformer == "full":
         full += [
@@ -57,40 +63,45 @@ def resolve(model: nn.Module, family: Family, adapter: AdapterConfig) -> Placeme
     return Placement(tuple(lora), tuple(full))
 
 
-def blocks(names: Iterable[str], family: Family) -> list[str]:
-    """Module-name prefixes of the language model's blocks, in the order in which `llm_layers` counts them."""
-    found: list[str] = []
-    listed = list(names)
-    for pattern in _BLOCKS[family]:
-        numbers = {int(match[1]): match[0] for name in listed if (match := re.match(pattern, name))}
-        found += [numbers[number] for number in sorted(numbers)]
-    return found
+def list_blocks(names: Iterable[str], family: Family) -> list[str]:
+    """List the name prefixes of the language model's blocks, in the order in which `llm_layers` counts them.
+
+    `names`: module names of a model.
+    """
+    prefixes: list[str] = []
+    names = list(names)
+    for pattern in _BLOCK_PATTERNS[family]:
+        prefix_by_number = {int(match[1]): match[0] for name in names if (match := re.match(pattern, name))}
+        prefixes += [prefix_by_number[number] for number in sorted(prefix_by_number)]
+    return prefixes
 
 
-def _chosen_blocks(names: Iterable[str], family: Family, layers: tuple[int, ...] | None) -> tuple[str, ...]:
+def _select_blocks(names: Iterable[str], family: Family, layers: tuple[int, ...] | None) -> tuple[str, ...]:
+    """Name prefixes of the blocks with these numbers; every name if `layers` is None."""
     if layers is None:
         return ("",)
-    there = blocks(names, family)
-    if layers[-1] >= len(there):
-        told = "encoder first, then decoder" if family == "t5" else "from the input on"
+    prefixes = list_blocks(names, family)
+    if layers[-1] >= len(prefixes):
+        order = "encoder first, then decoder" if family == "t5" else "from the input on"
         raise UserError(
-            f"adapter.llm_layers has {layers[-1]}, but this language model has blocks 0 to {len(there) - 1} ({told})"
+            f"adapter.llm_layers has {layers[-1]}, but this language model has blocks 0 to {len(prefixes) - 1} "
+            f"({order}); change adapter.llm_layers"
         )
-    return tuple(there[layer] for layer in layers)
+    return tuple(prefixes[layer] for layer in layers)
 
 
-def component(name: str) -> str:
-    """Where a parameter belongs: the row of a cost table."""
+def component_of(name: str) -> str:
+    """The component of the model that a module or parameter belongs to: a row of the cost table."""
     if name.startswith("qformer."):
         return next(
-            (f"qformer {part}" for part, pattern in sublayers.QFORMER.items() if re.match(pattern, name)),
+            (f"qformer {sublayer}" for sublayer, pattern in sublayers.QFORMER.items() if re.match(pattern, name)),
             "qformer other",
         )
     if name.startswith("language_model."):
         return next(
             (
-                f"llm {part}"
-                for part, patterns in sublayers.LANGUAGE.items()
+                f"llm {sublayer}"
+                for sublayer, patterns in sublayers.LANGUAGE.items()
                 if any(re.match(pattern, name) for pattern in patterns.values())
             ),
             "llm other",
@@ -102,22 +113,24 @@ def component(name: str) -> str:
     return "projection" if name.startswith(PROJECTION) else "vision"
 
 
-def feedforward(name: str) -> bool:
+def is_feedforward(name: str) -> bool:
     """Whether a layer is part of a feed-forward sublayer."""
-    return component(name) in ("qformer ffn", "llm ffn")
+    return component_of(name) in ("qformer ffn", "llm ffn")
 
 
-def without_gradient(model: nn.Module) -> re.Pattern[str]:
-    """Modules that never get a gradient: the text branch of the Q-Former's last feed-forward (only queries are read).
+def no_gradient_pattern(model: nn.Module) -> re.Pattern[str]:
+    """A pattern for the names of modules that never get a gradient.
 
-    LoRA there is dead. The published counts include it, so the grid keeps it.
+    These are the text branch of the Q-Former's last feed-forward: only the outputs of the query tokens are used. LoRA
+    there has no effect. The published parameter counts include it, so the grid keeps it.
     """
-    last = len(model.qformer.encoder.layer) - 1  # type: ignore[union-attr, arg-type]
+    last = len(model.qformer.encoder.layer) - 1
     return re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")
 
 
-def _matching(names: Iterable[str], pattern: str, what: str) -> list[str]:
-    found = [name for name in names if re.fullmatch(pattern, name)]
-    if not found:
-        raise ValueError(f"no layer of this model matches {what} ({pattern})")
-    return found
+def _match_names(names: Iterable[str], pattern: str, sublayer: str) -> list[str]:
+    """The names that match the pattern of a sublayer. Raises ValueError if there are none."""
+    matches = [name for name in names if re.fullmatch(pattern, name)]
+    if not matches:
+        raise ValueError(f"no layer of this model matches {sublayer} ({pattern})")
+    return matches

@@ -1,7 +1,7 @@
-"""`blipfit ablation`: what each sublayer, the rank and the language model do to the accuracy, from finished runs alone.
+"""`blipfit ablation`: the effect of each sublayer, the rank and the language model on the accuracy.
 
-Experiments are compared in pairs that differ in one thing only; an effect is the mean of the pairs' differences in
-test accuracy, in percentage points, with a bootstrap interval over the pairs.
+Finished runs are compared in pairs that differ in one factor; an effect is the mean difference in test accuracy over
+these pairs, in percentage points, with a bootstrap interval over the pairs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from blipfit.run import Run
 TOWERS: Mapping[str, tuple[str, ...]] = {"qformer": QFORMER_SUBLAYERS, "llm": LANGUAGE_SUBLAYERS}
 _SINGLE = tuple(f"{tower} {part}" for tower, parts in TOWERS.items() for part in parts)
 TUNED = ("learning_rate", "max_epochs", "patience", "weight_decay", "betas", "batch_size", "accumulation")
-"""Fields of training that are chosen for each experiment to do its best, so pairs may differ in them."""
+"""Training fields that are tuned for each experiment, so pairs may differ in them."""
 FAMILIES = ("t5", "vicuna")
 _ORDER = (*methods.OWN, *methods.PEFT)
 KINDS = {
-    "added": "added to what else is adapted",
-    "instead": "alone, in place of another sublayer of its tower",
+    "added": "added to the other adapted sublayers",
+    "instead": "alone, instead of another sublayer of its tower",
     "full": "the Q-Former fully trained",
     "rank": "rank",
     "family": "language model",
@@ -38,10 +38,10 @@ KINDS = {
 
 
 class Effect(NamedTuple):
-    """What is compared; rows of the table."""
+    """A comparison; one row of the table."""
 
     kind: str
-    """`added`: with it against without; `instead`: alone, in place of another sublayer of its tower; `full`: the
+    """`added`: with it against without; `instead`: alone, instead of another sublayer of its tower; `full`: the
     Q-Former fully trained; `rank`; `family`; `method`."""
     what: str
     against: str
@@ -49,66 +49,67 @@ class Effect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A finished run as the comparison sees it."""
+    """A finished run, its recipe divided into what may and what must not differ within a pair."""
 
     name: str
     accuracy: float
     factors: Mapping[str, Any]
-    """What may differ in a pair, one thing at a time; None where it says nothing (a rank without LoRA)."""
-    rest: Any
-    """What must be equal."""
+    """Factors of which a pair differs in exactly one; None if a factor does not apply (a rank without LoRA)."""
+    fixed: Any
+    """Must be equal within a pair."""
     tuned: Any
+    """May differ within a pair; see `TUNED`."""
 
 
 @dataclass(slots=True)
-class Found:
+class EffectPairs:
     """The pairs of an effect."""
 
-    runs: list[tuple[str, str, float]] = field(default_factory=list)
-    """Name without, name with, difference in points."""
-    alike: int = 0
+    differences: list[tuple[str, str, float]] = field(default_factory=list)
+    """Experiment without, experiment with, difference in percentage points."""
+    same_settings: int = 0
     """Pairs whose tuned fields are equal too."""
 
     def record(self, effect: Effect) -> dict[str, Any]:
-        told = text.mean([difference for _, _, difference in self.runs])
-        several = len(self.runs) > 1  # one difference tells nothing of its spread
+        """The effect with its mean and interval."""
+        estimate = text.mean([difference for _, _, difference in self.differences])
+        has_spread = len(self.differences) > 1
         return {
             **effect._asdict(),
-            "mean": None if told["mean"] is None else round(told["mean"], 4),
-            "interval": [round(end, 4) for end in told["interval"]] if several else None,
-            "pairs": len(self.runs),
-            "same_settings": self.alike,
-            "runs": [[one, other, round(difference, 4)] for one, other, difference in self.runs],
+            "mean": None if estimate["mean"] is None else round(estimate["mean"], 4),
+            "interval": [round(end, 4) for end in estimate["interval"]] if has_spread else None,
+            "pairs": len(self.differences),
+            "same_settings": self.same_settings,
+            "runs": [[without, within, round(value, 4)] for without, within, value in self.differences],
         }
 
 
-def examine(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """A record of effects for each folder RESULTS/DATASET; UserError where one has no finished run."""
-    return [_record(folder) for folder in folders]
+def run(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """One record of effects per folder RESULTS/DATASET. Raises UserError if a folder has no finished run."""
+    return [_folder_record(folder) for folder in folders]
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    experiments = read(folder)
-    found = effects(experiments)
+def _folder_record(folder: Path) -> dict[str, Any]:
+    experiments = read_experiments(folder)
     return {
         "folder": str(folder),
         "dataset": folder.resolve().name,
         "experiments": len(experiments),
-        "effects": [pairs.record(effect) for effect, pairs in found.items()],
+        "effects": [pairs.record(effect) for effect, pairs in find_effects(experiments).items()],
     }
 
 
-def read(folder: Path) -> list[Experiment]:
-    """The finished runs of RESULTS/DATASET, by name."""
+def read_experiments(folder: Path) -> list[Experiment]:
+    """The finished runs of RESULTS/DATASET, by name. Raises UserError if there are none."""
     runs = [Run(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
     finished = [run for run in runs if run.state() == "finished"]
     if not finished:
         raise UserError(f"{folder} holds no finished run; give the folder of a data set's runs: RESULTS/DATASET")
-    return [experiment(run.recipe(), run.result()["metrics"]["test"]["accuracy"]) for run in finished]
+    return [divide_recipe(run.recipe(), run.result()["metrics"]["test"]["accuracy"]) for run in finished]
 
 
-def experiment(recipe: Recipe, accuracy: float) -> Experiment:
-    """An experiment's recipe taken apart; `accuracy` in percent."""
+def divide_recipe(recipe: Recipe, accuracy: float) -> Experiment:
+    """The factors, the fixed and the tuned fields of an experiment; `accuracy` in percent."""
     adapter, training = recipe.adapter, recipe.training
     adapted = bool(adapter.llm) or adapter.qformer not in ("full", ())
     ranked = adapted and methods.ranked(adapter.method)
@@ -120,58 +121,58 @@ def experiment(recipe: Recipe, accuracy: float) -> Experiment:
         "method": adapter.method if adapted else None,
         "model": (recipe.model.name, recipe.model.revision),
     }
-    rest = recipe.model_dump(exclude={"experiment": True, "model": {"name", "revision"}, "training": set(TUNED)})
-    rest["adapter"] = {name: value for name, value in rest["adapter"].items() if name not in factors}
+    fixed = recipe.model_dump(exclude={"experiment": True, "model": {"name", "revision"}, "training": set(TUNED)})
+    fixed["adapter"] = {name: value for name, value in fixed["adapter"].items() if name not in factors}
     tuned = {name: getattr(training, name) for name in TUNED if name not in ("batch_size", "accumulation")}
-    # However a batch is cut into forward passes, the step is the same.
+    # Only the effective batch matters for the result, not how it is divided into forward passes.
     tuned["effective_batch"] = training.batch_size * training.accumulation
-    return Experiment(recipe.experiment, accuracy, factors, rest, tuned)
+    return Experiment(recipe.experiment, accuracy, factors, fixed, tuned)
 
 
-def effects(experiments: Sequence[Experiment]) -> dict[Effect, Found]:
-    """All pairs by what they differ in; every single sublayer has an entry, if an empty one. In the table's order."""
-    found = {Effect("added", name, ""): Found() for name in _SINGLE}
-    for one, other in combinations(experiments, 2):
-        for effect, without, within in _compared(one, other):
-            pairs = found.setdefault(effect, Found())
-            pairs.runs.append((without.name, within.name, within.accuracy - without.accuracy))
-            pairs.alike += without.tuned == within.tuned
-    return {effect: found[effect] for effect in sorted(found, key=_place)}
+def find_effects(experiments: Sequence[Experiment]) -> dict[Effect, EffectPairs]:
+    """All pairs by their effect, in the table's order; every single sublayer has an entry, even without pairs."""
+    effects = {Effect("added", name, ""): EffectPairs() for name in _SINGLE}
+    for first, second in combinations(experiments, 2):
+        for effect, without, within in _compare(first, second):
+            pairs = effects.setdefault(effect, EffectPairs())
+            pairs.differences.append((without.name, within.name, within.accuracy - without.accuracy))
+            pairs.same_settings += without.tuned == within.tuned
+    return {effect: effects[effect] for effect in sorted(effects, key=_sort_key)}
 
 
-def _place(effect: Effect) -> tuple[Any, ...]:
-    """By kind; single sublayers in the order of the model, then several; ranks by number."""
+def _sort_key(effect: Effect) -> tuple[Any, ...]:
+    """By kind; single sublayers in the model's order, then groups of sublayers; ranks by number."""
     numbers = [int(word) for word in effect.what.split() if word.isdigit()]
     place = _SINGLE.index(effect.what) if effect.what in _SINGLE else len(_SINGLE)
-    several = effect.what.count("+") + effect.against.count("+")
-    return list(KINDS).index(effect.kind), place, several, numbers, effect.what, effect.against
+    group_size = effect.what.count("+") + effect.against.count("+")
+    return list(KINDS).index(effect.kind), place, group_size, numbers, effect.what, effect.against
 
 
-Compared = tuple[Effect, Experiment, Experiment]
-"""The effect, the experiment without and the one with it."""
+EffectPair = tuple[Effect, Experiment, Experiment]
+"""The effect, the experiment without it and the experiment with it."""
 
 
-def _compared(one: Experiment, other: Experiment) -> Iterator[Compared]:
-    """What a pair tells; nothing where it differs in more than one thing."""
-    if one.rest != other.rest:
+def _compare(first: Experiment, second: Experiment) -> Iterator[EffectPair]:
+    """The effects that a pair shows; none if it differs in more than one factor."""
+    if first.fixed != second.fixed:
         return
-    differing = [name for name in one.factors if not _alike(one.factors[name], other.factors[name])]
+    differing = [name for name in first.factors if not _equal(first.factors[name], second.factors[name])]
     if len(differing) != 1:
         return
     (name,) = differing
-    for first, second in ((one, other), (other, one)):
-        found = _effects(name, first.factors[name], second.factors[name])
-        yield from ((effect, first, second) for effect in found)
+    for without, within in ((first, second), (second, first)):
+        for effect in _factor_effects(name, without.factors[name], within.factors[name]):
+            yield effect, without, within
 
 
-def _alike(value: Any, other: Any) -> bool:
+def _equal(value: Any, other: Any) -> bool:
     return value is None or other is None or value == other
 
 
-def _effects(factor: str, without: Any, within: Any) -> Iterator[Effect]:
-    """What one value of a factor against another is called; nothing for the other way round."""
+def _factor_effects(factor: str, without: Any, within: Any) -> Iterator[Effect]:
+    """The effects of one value of a factor against another; none for the opposite direction."""
     if factor in TOWERS:
-        yield from _sublayers(factor, without, within)
+        yield from _sublayer_effects(factor, without, within)
     elif factor == "rank" and within == 2 * without:
         yield Effect("rank", "rank doubled", "")
         yield Effect("rank", f"rank {within}", f"rank {without}")
@@ -181,53 +182,50 @@ def _effects(factor: str, without: Any, within: Any) -> Iterator[Effect]:
         yield Effect("method", within, without)
 
 
-def _sublayers(tower: str, without: Any, within: Any) -> Iterator[Effect]:
+def _sublayer_effects(tower: str, without: Any, within: Any) -> Iterator[Effect]:
     if without == "full":
         return
     if within == "full":
-        yield Effect("full", "qformer full", f"LoRA in {_named(tower, without)}" if without else "qformer frozen")
+        yield Effect("full", "qformer full", f"LoRA in {_join(tower, without)}" if without else "qformer frozen")
     elif without < within:
-        yield Effect("added", f"{tower} {_named(tower, within - without)}", "")
+        yield Effect("added", f"{tower} {_join(tower, within - without)}", "")
     elif len(without) == len(within) == 1:
-        yield Effect("instead", f"{tower} {_named(tower, within)}", "another alone")
+        yield Effect("instead", f"{tower} {_join(tower, within)}", "another alone")
 
 
-def _named(tower: str, parts: frozenset[str]) -> str:
+def _join(tower: str, parts: frozenset[str]) -> str:
     return "+".join(part for part in TOWERS[tower] if part in parts)
 
 
 @lru_cache
 def _family(model: str) -> str | None:
-    """The language-model family, or None where neither the name nor a folder tells it."""
+    """The language-model family, or None if the model cannot be located."""
     try:
         return shapes.family(model)
     except UserError:
         return None
 
 
-# --------------------------------------------------------------------- shown
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What `ablation` prints: effects side by side for every data set."""
+def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Effects side by side for every data set, then notes."""
     rows = {Effect(e["kind"], e["what"], e["against"]): None for record in records for e in record["effects"]}
-    order = sorted(rows, key=lambda effect: list(KINDS).index(effect.kind))  # stable: a kind's rows as they come
-    drawn = Table(title="mean difference in test accuracy, points [95 %]", title_justify="left")
-    drawn.add_column("effect of")
-    drawn.add_column("against")
+    order = sorted(rows, key=lambda effect: list(KINDS).index(effect.kind))  # stable: the rows of a kind stay in order
+    table = Table(title="mean difference in test accuracy, points [95 %]", title_justify="left")
+    table.add_column("effect of")
+    table.add_column("against")
     for record in records:
-        drawn.add_column(record["dataset"], justify="right")
-        drawn.add_column("pairs", justify="right")
+        table.add_column(record["dataset"], justify="right")
+        table.add_column("pairs", justify="right")
     by_folder = [{Effect(e["kind"], e["what"], e["against"]): e for e in record["effects"]} for record in records]
     for number, effect in enumerate(order):
         if number == 0 or order[number - 1].kind != effect.kind:
-            drawn.add_section()
-            drawn.add_row(KINDS[effect.kind], style="italic")
+            table.add_section()
+            table.add_row(KINDS[effect.kind], style="italic")
         cells: list[str] = []
-        for found in by_folder:
-            cells += _cells(found.get(effect))
-        drawn.add_row(f"  {effect.what}", effect.against or ("without" if effect.kind == "added" else ""), *cells)
-    return [drawn, *_sentences(records)]
+        for effects in by_folder:
+            cells += _cells(effects.get(effect))
+        table.add_row(f"  {effect.what}", effect.against or ("without" if effect.kind == "added" else ""), *cells)
+    return [table, *_notes(records)]
 
 
 def _cells(effect: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -238,7 +236,7 @@ def _cells(effect: Mapping[str, Any] | None) -> tuple[str, str]:
     return f"{effect['mean']:+.2f}{interval}", str(effect["pairs"])
 
 
-def _sentences(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for record in records:
         pairs = sum(effect["pairs"] for effect in record["effects"])
         same = sum(effect["same_settings"] for effect in record["effects"])

@@ -1,4 +1,4 @@
-"""`blipfit cost`: what a model, a recipe or a finished run costs, as one record and a table."""
+"""`blipfit cost`: parameters, FLOPs and bytes of a model, a recipe or a finished run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,99 +10,81 @@ from rich.table import Table
 
 from blipfit import grid
 from blipfit import recipe as recipes
-from blipfit.adapters import count, peft_format, placement
+from blipfit.adapters import count, opening, peft_format, placement
+from blipfit.data.features import format_bytes
 from blipfit.errors import UserError
-from blipfit.model import cost, latency, loading, shapes
-from blipfit.model.backbone import Backbone
+from blipfit.model import cost, latency, shapes
 from blipfit.model.cost import Lengths
 from blipfit.recipe import ModelConfig, Recipe
 from blipfit.run import Run
 
 
-def describe(
-    what: str, experiment: str | None, model: str | None, lengths: Lengths, device: torch.device | None = None
+def run(
+    subject: str, experiment: str | None, model: str | None, lengths: Lengths, device: torch.device | None = None
 ) -> dict[str, Any]:
     """Cost of a model's name or folder, a run folder, a recipe file, or an experiment of a data set's grid.
 
-    With a `device` the weights are loaded and one answer is measured there; without, shapes are enough.
+    With a `device` the weights are loaded and one answer is measured there; without, shapes are enough. Raises
+    UserError if the subject does not exist or, for a run folder, is not finished.
     """
-    recipe, run = _meant(what, experiment, model)
-    name = recipe.model.name if recipe else model or what
+    recipe, run = _resolve(subject, experiment, model)
+    name = recipe.model.name if recipe else model or subject
     hf = shapes.on_meta(name)
-    trained = count.trained(hf, shapes.family(name), recipe.adapter) if recipe else {}
-    stored = _stored(run) if run else trained if recipe else count.total(hf)
+    trained = count.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
+    stored = _stored_parameters(run) if run else trained if recipe else count.all_parameters(hf)
     record: dict[str, Any] = {
-        "what": str(run.folder) if run else recipe.title if recipe else what,
+        "what": str(run.folder) if run else recipe.title if recipe else subject,
         "model": name,
         "parameters": {
             part: {"total": total, "trained": trained.get(part, 0), "stored": stored.get(part, 0)}
-            for part, total in count.total(hf).items()
+            for part, total in count.all_parameters(hf).items()
         },
         "trained_parameters": sum(trained.values()),
-        "total_parameters": sum(count.total(hf).values()),
+        "total_parameters": sum(count.all_parameters(hf).values()),
         "stored_parameters": sum(stored.values()),
         "lengths": asdict(lengths),
         "flops": cost.flops(hf.config, lengths),
         "weight_bytes": cost.loaded_bytes(hf),
-        "adapter_bytes": _bytes(run.adapter) if run else None,
+        "adapter_bytes": _folder_bytes(run.adapter) if run else None,
         "measured": None,
     }
     if device is not None:
-        record["measured"] = _measured(name, recipe, run, lengths, device)
+        source: str | ModelConfig = str(run.folder) if run else recipe.model if recipe else name
+        model_with_adapter = opening.open_model(source, device, recipe.training.precision if recipe else None)
+        weights = cost.weight_bytes(model_with_adapter.backbone.hf)
+        with model_with_adapter.adapter() as backbone:
+            record["measured"] = {"weight_bytes": weights, **latency.measure(backbone, lengths)}
     return record
 
 
-def _meant(what: str, experiment: str | None, model: str | None) -> tuple[Recipe | None, Run | None]:
-    """The recipe and the run that a command line means; neither for a model."""
-    run = Run(Path(what))
+def _resolve(subject: str, experiment: str | None, model: str | None) -> tuple[Recipe | None, Run | None]:
+    """The recipe and the run that the arguments stand for; neither for a model."""
+    run = Run(Path(subject))
     if experiment is not None:
-        return grid.recipe(what, experiment, model), None
-    if what.endswith((".yaml", ".yml")):
-        return recipes.load(Path(what)), None
+        return grid.recipe(subject, experiment, model), None
+    if subject.endswith((".yaml", ".yml")):
+        return recipes.load(Path(subject)), None
     if run.recipe_file.exists():
         if run.state() != "finished":
-            raise UserError(f"{what} is not finished; run the same `blipfit train` again to continue it")
+            raise UserError(f"{subject} is not finished; run the same `blipfit train` again to continue it")
         return run.recipe(), run
-    if what in grid.trainable():
-        raise UserError(f"say which experiment: `blipfit cost {what} 15`; `blipfit grid` lists them")
+    if subject in grid.trainable():
+        raise UserError(f"say which experiment: `blipfit cost {subject} 15`; `blipfit grid` lists them")
     return None, None
 
 
-def _stored(run: Run) -> dict[str, int]:
-    """Numbers in a run's adapter folder, by component."""
+def _stored_parameters(run: Run) -> dict[str, int]:
+    """Values in a run's adapter folder, by component."""
     counts: dict[str, int] = {}
     for name, tensor in peft_format.read(run.adapter)[1].items():
-        part = placement.component(name)
+        part = placement.component_of(name)
         counts[part] = counts.get(part, 0) + tensor.numel()
     return counts
 
 
-def _bytes(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
-
-def _measured(
-    name: str, recipe: Recipe | None, run: Run | None, lengths: Lengths, device: torch.device
-) -> dict[str, Any]:
-    if recipe:
-        backbone = loading.load(recipe.model, recipe.training.precision, device, recipe.training.max_text_tokens)
-    else:
-        backbone = loading.load(ModelConfig(name=name), device=device)
-    weights = cost.weight_bytes(backbone.hf)
-    return {"weight_bytes": weights, **_with_adapter(backbone, run, lengths)}
-
-
-def _with_adapter(backbone: Backbone, run: Run | None, lengths: Lengths) -> dict[str, Any]:
-    if run is None:
-        return latency.measure(backbone, lengths)
-    bank, _ = peft_format.install(backbone, run.adapter)
-    try:
-        return latency.measure(backbone, lengths)
-    finally:
-        bank.remove()
-
-
-# --------------------------------------------------------------------- shown
 
 _STAGES = {
     "see": "see: one image",
@@ -113,13 +95,14 @@ _STAGES = {
 }
 
 
-def shown(record: Mapping[str, Any]) -> list[Any]:
-    """What `cost` prints."""
+def render(record: Mapping[str, Any]) -> list[Any]:
+    """Tables of parameters and FLOPs, then bytes and times."""
     lines = [f"{record['what']}" + (f" on {record['model']}" if record["model"] != record["what"] else "")]
-    return [*lines, parameter_table(record), flop_table(record), *_sentences(record)]
+    return [*lines, parameter_table(record), flop_table(record), *_notes(record)]
 
 
 def parameter_table(record: Mapping[str, Any]) -> Table:
+    """Total, trained and stored parameters by component."""
     table = Table(title="parameters", title_justify="left")
     table.add_column("component")
     for name in ("total", "trained", "stored"):
@@ -132,6 +115,7 @@ def parameter_table(record: Mapping[str, Any]) -> Table:
 
 
 def flop_table(record: Mapping[str, Any]) -> Table:
+    """GFLOP of every stage's forward pass."""
     lengths = record["lengths"]
     table = Table(
         title=f"forward, {lengths['text']} text tokens, {lengths['answer']} of the answer, "
@@ -141,41 +125,34 @@ def flop_table(record: Mapping[str, Any]) -> Table:
     table.add_column("stage")
     table.add_column("GFLOP", justify="right")
     for stage, number in record["flops"].items():
-        table.add_row(_STAGES[stage], gigaflops(number))
+        table.add_row(_STAGES[stage], format_gigaflops(number))
     return table
 
 
-def gigaflops(number: float) -> str:
-    """`20.1`, with three digits that say something."""
+def format_gigaflops(number: float) -> str:
+    """FLOP as GFLOP with three significant digits: `20.1`."""
     return f"{number / 1e9:,.0f}" if number >= 1e11 else f"{number / 1e9:.3g}"
 
 
-def size(count: float) -> str:
-    """Bytes as `1.2 GiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def _sentences(record: Mapping[str, Any]) -> list[str]:
+def _notes(record: Mapping[str, Any]) -> list[str]:
     weights = record["weight_bytes"]
     lines = [
-        f"weights: {size(weights['fp32'])} in fp32, {size(weights['16-bit'])} with 16 bits where they stay frozen",
+        f"weights: {format_bytes(weights['fp32'])} in fp32, "
+        f"{format_bytes(weights['16-bit'])} with frozen parts in 16 bit",
     ]
     if record["adapter_bytes"] is not None:
-        lines.append(f"adapter on disk: {size(record['adapter_bytes'])}")
-    if (measured := record["measured"]) is not None:
+        lines.append(f"adapter on disk: {format_bytes(record['adapter_bytes'])}")
+    measured = record["measured"]
+    if measured is not None:
         answer = measured["answer_s"]
         stages = ", ".join(f"{name} {1000 * times['median']:.1f}" for name, times in measured["stages_s"].items())
         lines.append(
             f"one answer on {measured['device']}: median {1000 * answer['median']:.1f} ms, 95 % within "
             f"{1000 * answer['p95']:.1f} ms ({stages})"
         )
-        types = ", ".join(f"{name} {size(number)}" for name, number in measured["weight_bytes"].items())
+        types = ", ".join(f"{name} {format_bytes(number)}" for name, number in measured["weight_bytes"].items())
         lines.append(f"weights as loaded: {types}")
         if measured["peak_bytes"] is not None:
-            what = "allocated by torch" if measured["device"].startswith("cuda") else "resident, the whole process"
-            lines.append(f"peak memory: {size(measured['peak_bytes'])} ({what})")
+            kind = "allocated by torch" if measured["device"].startswith("cuda") else "resident, the whole process"
+            lines.append(f"peak memory: {format_bytes(measured['peak_bytes'])} ({kind})")
     return lines

@@ -1,10 +1,10 @@
-"""`blipfit doctor`: what could silently go wrong on this machine, checked, with the mend."""
+"""`blipfit doctor`: checks of the machine, the installation, a model and a data folder, each with its fix."""
 
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,35 @@ Check = dict[str, str]
 _MINIATURES = ("tiny-t5", "tiny-vicuna")
 
 
-def examine(model: str | None, data: Path | None) -> list[Check]:
-    """Run all checks: the machine, the embedded miniatures, and a checkpoint and a data folder where given."""
+def run(model: str | None, data: Path | None) -> dict[str, list[Check]]:
+    """Check the machine, the embedded miniatures and, if given, a model and a data folder."""
     checks = [_python(), *_packages(), _device(), _disk(), _hub()]
-    checks += [_attempt(f"miniature {name}", lambda name=name: _loads(name)) for name in _MINIATURES]  # type: ignore[misc]
+    checks += [_attempt(f"miniature {name}", lambda name=name: _load_model(name)) for name in _MINIATURES]  # type: ignore[misc]
     if model is not None:
         names = _MINIATURES if model == "tiny" else (model,)
-        checks += [_attempt(f"model {name}", lambda name=name: _loads(name)) for name in names]  # type: ignore[misc]
+        checks += [_attempt(f"model {name}", lambda name=name: _load_model(name)) for name in names]  # type: ignore[misc]
     if data is not None:
-        checks.append(_attempt(f"data {data}", lambda: _reads(data)))
-    return checks
+        checks.append(_attempt(f"data {data}", lambda: _read_data(data)))
+    return {"checks": checks}
 
 
-def table(checks: Sequence[Check]) -> list[Any]:
-    shown = Table(show_header=True)
-    shown.add_column("check")
-    shown.add_column("state")
-    shown.add_column("found")
+def count_failed(record: Mapping[str, Sequence[Check]]) -> int:
+    """How many checks failed."""
+    return sum(check["state"] == "wrong" for check in record["checks"])
+
+
+def render(record: Mapping[str, Sequence[Check]]) -> list[Any]:
+    """One row per check."""
+    checks = record["checks"]
+    table = Table("check", "state", "result")
     for check in checks:
-        shown.add_row(check["check"], check["state"], check["found"])
-    wrong = sum(check["state"] == "wrong" for check in checks)
-    return [shown, f"{wrong} of {len(checks)} checks found something wrong" if wrong else "all is well"]
+        table.add_row(check["check"], check["state"], check["found"])
+    failures = count_failed(record)
+    return [table, f"{failures} of {len(checks)} checks failed" if failures else "all checks passed"]
 
 
-def _check(name: str, fine: bool, found: str, otherwise: str = "wrong") -> Check:
-    return {"check": name, "state": "ok" if fine else otherwise, "found": found}
+def _check(name: str, passed: bool, result: str, otherwise: str = "wrong") -> Check:
+    return {"check": name, "state": "ok" if passed else otherwise, "found": result}
 
 
 def _attempt(name: str, action: Callable[[], str]) -> Check:
@@ -52,12 +56,12 @@ def _attempt(name: str, action: Callable[[], str]) -> Check:
 
 
 def _python() -> Check:
-    fine = sys.version_info >= (3, 11)
-    return _check("python", fine, platform.python_version() + ("" if fine else "; blipfit needs 3.11 or newer"))
+    passed = sys.version_info >= (3, 11)
+    return _check("python", passed, platform.python_version() + ("" if passed else "; blipfit needs 3.11 or newer"))
 
 
 def _packages() -> list[Check]:
-    """Every dependency is there and inside the range that blipfit was written for."""
+    """Every dependency is installed, in a version that blipfit supports."""
     from packaging.requirements import Requirement
 
     checks = []
@@ -66,13 +70,13 @@ def _packages() -> list[Check]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
             checks.append(_check(requirement.name, False, f"missing: pip install '{requirement}'"))
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            checks.append(_check(requirement.name, False, f"{found}; pip install '{requirement}'"))
-    return checks or [_check("packages", True, "all inside their ranges")]
+        if not requirement.specifier.contains(installed, prereleases=True):
+            checks.append(_check(requirement.name, False, f"{installed}; pip install '{requirement}'"))
+    return checks or [_check("packages", True, "all in supported versions")]
 
 
 def _device() -> Check:
@@ -98,7 +102,7 @@ def _hub() -> Check:
     return _check("hub", False, "not reachable: only local folders, the cache and the miniatures can be used", "note")
 
 
-def _loads(name: str) -> str:
+def _load_model(name: str) -> str:
     from blipfit.model.loading import load
     from blipfit.recipe import ModelConfig
 
@@ -107,7 +111,7 @@ def _loads(name: str) -> str:
     return f"{count:,} parameters, {backbone.family}; head, query tokens, tokenizers and activation as they must be"
 
 
-def _reads(folder: Path) -> str:
+def _read_data(folder: Path) -> str:
     from blipfit import data
     from blipfit.data.images import open_image
 

@@ -1,150 +1,191 @@
-"""`blipfit evaluate … --on`: a model or a run on several data sets, base and adapter side by side; `blipfit score`."""
+"""`blipfit evaluate`: a finished run on its own data set, or a run or model on other data sets with `--on`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from blipfit import data as datasets
-from blipfit.commands import arguments as experiments
+from blipfit.adapters import opening
+from blipfit.adapters.opening import Source
+from blipfit.commands import arguments
+from blipfit.data import encoded_split
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import benchmarks, mme, rewardbench
-from blipfit.evaluation.benchmarks import BASE, TUNED, EvaluationTask, Settings
-from blipfit.evaluation.evaluate import evaluation_features
-from blipfit.model import clip, loading, tiny
+from blipfit.evaluation import benchmarks, protocol
+from blipfit.evaluation.benchmarks import BASE, TUNED
+from blipfit.evaluation.tasks import EvaluationTask, Settings, load_task
+from blipfit.model import clip, tiny
+from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
-from blipfit.recipe import ModelConfig
-from blipfit.report import benchmark_tables as judges
 from blipfit.report import terminal
 from blipfit.run import Evaluation, Run
-from blipfit.runtime import distributed
 
 
-def run(
-    subject: str,
-    on: str,
-    data: Path | None = None,
-    split: str = "test",
-    results: Path = Path("results"),
-    device: torch.device | None = None,
-    limit: int | None = None,
-    decoding: str = "greedy",
-    samples: int = 0,
-    clip_name: str | None = None,
-) -> list[dict[str, Any]]:
-    """Judge a run folder or a model on every set of `on` (`icons,mme=DIR`); one record a set, written and returned."""
+def run(folder: Path, data: Path | None, split: str, device: torch.device | str, base: bool = False) -> dict[str, Any]:
+    """Evaluate a finished run again on a split of its own data set; with `base` the untrained model beside it.
+
+    Raises UserError if the folder is no finished run, or if its adapter or data set is not the one it was made with.
+    """
+    recipe = Run(folder).recipe()
+    place = arguments.data_folder(recipe.data.name, data)
+    model = opening.open_model(folder, device)
+    questions = encoded_split.load(model.backbone.text, recipe.data, place, split)
+    features = ImageFeatures.for_evaluation(model.backbone, recipe.data.images)
+
+    def metrics(backbone: Backbone) -> dict[str, Any]:
+        (evaluation,) = protocol.evaluate_split(backbone, questions, features.features, recipe.evaluation)
+        return evaluation.metrics
+
+    record: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
+    if base:
+        record["base"] = metrics(model.backbone)
+    with model.adapter() as backbone:
+        record["tuned"] = metrics(backbone)
+    record["adapter_sha256"] = model.source.adapter_sha256
+    record["recorded"] = Run(folder).result()["metrics"].get(split, {}).get("accuracy")
+    return record
+
+
+def render(record: Mapping[str, Any]) -> list[Any]:
+    """Accuracy with its interval beside chance and the recorded one, then accuracies by group."""
+    tuned, recorded = record["tuned"], record["recorded"]
+    lines = [f"{record['experiment']} on {record['split']} ({tuned['questions']} questions), by {tuned['method']}"]
+    if "base" in record:
+        lines.append(f"base model:   {terminal.format_score(record['base'])}")
+    chance = f"   chance {tuned['chance']:.1f}" if "chance" in tuned else ""
+    lines.append(f"with adapter: {terminal.format_score(tuned)}{chance}")
+    if recorded is not None and chance:
+        lines.append(f"recorded after training: {recorded:.1f}")
+    return [*lines, terminal.breakdown_table(tuned, "accuracy by group")] if tuned["by"] else lines
+
+
+@dataclass(frozen=True, slots=True)
+class OnOptions:
+    """How a run or model is evaluated on other data sets."""
+
+    data: Path | None = None
+    """Folder, if there is one data set."""
+    split: str = "test"
+    limit: int | None = None
+    """Only the first so many questions of each data set."""
+    decoding: str = "greedy"
+    samples: int = 0
+    """VL-RewardBench: judgments in words, in both orders of the responses."""
+    clip: str | None = None
+    """CLIP model for the CLIP score of open answers."""
+    results: Path = Path("results")
+
+
+def run_on(subject: str, on: str, device: torch.device, options: OnOptions | None = None) -> list[dict[str, Any]]:
+    """Evaluate a run folder or a model on every data set of `on` (`icons,mme=DIR`); one record per data set, written
+    and returned.
+
+    Raises UserError if the subject or a data set cannot be used, or if the run was trained on the questions.
+    """
+    options = options or OnOptions()
     screen = terminal.console(stderr=True)
-    device = device or distributed.device()
-    trained = Run(Path(subject))
-    recipe = trained.recipe() if trained.recipe_file.exists() else None
-    if recipe is not None and trained.state() != "finished":
-        raise UserError(f"{subject} is not finished; run the same `blipfit train` again to continue it")
-    asked = places(on, data)
-    _refuse_trained(asked, split, None if recipe is None else recipe.data.name)
-    part = ModelConfig(name=subject) if recipe is None else recipe.model
-    loading.locate(part)
-    judge = _clip(part.name, clip_name, asked, device)
-    if recipe is None:
-        backbone = loading.load(part, device=device)
-        image_features = ImageFeatures.from_backbone(backbone, "stored")
-    else:
-        training = recipe.training
-        backbone = loading.load(part, training.precision, device, training.max_text_tokens, training.max_target_tokens)
-        image_features = evaluation_features(backbone, recipe)
+    source = opening.locate(subject)
+    folders = arguments.data_folders(on, options.data)
+    _refuse_training_questions(folders, options.split, None if source.recipe is None else source.recipe.data.name)
+    settings = Settings(
+        decoding=options.decoding,
+        samples=options.samples,
+        clip=_load_clip(source.model.name, options.clip, folders, device),
+    )
+    model = opening.load(source, device)
+    mode = "stored" if source.recipe is None else source.recipe.data.images
+    image_features = ImageFeatures.for_evaluation(model.backbone, mode)
     image_features.announce = lambda sentence: screen.print(sentence, soft_wrap=True)
-    tasks = []
-    for name, folder in asked:
-        own = recipe.data.prompt if recipe is not None and recipe.data.name == name else None
-        at = "test" if name == "mme" else split
-        tasks.append(benchmarks.read(backbone, name, folder, at, own, limit))
-
+    tasks = [_read_task(model.backbone, source, name, folder, options) for name, folder in folders]
     image_features.prepare([question for task in tasks for question in task.encoded_split.questions])
 
-    def place(task: EvaluationTask) -> Evaluation:
-        if recipe is not None:
-            return trained.evaluation(task.title)
-        return Evaluation.of_model(results, subject, task.title)
+    def evaluation_folder(task: EvaluationTask) -> Evaluation:
+        if source.run is not None:
+            return source.run.evaluation(task.title)
+        return Evaluation.of_model(options.results, subject, task.title)
 
-    return benchmarks.side_by_side(
-        backbone,
-        None if recipe is None else trained.adapter,
+    return benchmarks.compare_with_adapter(
+        model,
         tasks,
         image_features.features,
-        Settings(decoding=decoding, samples=samples, clip=judge),
-        place,
-        {"run": None if recipe is None else subject},
-        None if recipe is None else trained.result()["adapter_sha256"],
-        lambda sentence: screen.print(sentence, soft_wrap=True),
+        settings,
+        evaluation_folder,
+        {"run": None if source.adapter is None else subject},
+        announce=lambda sentence: screen.print(sentence, soft_wrap=True),
     )
 
 
-def places(on: str, data: Path | None) -> list[tuple[str, Path]]:
-    """`icons,mme=DIR` as names with their folders; what can be drawn is drawn where its default folder is absent."""
-    asked = [part.strip().partition("=") for part in on.split(",") if part.strip()]
-    names = [name for name, _, _ in asked]
-    if not asked:
-        raise UserError("say on what: --on icons, or --on icons,mme=DIR")
-    if len(set(names)) < len(names):
-        raise UserError(f"--on {on} names a data set twice")
-    if data is not None and len(asked) > 1:
-        raise UserError("--data names one folder and --on several data sets; write --on icons=DIR,mme=DIR")
-    for name in names:
-        datasets.dataset(name)
-    return [(name, experiments.data_folder(name, Path(place) if place else data)) for name, _, place in asked]
+def _read_task(backbone: Backbone, source: Source, name: str, folder: Path, options: OnOptions) -> EvaluationTask:
+    recipe = source.recipe
+    prompt = recipe.data.prompt if recipe is not None and recipe.data.name == name else None
+    return load_task(backbone, name, folder, "test" if name == "mme" else options.split, prompt, options.limit)
 
 
-def _refuse_trained(asked: Sequence[tuple[str, Path]], split: str, trained_on: str | None) -> None:
-    if split == "all" and (odd := [name for name, _ in asked if name not in ("rewardbench", "mme")]):
-        raise UserError(f"--split all is for rewardbench, not for {', '.join(odd)}; choose train, val or test")
+def _refuse_training_questions(folders: Sequence[tuple[str, Path]], split: str, trained_on: str | None) -> None:
+    names = [name for name, _ in folders]
+    if split == "all" and (others := [name for name in names if name not in ("rewardbench", "mme")]):
+        raise UserError(f"--split all is for rewardbench, not for {', '.join(others)}; choose train, val or test")
     if split == "all" and trained_on == "rewardbench":
-        raise UserError("this run was trained on rewardbench's split train; judge it with --split test")
+        raise UserError("this run was trained on rewardbench's split train; evaluate it with --split test")
 
 
-def _clip(model: str, name: str | None, asked: Sequence[tuple[str, Path]], device: torch.device) -> clip.Clip | None:
-    """The CLIP that judges texts: the miniature one for miniatures, else only one that is asked for."""
-    chosen = name or (tiny.CLIP_NAME if model in tiny.NAMES.values() else None)
-    if chosen is None or not {name for name, _ in asked} & {"rewardbench", "own"}:
+def _load_clip(
+    model: str, name: str | None, folders: Sequence[tuple[str, Path]], device: torch.device
+) -> clip.Clip | None:
+    """The CLIP for the CLIP score: the embedded one for miniatures, otherwise only one that the user names."""
+    name = name or (tiny.CLIP_NAME if model in tiny.NAMES.values() else None)
+    if name is None or not {dataset for dataset, _ in folders} & {"rewardbench", "own"}:
         return None
-    return clip.load(chosen, device)
+    return clip.load(name, device)
 
 
-# --------------------------------------------------------------------- shown
-
-
-def shown(records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """One table over all sets: base, tuned, difference."""
+def render_on(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """One table over all data sets: base model, with adapter, difference."""
     table = Table(title=f"{records[0]['run'] or records[0]['model']}", title_justify="left")
-    tuned = TUNED in records[0]
-    for column in ("on", "measure"):
+    has_adapter = TUNED in records[0]
+    for column in ("on", "metric"):
         table.add_column(column)
-    for column in ("questions", "base", *(("with adapter", "difference [95 %]") if tuned else ())):
+    for column in ("questions", "base", *(("with adapter", "difference [95 %]") if has_adapter else ())):
         table.add_column(column, justify="right")
     for record in records:
-        told = {who: _measures(record[who]) for who in (BASE, TUNED) if who in record}
-        for number, measure in enumerate(told[BASE]):
-            first = [f"{record['on']} {record['split']}" if not number else "", measure]
-            row = [*first, str(record["questions"]) if not number else "", told[BASE][measure]]
-            if tuned:
-                row += [told[TUNED][measure], _difference(record["difference"].get(_DIFFERENCES.get(measure, "")))]
-            table.add_row(*row, end_section=number == len(told[BASE]) - 1)
+        _add_rows(table, record, has_adapter)
     lines: list[Any] = [table]
     for record in records:
-        lines.append(f"{record['on']}: prompt {record['prompt']}, one in full: {record['prompt_example']!r}")
-        if missing := record[BASE].get("missing"):
-            lines.append(f"{record['on']}: not in the totals, no questions: {', '.join(missing)}")
-        if cut := record[BASE].get("cut_responses"):
-            lines.append(
-                f"{record['on']}: {cut} responses are longer than the model reads; their likelihood is of the part read"
-            )
-        if record["on"] in ("rewardbench", "own") and record["clip"] is None:
-            lines.append(f"{record['on']}: no CLIP score; --clip {clip.DEFAULT} gives one")
+        lines += _notes(record)
     return lines
 
 
-_DIFFERENCES = {
+def _add_rows(table: Table, record: Mapping[str, Any], has_adapter: bool) -> None:
+    """One row per metric of a data set."""
+    values = {subject: _format_metrics(record[subject]) for subject in (BASE, TUNED) if subject in record}
+    for number, metric in enumerate(values[BASE]):
+        is_first = number == 0
+        row = [f"{record['on']} {record['split']}" if is_first else "", metric]
+        row += [str(record["questions"]) if is_first else "", values[BASE][metric]]
+        if has_adapter:
+            difference = record["difference"].get(_DIFFERENCE_KEYS.get(metric, ""))
+            row += [values[TUNED][metric], _format_difference(difference)]
+        table.add_row(*row, end_section=number == len(values[BASE]) - 1)
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    name, base = record["on"], record[BASE]
+    lines = [f"{name}: prompt {record['prompt']}, one in full: {record['prompt_example']!r}"]
+    if missing := base.get("missing"):
+        lines.append(f"{name}: not in the totals, no questions: {', '.join(missing)}")
+    if cut := base.get("cut_responses"):
+        lines.append(
+            f"{name}: {cut} responses are longer than the model reads; their likelihood is of the part that it reads"
+        )
+    if name in ("rewardbench", "own") and record["clip"] is None:
+        lines.append(f"{name}: no CLIP score; --clip {clip.DEFAULT_NAME} gives one")
+    return lines
+
+
+_DIFFERENCE_KEYS = {
     "accuracy": "accuracy",
     "perception": "perception",
     "cognition": "cognition",
@@ -156,58 +197,43 @@ _DIFFERENCES = {
 }
 
 
-def _measures(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """What a set is told by, name → number with its interval."""
+def _format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of a data set: name → value with its interval."""
     if metrics.get("judge") == "mme":
-        return _totals(metrics) | {f"· {name}": f"{one['score']:.2f}" for name, one in metrics["subtasks"].items()}
+        subtasks = {f"· {name}": f"{values['score']:.2f}" for name, values in metrics["subtasks"].items()}
+        return _format_totals(metrics) | subtasks
     if metrics.get("judge") == "rewardbench":
-        both = {
-            f"pairwise accuracy, {how}": terminal.percent(metrics[f"likelihood_{how}"]["pooled"])
-            for how in ("sum", "mean")
+        accuracies = {
+            f"pairwise accuracy, {kind}": terminal.format_accuracy(metrics[f"likelihood_{kind}"]["pooled"])
+            for kind in ("sum", "mean")
         }
         if "judgements" in metrics:
-            both["accuracy of judgements"] = terminal.percent(metrics["judgements"]["pooled"])
-        return both | _texts(metrics["answers"])
+            accuracies["accuracy of judgments"] = terminal.format_accuracy(metrics["judgements"]["pooled"])
+        return accuracies | _format_texts(metrics["answers"])
     if metrics["method"] == "generation":
-        return _texts(metrics)
-    return {"accuracy": terminal.percent(metrics)}
+        return _format_texts(metrics)
+    return {"accuracy": terminal.format_accuracy(metrics)}
 
 
-def _totals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """MME's totals of which there is a subtask."""
+def _format_totals(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """MME's totals, each only if one of its subtasks has questions."""
     totals = {"perception": PERCEPTION, "cognition": COGNITION}
     return {name: f"{metrics[name]:.2f}" for name, of in totals.items() if set(of) & metrics["subtasks"].keys()}
 
 
-def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:
-    found = metrics["texts"]["rougeL"]
-    told = {"ROUGE-L": terminal.interval(found["mean"], found["interval"], 100)}
+def _format_texts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    rouge = metrics["texts"]["rougeL"]
+    values = {"ROUGE-L": terminal.format_interval(rouge["mean"], rouge["interval"], 100)}
     if "clip_score" in metrics:
         score = metrics["clip_score"]
-        told["CLIP score"] = terminal.interval(score["mean"], score["interval"])
-    return told | {"exact match": terminal.percent(metrics)}
+        values["CLIP score"] = terminal.format_interval(score["mean"], score["interval"])
+    return values | {"exact match": terminal.format_accuracy(metrics)}
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if not found or found["difference"] is None:
+def _format_difference(difference: Mapping[str, Any] | None) -> str:
+    if not difference or difference["difference"] is None:
         return ""
-    if found["interval"] is None:
-        return f"{found['difference']:+.2f}"
-    low, high = found["interval"]
-    return f"{found['difference']:+.1f} [{low:+.1f}–{high:+.1f}]"
-
-
-# --------------------------------------------------------------------- score
-
-
-def score(judge: str, source: Path, samples: int | None) -> tuple[dict[str, Any], list[Any]]:
-    """Score finished answers without a model; the record and what a person reads."""
-    if judge == "mme":
-        record = mme.score_mme(source)
-        return record, judges.mme(record)
-    if judge == "rewardbench":
-        record = rewardbench.score_rewardbench(source, samples)
-        return record, judges.rewardbench(record)
-    raise UserError(
-        f"unknown judge {judge!r}; known: mme (a folder of answer files), rewardbench (a file of judgements)"
-    )
+    if difference["interval"] is None:
+        return f"{difference['difference']:+.2f}"
+    low, high = difference["interval"]
+    return f"{difference['difference']:+.1f} [{low:+.1f}–{high:+.1f}]"

@@ -1,4 +1,4 @@
-"""`blipfit features`: the stored image features, looked after."""
+"""`blipfit features`: list, build, check or delete stored image features."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from blipfit import data
-from blipfit.commands import arguments as experiments
+from blipfit.commands import arguments
 from blipfit.data import feature_stores, features
 from blipfit.data.question import SPLITS
 from blipfit.errors import UserError
@@ -21,7 +21,7 @@ from blipfit.report import terminal
 ACTIONS = ("list", "build", "check", "delete")
 
 
-def act(
+def run(
     action: str,
     key: str | None,
     dataset: str | None,
@@ -30,19 +30,20 @@ def act(
     store: Path | None,
     device: torch.device | None,
 ) -> dict[str, Any]:
-    """Do one of ACTIONS and return what was found."""
+    """Do one of `ACTIONS`. Raises UserError if the action, store, data set or model does not exist."""
     home = store or features.default_folder()
     if action == "list":
-        return {"folder": str(home), "stores": [_plain(one) for one in feature_stores.list_stores(home)]}
+        stores = [_store_record(summary) for summary in feature_stores.list_stores(home)]
+        return {"folder": str(home), "stores": stores}
     if action == "delete":
         if key is None:
             raise UserError("say which store: `blipfit features delete KEY`; `blipfit features list` shows the keys")
-        found = feature_stores.find(home, key)
-        return {"deleted": found.name, "freed": features.told(feature_stores.delete(found))}
+        store_folder = feature_stores.find(home, key)
+        return {"deleted": store_folder.name, "freed": features.format_bytes(feature_stores.delete(store_folder))}
     if action not in ACTIONS:
         raise UserError(f"unknown action {action!r}; known: {', '.join(ACTIONS)}")
     if action == "check" and dataset is None:
-        return {"checked": [_checked(one.home) for one in feature_stores.list_stores(home)]}
+        return {"checked": [_check(summary.home) for summary in feature_stores.list_stores(home)]}
     if dataset is None:
         raise UserError(f"say which data set: `blipfit features {action} --on scienceqa`")
     return _with_model(action, dataset, folder, model, home, device)
@@ -52,7 +53,7 @@ def _with_model(
     action: str, dataset: str, folder: Path | None, model: str, home: Path, device: torch.device | None
 ) -> dict[str, Any]:
     screen = terminal.console(stderr=True)
-    source = experiments.data_folder(dataset, folder)
+    source = arguments.data_folder(dataset, folder)
     questions = [question for split in SPLITS for question in data.load(dataset, source, split)]
     backbone = loading.load(ModelConfig(name=model), device=device or "cpu")
     image_features = ImageFeatures.from_backbone(
@@ -63,25 +64,31 @@ def _with_model(
     return {"compared": asdict(image_features.check(questions))}
 
 
-def _checked(home: Path) -> dict[str, Any]:
-    found = feature_stores.check(home)
-    return {"store": home.name, "images": found.images, "damaged": {str(p): why for p, why in found.damaged.items()}}
+def _check(store_folder: Path) -> dict[str, Any]:
+    summary = feature_stores.check(store_folder)
+    damaged = {str(path): reason for path, reason in summary.damaged.items()}
+    return {"store": store_folder.name, "images": summary.images, "damaged": damaged}
 
 
-def _plain(one: feature_stores.Description) -> dict[str, Any]:
-    return {**asdict(one), "home": str(one.home), "key": one.key}
+def _store_record(summary: feature_stores.StoreSummary) -> dict[str, Any]:
+    return {**asdict(summary), "home": str(summary.home), "key": summary.key}
 
 
-def table(record: Mapping[str, Any]) -> list[Any]:
+def render(record: Mapping[str, Any]) -> list[Any]:
+    """The table of stores, or one line per field of the record."""
     if "stores" not in record:
         return [f"{name}: {value}" for name, value in record.items()]
-    shown = Table(title=f"image features in {record['folder']}", title_justify="left")
+    table = Table(title=f"image features in {record['folder']}", title_justify="left")
     for name in ("key", "model", "images", "shape", "type", "size", "damaged"):
-        shown.add_column(name, justify="left" if name in ("key", "model") else "right")
-    for one in record["stores"]:
-        shape = "×".join(map(str, one["shape"]))
-        size = features.told(one["bytes"])
-        shown.add_row(
-            one["key"], one["model"], f"{one['images']:,}", shape, one["dtype"], size, str(len(one["damaged"]))
+        table.add_column(name, justify="left" if name in ("key", "model") else "right")
+    for store in record["stores"]:
+        table.add_row(
+            store["key"],
+            store["model"],
+            f"{store['images']:,}",
+            "×".join(map(str, store["shape"])),
+            store["dtype"],
+            features.format_bytes(store["bytes"]),
+            str(len(store["damaged"])),
         )
-    return [shown]
+    return [table]

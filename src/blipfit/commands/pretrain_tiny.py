@@ -1,4 +1,4 @@
-"""`blipfit pretrain-tiny`: what the miniatures' making prints."""
+"""`blipfit pretrain-tiny`: make the embedded miniatures again, from nothing."""
 
 import sys
 from collections.abc import Mapping
@@ -12,32 +12,36 @@ from blipfit.errors import UserError
 from blipfit.model.tiny import Family
 
 
-def pretrain(folder: Path, families: str) -> dict[str, Any]:
-    """Run the recipe for these families (a comma between) and return each one's measurements by name."""
-    from blipfit.pretraining import miniatures as pretrain
+def run(folder: Path, families: str) -> dict[str, Any]:
+    """Make the miniatures of these families (comma-separated), and return the measurements of each.
+
+    Raises UserError if a family is unknown.
+    """
+    from blipfit.pretraining.miniatures import pretrain_tiny
+    from blipfit.pretraining.recipe import RECIPE
 
     names: list[Family] = [name for name in get_args(Family) if name in families.split(",")]
     if unknown := [name for name in families.split(",") if name not in get_args(Family)]:
         raise UserError(f"there is no family '{unknown[0]}'; choose {', '.join(get_args(Family))}")
-    measured = pretrain.pretrain_tiny(folder, families=names, listen=_tell)
-    return {"recipe": pretrain.RECIPE.hash(), "folder": str(folder), "measured": measured}
+    measured = pretrain_tiny(folder, families=names, listener=_print_progress)
+    return {"recipe": RECIPE.hash(), "folder": str(folder), "measured": measured}
 
 
-def _tell(record: Mapping[str, Any]) -> None:
-    """One line a record, on stderr."""
+def _print_progress(record: Mapping[str, Any]) -> None:
+    """One line per record, on stderr."""
     values = "  ".join(f"{name} {value}" for name, value in record.items() if name != "by_skill")
     print(values, file=sys.stderr, flush=True)
 
 
-def table(record: Mapping[str, Any]) -> Table:
-    """Accuracies on fresh pictures, in per cent, and MME's scores, one column a family."""
-    drawn = Table(title=f"miniatures in {record['folder']} (recipe {record['recipe']})", title_justify="left")
-    drawn.add_column("on fresh pictures")
+def render(record: Mapping[str, Any]) -> Table:
+    """Accuracies on new images in percent, and MME scores; one column per family."""
+    table = Table(title=f"miniatures in {record['folder']} (recipe {record['recipe']})", title_justify="left")
+    table.add_column("on new images")
     measured = record["measured"]
     for family in measured:
-        drawn.add_column(family, justify="right")
+        table.add_column(family, justify="right")
     for name in ("chance", "ranked", "generated", "blank", "swapped", "held_out", "held_out_chance"):
-        drawn.add_row(name.replace("_", " "), *(f"{100 * of[name]:.1f} %" for of in measured.values()))
+        table.add_row(name.replace("_", " "), *(f"{100 * of[name]:.1f} %" for of in measured.values()))
     for subtask in SUBTASKS:
-        drawn.add_row(f"MME {subtask}, of 200", *(f"{of['mme'][subtask]:.1f}" for of in measured.values()))
-    return drawn
+        table.add_row(f"MME {subtask}, of 200", *(f"{of['mme'][subtask]:.1f}" for of in measured.values()))
+    return table

@@ -1,4 +1,4 @@
-"""Where AdaLoRA's ranks went: tables by sublayer and layer, and a heat map over layers and over training."""
+"""`blipfit ranks`: which sublayers and layers kept AdaLoRA's ranks, as tables and a heat map."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,29 @@ from typing import Any
 
 from rich.table import Table
 
-from blipfit import run as runs
+from blipfit import run as run_files
 from blipfit.adapters import placement
 from blipfit.errors import UserError
 from blipfit.run import Run
 
-_NUMBER = re.compile(r"\.(?:layer|layers|block)\.(\d+)\.")
+_BLOCK_NUMBER = re.compile(r"\.(?:layer|layers|block)\.(\d+)\.")
 
 
-def examine(folder: Path) -> dict[str, Any]:
-    """The ranks of a finished AdaLoRA run, its heat map drawn beside it; UserError for any other folder."""
-    run = Run(folder)
-    recipe = run.recipe()
+def run(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """One record per finished AdaLoRA run; its heat map is written into its folder.
+
+    Raises UserError if a folder is no finished AdaLoRA run.
+    """
+    return [_run_record(Run(folder)) for folder in folders]
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    folder, recipe = run.folder, run.recipe()
     if recipe.adapter.method != "adalora":
-        raise UserError(f"{folder} was trained with {recipe.adapter.method}; only adalora chooses ranks by itself")
+        raise UserError(f"{folder} was trained with {recipe.adapter.method}; only adalora distributes ranks")
     if run.state() != "finished":
-        raise UserError(f"{folder} is not finished; `blipfit train` with the same recipe continues it")
-    history = runs.read_json(run.ranks_file)
+        raise UserError(f"{folder} is not finished; run the same `blipfit train` again to continue it")
+    history = run_files.read_json(run.ranks_file)
     record = {
         "run": str(folder),
         "title": recipe.title,
@@ -33,43 +39,44 @@ def examine(folder: Path) -> dict[str, Any]:
         "sublayers": sublayers(history),
         "picture": str(run.ranks_picture),
     }
-    draw(history, recipe.title, run.ranks_picture)
+    write_heat_map(history, recipe.title, run.ranks_picture)
     return record
 
 
 def sublayers(history: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By sublayer: layers, ranks at the start and kept, layers left without any, and the kept after each allocation."""
-    found: dict[str, dict[str, Any]] = {}
+    """By sublayer: layers, ranks at the start and at the end, layers without any rank at the end, and the ranks after
+    each allocation."""
+    parts: dict[str, dict[str, Any]] = {}
     for column, layer in enumerate(history["layers"]):
-        part = found.setdefault(
-            placement.component(layer),
+        part = parts.setdefault(
+            placement.component_of(layer),
             {"layers": 0, "start": 0, "kept": 0, "empty": 0, "over_training": [0] * len(history["steps"])},
         )
-        kept = [ranks[column] for ranks in history["ranks"]]
+        layer_ranks = [ranks[column] for ranks in history["ranks"]]
         part["layers"] += 1
         part["start"] += history["start_rank"]
-        part["kept"] += kept[-1]
-        part["empty"] += kept[-1] == 0
-        part["over_training"] = [one + other for one, other in zip(part["over_training"], kept, strict=True)]
-    return found
+        part["kept"] += layer_ranks[-1]
+        part["empty"] += layer_ranks[-1] == 0
+        part["over_training"] = [a + b for a, b in zip(part["over_training"], layer_ranks, strict=True)]
+    return parts
 
 
 def by_depth(layers: Mapping[str, int]) -> dict[str, dict[int, int]]:
-    """Ranks by kind of module (its name with `*` for the block's number) and number of the block."""
-    found: dict[str, dict[int, int]] = {}
+    """Ranks by kind of module (its name with `*` for the block number) and block number."""
+    kinds: dict[str, dict[int, int]] = {}
     for layer, rank in layers.items():
-        match = _NUMBER.search(layer)
+        match = _BLOCK_NUMBER.search(layer)
         assert match is not None, layer
         kind = layer[: match.start(1)] + "*" + layer[match.end(1) :]
-        found.setdefault(kind, {})[int(match.group(1))] = rank
-    return found
+        kinds.setdefault(kind, {})[int(match.group(1))] = rank
+    return kinds
 
 
-def table(record: Mapping[str, Any]) -> list[Any]:
-    """One run by sublayer and by layer."""
-    first = Table(title=f"{record['title']}: ranks kept by sublayer", title_justify="left")
+def run_tables(record: Mapping[str, Any]) -> list[Any]:
+    """The ranks of one run by sublayer and by layer."""
+    first = Table(title=f"{record['title']}: ranks by sublayer", title_justify="left")
     first.add_column("sublayer")
-    for name in ("layers", "at the start", "kept", "mean rank", "layers without any"):
+    for name in ("layers", "at the start", "at the end", "mean rank", "layers without any"):
         first.add_column(name, justify="right")
     for name, part in record["sublayers"].items():
         mean = f"{part['kept'] / part['layers']:.2f}"
@@ -84,45 +91,47 @@ def table(record: Mapping[str, Any]) -> list[Any]:
         second.add_column(str(number), justify="right")
     for kind, row in depths.items():
         second.add_row(kind, *(str(row.get(number, "")) for number in columns))
-    return [first, second, heat_map(record)]
+    return [first, second, _heat_map_line(record)]
 
 
-def shown(records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What `blipfit ranks` prints: one run in full, several side by side."""
-    return table(records[0]) if len(records) == 1 else [*compared(records), *(heat_map(one) for one in records)]
+def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """One run in full, or several side by side."""
+    if len(records) == 1:
+        return run_tables(records[0])
+    return [comparison_table(records), *(_heat_map_line(record) for record in records)]
 
 
-def compared(records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Several runs by sublayer: the mean rank kept, and its share of all ranks kept, so that budgets compare."""
-    drawn = Table(title="ranks kept by sublayer: mean rank of a layer, share of all", title_justify="left")
-    drawn.add_column("sublayer")
+def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Several runs by sublayer: mean rank and share of all ranks, so that runs with different budgets compare."""
+    table = Table(title="ranks by sublayer: mean rank of a layer, share of all", title_justify="left")
+    table.add_column("sublayer")
     for record in records:
-        drawn.add_column(record["title"], justify="right", overflow="fold")
+        table.add_column(record["title"], justify="right", overflow="fold")
     for name in dict.fromkeys(name for record in records for name in record["sublayers"]):
-        drawn.add_row(name, *(_kept(record, name) for record in records))
-    drawn.add_section()
+        table.add_row(name, *(_format_ranks(record, name) for record in records))
+    table.add_section()
     sums = [sum(record["ranks"].values()) for record in records]
-    drawn.add_row("ranks in all", *map(str, sums), style="bold")
+    table.add_row("ranks in all", *map(str, sums), style="bold")
     starts = [
-        f"{record['start_rank']} → {kept / len(record['ranks']):.2f}"
-        for record, kept in zip(records, sums, strict=True)
+        f"{record['start_rank']} → {total / len(record['ranks']):.2f}"
+        for record, total in zip(records, sums, strict=True)
     ]
-    drawn.add_row("rank of a layer, start → end", *starts)
-    return [drawn]
+    table.add_row("rank of a layer, start → end", *starts)
+    return table
 
 
-def _kept(record: Mapping[str, Any], name: str) -> str:
+def _format_ranks(record: Mapping[str, Any], name: str) -> str:
     part = record["sublayers"].get(name)
     if part is None:
         return "–"
     return f"{part['kept'] / part['layers']:.2f}   {100 * part['kept'] / sum(record['ranks'].values()):3.0f} %"
 
 
-def heat_map(record: Mapping[str, Any]) -> str:
+def _heat_map_line(record: Mapping[str, Any]) -> str:
     return f"heat map: {record['picture']}"
 
 
-def draw(history: Mapping[str, Any], title: str, file: Path) -> None:
+def write_heat_map(history: Mapping[str, Any], title: str, file: Path) -> None:
     """Write the heat map: final ranks by module and layer, and the mean rank of each sublayer over training."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -136,11 +145,13 @@ def draw(history: Mapping[str, Any], title: str, file: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     image = left.imshow(heat, aspect="auto", cmap="viridis", vmin=0, vmax=history["start_rank"])
     left.set_yticks(range(len(depths)), list(depths), fontsize=7)
-    left.set(xlabel="block", title=f"{title}: ranks kept")
+    left.set(xlabel="block", title=f"{title}: ranks")
     figure.colorbar(image, ax=left, label="rank")
     for name, part in sublayers(history).items():
-        right.plot(history["steps"], [kept / part["layers"] for kept in part["over_training"]], label=name, marker=".")
+        right.plot(
+            history["steps"], [ranks / part["layers"] for ranks in part["over_training"]], label=name, marker="."
+        )
     right.set(xlabel="optimizer step", ylabel="mean rank of a layer", ylim=(0, history["start_rank"] + 0.5))
     right.legend(fontsize=7)
-    with runs.replacing(file) as temporary:
+    with run_files.replacing(file) as temporary:
         figure.savefig(temporary, dpi=130)

@@ -1,4 +1,4 @@
-"""`blipfit shrink`: a smaller Q-Former from a bigger one, planned or made, and what it saves."""
+"""`blipfit shrink`: a smaller Q-Former from a larger one, and what it saves."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,11 +9,13 @@ import torch
 from rich.table import Table
 
 from blipfit import data
-from blipfit.commands import arguments as experiments
-from blipfit.commands import cost as costs
-from blipfit.compression import calibration, importance, rewrite, shrink
-from blipfit.compression import size as shrink_size
-from blipfit.compression.calibration import Calibration
+from blipfit.commands import arguments
+from blipfit.commands.cost import format_gigaflops
+from blipfit.compression import importance
+from blipfit.compression.calibration import Calibration, sample_questions
+from blipfit.compression.rewrite import locate_checkpoint, refuse_existing
+from blipfit.compression.shrink import shrink, write_checkpoint
+from blipfit.compression.size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.errors import UserError
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
@@ -24,19 +26,22 @@ from blipfit.recipe import ModelConfig
 LENGTHS = Lengths()
 
 
-def plan(model: str, sizes: Mapping[str, int | None]) -> dict[str, Any]:
-    """Before and after by shapes alone: nothing is loaded."""
+def run_dry(model: str, sizes: Mapping[str, int | None]) -> dict[str, Any]:
+    """Sizes, parameters and FLOPs before and after, from the shapes alone; nothing is loaded or written.
+
+    Raises UserError if the sizes cannot be reached from the model's.
+    """
     before = shapes.on_meta(model)
-    size = shrink_size.wanted(before.config, **sizes)
-    after = shapes.of_config(shrink_size.configured(before.config, size))
-    return {"model": model, "to": None, **compared(before, after)}
+    size = reduce_size(before.config, **sizes)
+    after = shapes.from_config(resize_config(before.config, size))
+    return {"model": model, "to": None, **compare(before, after)}
 
 
-def compared(before: Any, after: Any) -> dict[str, Any]:
+def compare(before: Any, after: Any) -> dict[str, Any]:
     """Sizes, parameters and FLOPs of two models."""
-    found = {
+    models = {
         name: {
-            "size": asdict(shrink_size.of(model.config)),
+            "size": asdict(Size.from_config(model.config)),
             "parameters": cost.parameters(model),
             "flops": cost.flops(model.config, LENGTHS),
         }
@@ -45,10 +50,10 @@ def compared(before: Any, after: Any) -> dict[str, Any]:
     small, big = cost.qformer_parameters(after), cost.qformer_parameters(before)
     shares = {
         "qformer_parameters": small / big,
-        "query_flops": found["after"]["flops"]["query"] / found["before"]["flops"]["query"],
-        "all_parameters": sum(found["after"]["parameters"].values()) / sum(found["before"]["parameters"].values()),
+        "query_flops": models["after"]["flops"]["query"] / models["before"]["flops"]["query"],
+        "all_parameters": sum(models["after"]["parameters"].values()) / sum(models["before"]["parameters"].values()),
     }
-    return {"lengths": asdict(LENGTHS), **found, "shares": shares}
+    return {"lengths": asdict(LENGTHS), **models, "shares": shares}
 
 
 def run(
@@ -62,47 +67,50 @@ def run(
     to: Path,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Make the smaller checkpoint and write it to a folder."""
+    """Make the smaller checkpoint and write it to the folder `to`.
+
+    Raises UserError if the folder exists, or if the model, the sizes, the method or the data set cannot be used.
+    """
     if method not in importance.METHODS:
         raise UserError(f"unknown importance {method!r}; known: {', '.join(importance.METHODS)}")
-    rewrite.refuse_existing(to)
-    size = shrink_size.wanted(shapes.on_meta(model).config, **sizes)
+    refuse_existing(to)
+    size = reduce_size(shapes.on_meta(model).config, **sizes)
     part = ModelConfig(name=model)
     backbone = loading.load(part, device=device)
     questions = _questions(backbone, dataset, folder, count, seed) if dataset else None
-    small, record = shrink.shrink(backbone, size, method, questions)  # type: ignore[arg-type]
+    small, record = shrink(backbone, size, method, questions)  # type: ignore[arg-type]
     record |= {"dataset": dataset, "seed": seed}
-    shrink.write(rewrite.source_folder(part), to, small, record)
-    made = {name: value for name, value in record.items() if name not in ("kept", "before", "after")}
-    return {"model": model, "to": str(to), **compared(backbone.hf, small), **made}
+    write_checkpoint(locate_checkpoint(part), to, small, record)
+    details = {name: value for name, value in record.items() if name not in ("kept", "before", "after")}
+    return {"model": model, "to": str(to), **compare(backbone.hf, small), **details}
 
 
 def _questions(backbone: Backbone, dataset: str, folder: Path | None, count: int, seed: int) -> Calibration:
-    source = experiments.data_folder(dataset, folder)
-    drawn = calibration.draw(data.load(dataset, source, "train"), count, seed)
-    return calibration.prepare(
-        backbone, drawn, data.dataset(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")
+    source = arguments.data_folder(dataset, folder)
+    sample = sample_questions(data.load(dataset, source, "train"), count, seed)
+    return Calibration.from_questions(
+        backbone, sample, data.dataset(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")
     )
 
 
-def shown(record: Mapping[str, Any]) -> list[Any]:
-    """What `shrink` prints."""
+def render(record: Mapping[str, Any]) -> list[Any]:
+    """The table of sizes, parameters and FLOPs, then what was written and what to do next."""
     before, after, shares = record["before"], record["after"], record["shares"]
     table = Table(title=f"{record['model']}, its Q-Former", title_justify="left")
     table.add_column("")
     for name in ("before", "after", "share"):
         table.add_column(name, justify="right")
     for name, value in before["size"].items():
-        table.add_row(shrink_size.OPTIONS[name].removeprefix("--"), str(value), str(after["size"][name]), "")
+        table.add_row(COMMAND_OPTIONS[name].removeprefix("--"), str(value), str(after["size"][name]), "")
     table.add_section()
     for name in ("query_tokens", "qformer", "projection"):
-        _row(table, f"parameters, {name.replace('_', ' ')}", before["parameters"][name], after["parameters"][name])
+        _add_row(table, f"parameters, {name.replace('_', ' ')}", before["parameters"][name], after["parameters"][name])
     whole = [sum(side["parameters"].values()) for side in (before, after)]
-    _row(table, "parameters, whole model", *whole)
+    _add_row(table, "parameters, whole model", *whole)
     table.add_section()
     for stage in ("see", "query", "answer", "rank"):
         small, big = after["flops"][stage], before["flops"][stage]
-        table.add_row(f"GFLOP, {stage}", costs.gigaflops(big), costs.gigaflops(small), f"{100 * small / big:.1f} %")
+        table.add_row(f"GFLOP, {stage}", format_gigaflops(big), format_gigaflops(small), f"{100 * small / big:.1f} %")
     lengths = record["lengths"]
     lines: list[Any] = [
         table,
@@ -110,23 +118,25 @@ def shown(record: Mapping[str, Any]) -> list[Any]:
         f"and {100 * shares['query_flops']:.1f} % of their FLOPs ({lengths['text']} text tokens, "
         f"{lengths['answer']} of the answer, {lengths['candidates']} candidates)",
     ]
-    return lines + _ending(record)
+    return lines + _notes(record)
 
 
-def _row(table: Table, name: str, before: int, after: int) -> None:
+def _add_row(table: Table, name: str, before: int, after: int) -> None:
     table.add_row(name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %")
 
 
-def _ending(record: Mapping[str, Any]) -> list[str]:
+def _notes(record: Mapping[str, Any]) -> list[str]:
     if record["to"] is None:
         return ["only planned: nothing was loaded or written"]
     lines = [f"importance by {record['importance']}"]
     if record["lost"] is None:
-        lines.append("nothing was repaired: that needs questions (--on icons); train it before use")
+        lines.append("nothing was repaired, which needs questions (--on icons); train the model before use")
     else:
         lines[0] += f", measured and repaired on {record['questions']} questions of {record['dataset']}"
         lines.append(
             f"variance of the visual tokens that is lost, before training: {100 * record['lost']['after']:.1f} %"
         )
-    lines.append(f"written: {record['to']}; let it recover: `blipfit train icons recover --model {record['to']}`")
+    lines.append(
+        f"written: {record['to']}; recover its performance: `blipfit train icons recover --model {record['to']}`"
+    )
     return lines

@@ -1,16 +1,17 @@
-"""Least-squares repair of a cut Q-Former: layer by layer, what is left learns to give what the original gave.
+"""Least-squares repair of a cut Q-Former: refit its layers, one by one, to the outputs of the original.
 
-The cut model and the original read the same calibration questions. Going through the layers in the order in which
-they compute, every linear layer is refitted so that from the CUT model's inputs it gives the ORIGINAL's outputs at
-the channels that are kept; then the layer norm that follows it, one scale and shift a channel. A layer that writes to
-the residual path aims at the original's sum of both, so it also makes up for what the path itself has lost; the last
-one before layers that were left out aims at where those layers ended. Every fit is of a correction to the inherited
-weight, with a small price on its size: where nothing was lost it is zero.
+The cut model and the original compute the same calibration questions. In the order of computation, every linear layer
+of the cut model is refitted so that from the CUT model's inputs it gives the ORIGINAL's outputs at the selected
+channels; then the layer norm behind it, one scale and one shift per channel. The target of a layer that writes to the
+residual path is the original's sum of layer output and residual, so the layer also compensates the error of the
+residual path. If layers that follow were removed, the target is the output of the last removed one. Every fit is a
+ridge regression of a correction to the inherited weight: where nothing was lost, the correction is zero.
 
-`B` questions, `S` query and text tokens, `Q` query tokens, `R` rows: tokens of all questions, the padded ones left out.
+`B` questions, `S` query and text tokens, `Q` query tokens, `P` image tokens, `D`, `E` widths, `R` rows: the tokens of
+all questions without padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,15 +25,18 @@ from blipfit.model.backbone import Backbone
 from blipfit.runtime import cpu
 
 RIDGE = 1e-3
-"""Price of a correction, in parts of each input's variance."""
+"""Weight of the ridge penalty on a correction, relative to the variance of each input."""
 ROUNDING = 1e-5
+"""Errors up to this fraction of the largest target are taken for rounding and not corrected."""
 
-Where = Literal["queries", "text", "all"]
+TokenKind = Literal["queries", "text", "all"]
+_Records = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+"""Name of a module → its input and output in every batch."""
 
 
 @dataclass(slots=True)
-class _Batch:
-    """A calibration batch where it stands in a Q-Former."""
+class _LayerInputs:
+    """The inputs of a Q-Former's layer for one calibration batch; `hidden` advances from layer to layer."""
 
     hidden: Tensor
     """`B × S × D`"""
@@ -42,214 +46,249 @@ class _Batch:
 
 
 def repair(original: Backbone, small: Any, selection: Selection, questions: Calibration) -> dict[str, float]:
-    """Refit Q-Former and projection of `small` (from `selection.cut`) in place.
+    """Refit Q-Former and projection of `small` (from `cut_model`) in place.
 
-    Returns the share of the visual tokens' variance over questions that is lost before and after; 0: nothing is.
+    Returns the fraction of the visual tokens' variance over questions that is lost, `before` and `after` the repair;
+    0 means that nothing is lost.
     """
     cut = Backbone(small, original.text, original.family, original.name)
     exact = Backbone(original.hf, original.text, original.family, original.name)  # without autocast
     with torch.no_grad():
-        kept = selection.queries.to(original.device)
-        target = [visual[:, kept] for visual in _visual(exact, questions)]
-        before = lost(_visual(cut, questions), target)
-        with cpu.products():  # as the target was computed
-            _Repair(exact, cut, selection, questions).run(target)
-        return {"before": before, "after": lost(_visual(cut, questions), target)}
+        queries = selection.queries.to(original.device)
+        targets = [visual[:, queries] for visual in _compute_visual(exact, questions)]
+        before = lost_variance(_compute_visual(cut, questions), targets)
+        with cpu.onednn_products():  # the arithmetic in which the targets were computed
+            _LayerwiseFit(exact, cut, selection, questions).run(targets)
+        return {"before": before, "after": lost_variance(_compute_visual(cut, questions), targets)}
 
 
-def lost(found: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """Squared distance of visual tokens `B × Q × D` from their targets, in parts of the targets' variance."""
-    there, here = torch.cat(list(target)).double(), torch.cat(list(found)).double()
-    return float((here - there).square().sum() / (there - there.mean(0)).square().sum())
+def lost_variance(visual: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Squared distance of visual tokens `B × Q × D` from their targets, relative to the targets' variance."""
+    actual, expected = torch.cat(list(visual)).double(), torch.cat(list(targets)).double()
+    return float((actual - expected).square().sum() / (expected - expected.mean(0)).square().sum())
 
 
-def _visual(backbone: Backbone, questions: Calibration) -> list[Tensor]:
+def _compute_visual(backbone: Backbone, questions: Calibration) -> list[Tensor]:
     return [backbone.query(features, batch) for features, batch in questions]
 
 
-class _Repair:
-    """The walk through both models side by side."""
+class _LayerwiseFit:
+    """Runs both models side by side, layer by layer, and refits the cut one."""
 
     def __init__(self, original: Backbone, cut: Backbone, selection: Selection, questions: Calibration):
-        self.old, self.new, self.selection = original.hf, cut.hf, selection
-        self.channels, self.kept = selection.channels.to(original.device), selection.queries.to(original.device)
+        self.original, self.cut, self.selection, self.questions = original, cut, selection, questions
+        self.channels, self.queries = selection.channels.to(original.device), selection.queries.to(original.device)
         self.text_masks = [batch.qformer_mask_BT.bool() for _, batch in questions]
-        self.original, self.cut, self.questions = original, cut, questions
 
     def run(self, visual: Sequence[Tensor]) -> None:
-        """`visual`: the original's visual tokens at the queries kept, the last thing to fit."""
-        embeddings = self.new.qformer.embeddings.layernorm
-        was, _ = _entered(self.original, self.questions)
-        now, sums = _entered(self.cut, self.questions)
-        target = self._rows([batch.hidden for batch in was], "all", old=True)[:, self.channels]
-        _fit_norm(embeddings, self._rows(sums, "all"), target)
-        for batch, entering in zip(now, sums, strict=True):
-            batch.hidden = embeddings(entering)
-        sources, layers = self.selection.sources, self.old.qformer.encoder.layer
-        at = 0
-        for place, source in enumerate(sources):
-            last = place == len(sources) - 1
-            end = len(layers) - 1 if last else sources[place + 1] - 1
-            seen: dict[int, Mapping[str, list[tuple[Tensor, Tensor]]]] = {}
-            for number in range(at, end + 1):
-                seen[number] = self._pass(layers[number], was, watched=number in (source, end))
-            at = end + 1
-            self._layer(self.new.qformer.encoder.layer[place], source, seen[source], seen[end], now)
-        reached = self._rows([batch.hidden for batch in now], "queries")
-        _fit(self.new.language_projection, reached, torch.cat([v.flatten(0, 1) for v in visual]))
+        """Refit all layers; `visual`: the original's visual tokens at the selected queries, the projection's target."""
+        embeddings_norm = self.cut.hf.qformer.embeddings.layernorm
+        original_inputs, _ = _record_layer_inputs(self.original, self.questions)
+        cut_inputs, embeddings = _record_layer_inputs(self.cut, self.questions)
+        target = self._rows([inputs.hidden for inputs in original_inputs], "all", of_original=True)[:, self.channels]
+        _fit_norm(embeddings_norm, self._rows(embeddings, "all"), target)
+        for inputs, embedding in zip(cut_inputs, embeddings, strict=True):
+            inputs.hidden = embeddings_norm(embedding)
+        sources, layers = self.selection.layers, self.original.hf.qformer.encoder.layer
+        next_layer = 0
+        for position, source in enumerate(sources):
+            is_last = position == len(sources) - 1
+            end = len(layers) - 1 if is_last else sources[position + 1] - 1
+            records: dict[int, _Records] = {}
+            for index in range(next_layer, end + 1):
+                records[index] = self._run_original(layers[index], original_inputs, record=index in (source, end))
+            next_layer = end + 1
+            layer = self.cut.hf.qformer.encoder.layer[position]
+            self._fit_layer(layer, source, records[source], records[end], cut_inputs)
+        outputs = self._rows([inputs.hidden for inputs in cut_inputs], "queries")
+        _fit(self.cut.hf.language_projection, outputs, torch.cat([tokens.flatten(0, 1) for tokens in visual]))
 
-    # ------------------------------------------------------------- a layer
+    def _fit_layer(
+        self, layer: Any, source: int, records: _Records, end_records: _Records, cut_inputs: list[_LayerInputs]
+    ) -> None:
+        """Refit a layer of the cut model.
 
-    def _layer(self, layer: Any, source: int, acts: Any, ends: Any, now: list[_Batch]) -> None:
-        """Fit a layer of the cut model to what its source (`acts`) and the last layer before the next (`ends`) did."""
-        q = self.new.config.num_query_tokens
+        `records`: what the original's layer `source` computed; `end_records`: what the last layer before the next
+        selected one computed, which differs from `source` where layers were removed.
+        """
+        Q = self.cut.hf.config.num_query_tokens
         inner = {
             name: self.selection.inner[f"encoder.layer.{source}.{name}.dense"].to(self.channels.device)
             for name in ("attention.output", "crossattention.output", "output", "output_query")
             if f"encoder.layer.{source}.{name}.dense" in self.selection.inner
         }
-        hidden = [batch.hidden for batch in now]
-        hidden = self._attention(layer.attention, "attention", inner, acts, hidden, "all", now)
-        queries, text = [h[:, :q] for h in hidden], [h[:, q:] for h in hidden]
+        hidden = [inputs.hidden for inputs in cut_inputs]
+        hidden = self._fit_attention(layer.attention, "attention", inner, records, hidden, "all", cut_inputs)
+        queries, text = [h[:, :Q] for h in hidden], [h[:, Q:] for h in hidden]
         if layer.has_cross_attention:
-            queries = self._attention(layer.crossattention, "crossattention", inner, acts, queries, "queries", now)
-        queries = self._branch(layer, "_query", inner, acts, ends, queries, "queries")
-        text = self._branch(layer, "", inner, acts, ends, text, "text")
-        for batch, *halves in zip(now, queries, text, strict=True):
-            batch.hidden = torch.cat(halves, dim=1)
+            queries = self._fit_attention(
+                layer.crossattention, "crossattention", inner, records, queries, "queries", cut_inputs
+            )
+        queries = self._fit_feed_forward(layer, "_query", inner, records, end_records, queries, "queries")
+        text = self._fit_feed_forward(layer, "", inner, records, end_records, text, "text")
+        for inputs, *parts in zip(cut_inputs, queries, text, strict=True):
+            inputs.hidden = torch.cat(parts, dim=1)
 
-    def _attention(
-        self, attention: Any, name: str, inner: Any, acts: Any, hidden: list[Tensor], where: Where, now: list[_Batch]
+    def _fit_attention(
+        self,
+        attention: Any,
+        name: str,
+        inner: Mapping[str, Tensor],
+        records: _Records,
+        hidden: list[Tensor],
+        tokens: TokenKind,
+        cut_inputs: list[_LayerInputs],
     ) -> list[Tensor]:
-        kept = inner[f"{name}.output"]
-        scale = query_scale(self.old, self.selection.size)
-        reads = self._rows(hidden, where)
-        # What cross-attention makes of the image features has lost nothing.
-        for part in ("query", "key", "value") if where == "all" else ("query",):
-            target = self._outputs(acts, f"{name}.attention.{part}", where)[:, kept]
-            _fit(getattr(attention.attention, part), reads, target * (scale if part == "query" else 1))
-        across = where == "queries"
+        """Refit an attention and the layer norm behind it; return its outputs, batch by batch."""
+        channels = inner[f"{name}.output"]
+        scale = query_scale(self.original.hf, self.selection.size)
+        rows = self._rows(hidden, tokens)
+        # Keys and values of cross-attention read the image features, which are complete.
+        for part in ("query", "key", "value") if tokens == "all" else ("query",):
+            target = self._recorded_outputs(records, f"{name}.attention.{part}", tokens)[:, channels]
+            _fit(getattr(attention.attention, part), rows, target * (scale if part == "query" else 1))
+        is_cross = tokens == "queries"
         contexts = [
             attention.attention(
                 h,
-                attention_mask=None if across else batch.attention_mask,
-                encoder_hidden_states=batch.features if across else None,
+                attention_mask=None if is_cross else inputs.attention_mask,
+                encoder_hidden_states=inputs.features if is_cross else None,
             )[0]
-            for h, batch in zip(hidden, now, strict=True)
+            for h, inputs in zip(hidden, cut_inputs, strict=True)
         ]
-        self._fit_output(attention.output, name + ".output", acts, contexts, hidden, where)
+        self._fit_output(attention.output, name + ".output", records, contexts, hidden, tokens)
         return [attention.output(context, h) for context, h in zip(contexts, hidden, strict=True)]
 
-    def _branch(
-        self, layer: Any, ending: str, inner: Any, acts: Any, ends: Any, hidden: list[Tensor], where: Where
+    def _fit_feed_forward(
+        self,
+        layer: Any,
+        suffix: str,
+        inner: Mapping[str, Tensor],
+        records: _Records,
+        end_records: _Records,
+        hidden: list[Tensor],
+        tokens: TokenKind,
     ) -> list[Tensor]:
-        first, second = getattr(layer, f"intermediate{ending}"), getattr(layer, f"output{ending}")
-        target = self._outputs(acts, f"intermediate{ending}.dense", where)[:, inner[f"output{ending}"]]
-        _fit(first.dense, self._rows(hidden, where), target)
+        """Refit a feed-forward branch and the layer norm behind it; return its outputs, batch by batch."""
+        first, second = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
+        target = self._recorded_outputs(records, f"intermediate{suffix}.dense", tokens)[:, inner[f"output{suffix}"]]
+        _fit(first.dense, self._rows(hidden, tokens), target)
         units = [first(h) for h in hidden]
-        self._fit_output(second, f"output{ending}", ends, units, hidden, where)
+        self._fit_output(second, f"output{suffix}", end_records, units, hidden, tokens)
         return [second(u, h) for u, h in zip(units, hidden, strict=True)]
 
     def _fit_output(
-        self, output: Any, name: str, acts: Any, inputs: list[Tensor], residual: list[Tensor], where: Where
+        self,
+        output: Any,
+        name: str,
+        records: _Records,
+        inputs: list[Tensor],
+        residual: list[Tensor],
+        tokens: TokenKind,
     ) -> None:
-        """A dense layer that adds to the residual path, and the layer norm behind it."""
-        norm = acts[f"{name}.LayerNorm"]
-        there = self._rows([given for given, _ in norm], where, old=True)[:, self.channels]
-        after = self._rows([result for _, result in norm], where, old=True)[:, self.channels]
-        reads, path = self._rows(inputs, where), self._rows(residual, where)
-        _fit(output.dense, reads, there - path)
-        _fit_norm(output.LayerNorm, output.dense(reads) + path, after)
+        """Refit a dense layer that adds to the residual path, and the layer norm behind it."""
+        norm_records = records[f"{name}.LayerNorm"]
+        target = self._rows([before for before, _ in norm_records], tokens, of_original=True)[:, self.channels]
+        normed = self._rows([after for _, after in norm_records], tokens, of_original=True)[:, self.channels]
+        input_rows, residual_rows = self._rows(inputs, tokens), self._rows(residual, tokens)
+        _fit(output.dense, input_rows, target - residual_rows)
+        _fit_norm(output.LayerNorm, output.dense(input_rows) + residual_rows, normed)
 
-    # -------------------------------------------------------------- tokens
+    def _recorded_outputs(self, records: _Records, name: str, tokens: TokenKind) -> Tensor:
+        return self._rows([output for _, output in records[name]], tokens, of_original=True)
 
-    def _outputs(self, acts: Any, name: str, where: Where) -> Tensor:
-        return self._rows([result for _, result in acts[name]], where, old=True)
-
-    def _rows(self, batches: Sequence[Tensor], where: Where, old: bool = False) -> Tensor:
-        """The tokens of all batches as rows `R × D`: of the original only the queries that are kept."""
+    def _rows(self, batches: Sequence[Tensor], tokens: TokenKind, of_original: bool = False) -> Tensor:
+        """Return the tokens of all batches as rows `R × D`; of the original, only the selected query tokens."""
         rows = []
-        Q = (self.old if old else self.new).config.num_query_tokens
-        for tokens, mask in zip(batches, self.text_masks, strict=True):
-            if where != "text":
-                queries = tokens[:, :Q]
-                rows.append((queries[:, self.kept] if old else queries).flatten(0, 1))
-            if where != "queries":
-                rows.append((tokens if where == "text" else tokens[:, Q:])[mask])
+        Q = (self.original if of_original else self.cut).hf.config.num_query_tokens
+        for batch, mask in zip(batches, self.text_masks, strict=True):
+            if tokens != "text":
+                queries = batch[:, :Q]
+                rows.append((queries[:, self.queries] if of_original else queries).flatten(0, 1))
+            if tokens != "queries":
+                rows.append((batch if tokens == "text" else batch[:, Q:])[mask])
         return torch.cat(rows)
 
-    def _pass(self, layer: Any, batches: list[_Batch], watched: bool) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Take the original's batches through a layer; return inputs and outputs of its parts, batch by batch."""
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    def _run_original(self, layer: Any, batches: list[_LayerInputs], record: bool) -> _Records:
+        """Advance the original's batches by one layer; if `record`, return its modules' inputs and outputs."""
+        records: dict[str, list[tuple[Tensor, Tensor]]] = {}
         hooks = []
-        for name, module in layer.named_modules() if watched else ():
+        for name, module in layer.named_modules() if record else ():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                found = seen.setdefault(name, [])
-                hooks.append(module.register_forward_hook(lambda m, i, o, found=found: found.append((i[0], o))))
-        Q = self.old.config.num_query_tokens
-        for batch in batches:
-            batch.hidden = layer(batch.hidden, batch.attention_mask, batch.features, query_length=Q)
+                hooks.append(module.register_forward_hook(_append_to(records.setdefault(name, []))))
+        Q = self.original.hf.config.num_query_tokens
+        for inputs in batches:
+            inputs.hidden = layer(inputs.hidden, inputs.attention_mask, inputs.features, query_length=Q)
         for hook in hooks:
             hook.remove()
-        return seen
+        return records
 
 
-def _entered(backbone: Backbone, questions: Calibration) -> tuple[list[_Batch], list[Tensor]]:
-    """What a Q-Former's first layer is given, batch by batch, and what the layer norm of its embeddings is."""
-    batches: list[_Batch] = []
-    sums: list[Tensor] = []
+def _append_to(record: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, Any, Tensor], None]:
+    """Return a forward hook that appends a module's input and output to a list."""
+
+    def append(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        record.append((inputs[0], output))
+
+    return append
+
+
+def _record_layer_inputs(backbone: Backbone, questions: Calibration) -> tuple[list[_LayerInputs], list[Tensor]]:
+    """Return the inputs of a Q-Former's first layer and those of the layer norm of its embeddings, batch by batch."""
+    layer_inputs: list[_LayerInputs] = []
+    embeddings: list[Tensor] = []
     qformer = backbone.hf.qformer
 
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        batches.append(_Batch(*inputs[:3]))
+    def record_layer(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        layer_inputs.append(_LayerInputs(*inputs[:3]))
 
-    def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        sums.append(inputs[0])
+    def record_embeddings(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        embeddings.append(inputs[0])
 
     hooks = [
-        qformer.encoder.layer[0].register_forward_pre_hook(enter),
-        qformer.embeddings.layernorm.register_forward_pre_hook(add),
+        qformer.encoder.layer[0].register_forward_pre_hook(record_layer),
+        qformer.embeddings.layernorm.register_forward_pre_hook(record_embeddings),
     ]
     try:
-        _visual(backbone, questions)
+        _compute_visual(backbone, questions)
     finally:
         for hook in hooks:
             hook.remove()
-    return batches, sums
+    return layer_inputs, embeddings
 
 
 def _fit(linear: nn.Linear, inputs_RD: Tensor, targets_RE: Tensor) -> None:
-    """Correct a linear layer so that it gives the targets from the inputs: ridge regression of what is missing."""
-    missing = _missing(targets_RE, linear(inputs_RD))
-    if missing is None:
+    """Correct a linear layer in place so that it gives the targets: ridge regression of the remaining error."""
+    error = _significant_error(targets_RE, linear(inputs_RD))
+    if error is None:
         return
     inputs = inputs_RD.double()
-    center, shift = inputs.mean(0), missing.mean(0)
-    inputs, missing = inputs - center, missing - shift
-    spread = inputs.square().mean(0).sqrt().clamp_min(1e-12)
-    inputs = inputs / spread  # or the ridge would ask little of loud channels and much of quiet ones
+    center, shift = inputs.mean(0), error.mean(0)
+    inputs, error = inputs - center, error - shift
+    deviation = inputs.square().mean(0).sqrt().clamp_min(1e-12)
+    inputs = inputs / deviation  # so that the penalty does not depend on a channel's scale
     gram = inputs.T @ inputs / len(inputs)
     gram.diagonal().add_(RIDGE)
-    correction = torch.linalg.solve(gram, inputs.T @ missing / len(inputs)) / spread.unsqueeze(1)
+    correction = torch.linalg.solve(gram, inputs.T @ error / len(inputs)) / deviation.unsqueeze(1)
     linear.weight += correction.T.to(linear.weight.dtype)
     if linear.bias is not None:
         linear.bias += (shift - center @ correction).to(linear.bias.dtype)
 
 
 def _fit_norm(norm: nn.LayerNorm, inputs_RD: Tensor, targets_RD: Tensor) -> None:
-    """Correct a layer norm's scale and shift, each channel by itself."""
-    missing = _missing(targets_RD, norm(inputs_RD))
-    if missing is None:
+    """Correct the scale and the shift of a layer norm in place, each channel by itself."""
+    error = _significant_error(targets_RD, norm(inputs_RD))
+    if error is None:
         return
     normal = F.layer_norm(inputs_RD.double(), norm.normalized_shape, eps=norm.eps)
-    center, shift = normal.mean(0), missing.mean(0)
+    center, shift = normal.mean(0), error.mean(0)
     normal = normal - center
-    slope = (normal * (missing - shift)).mean(0) / (normal.square().mean(0) + RIDGE * 1e-3)
+    slope = (normal * (error - shift)).mean(0) / (normal.square().mean(0) + RIDGE * 1e-3)
     norm.weight += slope.to(norm.weight.dtype)
     norm.bias += (shift - slope * center).to(norm.bias.dtype)
 
 
-def _missing(targets: Tensor, found: Tensor) -> Tensor | None:
-    """What is missing, or None where it is no more than the rounding of one computation done in two shapes."""
-    missing = (targets - found).double()
-    return missing if missing.abs().max() > ROUNDING * targets.abs().max() else None
+def _significant_error(targets: Tensor, outputs: Tensor) -> Tensor | None:
+    """Return targets minus outputs, or None where that is only the rounding of different matrix shapes."""
+    error = (targets - outputs).double()
+    return error if error.abs().max() > ROUNDING * targets.abs().max() else None

@@ -1,4 +1,4 @@
-"""A checkpoint folder written anew with some of its tensors replaced; everything else stays byte for byte."""
+"""Write a checkpoint folder anew with some of its tensors replaced; all other content is copied byte for byte."""
 
 import json
 import shutil
@@ -15,95 +15,102 @@ from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import ModelConfig
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".index.json")
+WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".index.json")
 
-Edit = Callable[[dict[str, Any]], None]
+JsonEdit = Callable[[dict[str, Any]], None]
 """Changes the content of a JSON file in place."""
 
 
-def source_folder(model: ModelConfig) -> Path:
-    """The folder of a checkpoint with all its files; from the hub they are fetched as far as the cache lacks them."""
-    place, revision = loading.locate(model)
-    if Path(place).is_dir():
-        return Path(place)
+def locate_checkpoint(model: ModelConfig) -> Path:
+    """Return the folder of a checkpoint with all its files; those that the local hub cache lacks are downloaded.
+
+    Raises UserError if there is no such model.
+    """
+    location, revision = loading.locate(model)
+    if Path(location).is_dir():
+        return Path(location)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
 
 
-def rewrite(
+def rewrite_checkpoint(
     source: Path,
-    to: Path,
+    target: Path,
+    *,
+    replaced: Callable[[str], bool],
     tensors: Mapping[str, Tensor],
-    ours: Callable[[str], bool],
-    edits: Mapping[str, Edit],
-    extra: Mapping[str, Any],
+    edits: Mapping[str, JsonEdit],
+    new_files: Mapping[str, Any],
 ) -> None:
-    """Write the checkpoint of `source` to `to`: whole or not at all, and never over something.
+    """Write the checkpoint of folder `source` to a new folder `target`, completely or not at all.
 
-    Tensors whose names are `ours` are left out and `tensors` stand in their place, each in its shard; JSON files named
-    in `edits` are changed, where they are there; `extra` are new JSON files.
+    `replaced(name)`: whether a tensor of the source is left out. `tensors`: what is written instead, each tensor into
+    the shard where the source has one of that name, else into the first shard. `edits`: name of a JSON file → how it is
+    changed; files that the source lacks are skipped. `new_files`: name → content of additional JSON files. Raises
+    UserError if `target` exists already or if a weight file is missing.
     """
-    refuse_existing(to)
-    with run.replacing(to) as temporary:
+    refuse_existing(target)
+    with run.replacing(target) as temporary:
         temporary.mkdir()
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             name = str(file.relative_to(source))
-            if not name.endswith(_WEIGHT_FILES) and not name.startswith("."):
-                _copy(file, temporary / name, edits.get(name))
-        _write_weights(source, temporary, tensors, ours)
-        for name, value in extra.items():
+            if not name.endswith(_WEIGHT_SUFFIXES) and not name.startswith("."):
+                _copy_file(file, temporary / name, edits.get(name))
+        _write_weights(source, temporary, replaced, tensors)
+        for name, value in new_files.items():
             run.write_json(temporary / name, value)
 
 
-def refuse_existing(to: Path) -> None:
-    """UserError where a folder has something in it."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists already; give a new folder with --to, or remove it")
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError if a folder is not empty, or if the path is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; give a new folder with --to, or remove it")
 
 
-def _copy(file: Path, to: Path, edit: Edit | None) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
+def _copy_file(file: Path, target: Path, edit: JsonEdit | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     if edit is None:
-        shutil.copyfile(file, to)
+        shutil.copyfile(file, target)
     else:
         content = run.read_json(file)
         edit(content)
-        run.write_json(to, content)
+        run.write_json(target, content)
 
 
-def _write_weights(source: Path, to: Path, tensors: Mapping[str, Tensor], ours: Callable[[str], bool]) -> None:
-    shards = _shards(source)
-    place = {name: shard for shard, names in shards.items() for name in names}
-    first = next(iter(shards))
-    where: dict[str, str] = {}
-    size = 0
+def _write_weights(source: Path, target: Path, replaced: Callable[[str], bool], tensors: Mapping[str, Tensor]) -> None:
+    """Write every shard of the source with its tensors replaced, and the index if there are several shards."""
+    shards = _list_shards(source)
+    shard_of = {name: shard for shard, names in shards.items() for name in names}
+    first_shard = next(iter(shards))
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for shard in shards:
         with safe_open(source / shard, "pt") as file:
-            kept = {name: file.get_tensor(name) for name in file.keys() if not ours(name)}  # noqa: SIM118
+            content = {name: file.get_tensor(name) for name in file.keys() if not replaced(name)}  # noqa: SIM118
             header = file.metadata() or {"format": "pt"}
-        new = {name: tensor for name, tensor in tensors.items() if place.get(name, first) == shard}
-        kept |= {name: tensor.detach().cpu().contiguous() for name, tensor in new.items()}
-        save_file(kept, to / shard, header)
-        where |= dict.fromkeys(kept, shard)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+        new = {name: tensor for name, tensor in tensors.items() if shard_of.get(name, first_shard) == shard}
+        content |= {name: tensor.detach().cpu().contiguous() for name, tensor in new.items()}
+        save_file(content, target / shard, header)
+        weight_map |= dict.fromkeys(content, shard)
+        total_size += sum(tensor.numel() * tensor.element_size() for tensor in content.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        (to / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(source: Path) -> dict[str, list[str]]:
-    """Weight files of a checkpoint with the names of their tensors."""
-    if (source / INDEX).is_file():
-        files = sorted(set(run.read_json(source / INDEX)["weight_map"].values()))
+def _list_shards(source: Path) -> dict[str, list[str]]:
+    """Return the weight files of a checkpoint, each with the names of its tensors."""
+    if (source / INDEX_FILE).is_file():
+        files = sorted(set(run.read_json(source / INDEX_FILE)["weight_map"].values()))
     else:
-        files = [WEIGHTS]
-    found = {}
+        files = [WEIGHTS_FILE]
+    shards = {}
     for name in files:
         if not (source / name).is_file():
-            raise UserError(f"{source} has no {name}; get a whole copy")
+            raise UserError(f"{source} has no {name}; get a complete copy of the model")
         with safe_open(source / name, "pt") as file:
-            found[name] = list(file.keys())
-    return found
+            shards[name] = list(file.keys())
+    return shards

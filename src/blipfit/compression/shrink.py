@@ -1,4 +1,4 @@
-"""A smaller Q-Former that inherits the bigger one's weights, as an ordinary checkpoint folder."""
+"""Make a smaller Q-Former that inherits the weights of the original, and write it as an ordinary checkpoint folder."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,81 +6,100 @@ from typing import Any
 
 from torch import Tensor
 
-from blipfit.compression import importance, rewrite, selection
-from blipfit.compression import size as shrink_size
 from blipfit.compression.calibration import Calibration
-from blipfit.compression.importance import Method, Scores
+from blipfit.compression.importance import Method, Scores, measure
 from blipfit.compression.repair import repair
+from blipfit.compression.rewrite import CONFIG_FILE, rewrite_checkpoint
+from blipfit.compression.selection import cut_model, select_parts
 from blipfit.compression.size import Size
 from blipfit.errors import UserError
 from blipfit.grid import SHRINK_RECORD
 from blipfit.model.backbone import Backbone
 
-_OURS = ("query_tokens", "qformer.", "language_projection.")
+_REPLACED_TENSORS = ("query_tokens", "qformer.", "language_projection.")
+"""Prefixes of the names of the tensors that shrinking replaces in a checkpoint."""
 
 
 def shrink(
-    backbone: Backbone, size: Size, method: Method, questions: Calibration | None, mend: bool = True
+    backbone: Backbone, size: Size, method: Method, questions: Calibration | None, with_repair: bool = True
 ) -> tuple[Any, dict[str, Any]]:
-    """A model with a Q-Former of this size, and the record of how it was made.
+    """Return a model with a Q-Former of this size, and a record of how it was made.
 
-    The model shares its other parts with the backbone's. Without `questions` only `magnitude` can be measured and
-    nothing is repaired.
+    `method`: how importance is measured. Without `questions` only `magnitude` works, and nothing is repaired. The model
+    shares its other modules with the backbone's model. Raises UserError if the method needs questions.
     """
     if questions is None and method != "magnitude":
-        raise UserError(f"importance by {method} is measured on questions; say of which data set: --on icons")
-    return keep(backbone, size, importance.measure(backbone, method, questions), questions if mend else None, method)
+        raise UserError(f"importance by {method} is measured on questions; name their data set, for example --on icons")
+    scores = measure(backbone, method, questions)
+    return shrink_by_scores(backbone, size, scores, questions if with_repair else None, method)
 
 
-def keep(
-    backbone: Backbone, size: Size, scores: Scores, questions: Calibration | None, told: str
+def shrink_by_scores(
+    backbone: Backbone, size: Size, scores: Scores, questions: Calibration | None, scores_name: str
 ) -> tuple[Any, dict[str, Any]]:
-    """As `shrink`, with scores of any origin; `questions`: what the repair is fitted to, None for no repair."""
-    chosen = selection.choose(backbone.hf, size, scores)
-    small = selection.cut(backbone.hf, chosen)
-    lost = repair(backbone, small, chosen, questions) if questions is not None else None
+    """Like `shrink`, with scores of any origin; the repair is fitted to `questions`, None means no repair.
+
+    `scores_name`: how the record names the origin of the scores.
+    """
+    selection = select_parts(backbone.hf, size, scores)
+    small = cut_model(backbone.hf, selection)
+    lost_variance = repair(backbone, small, selection, questions) if questions is not None else None
     queries = small.query_tokens[0]
     if len(queries) > 1 and bool((queries == queries[0]).all()):
         raise AssertionError("all query tokens are identical")
     record = {
-        "from": _origin(backbone.name),
-        "before": asdict(shrink_size.of(backbone.hf.config)),
+        "from": _resolve_folder(backbone.name),
+        "before": asdict(Size.from_config(backbone.hf.config)),
         "after": asdict(size),
-        "importance": told,
+        "importance": scores_name,
         "questions": len(questions) if questions is not None else 0,
-        "lost": lost,
-        "kept": chosen.record,
+        "lost": lost_variance,
+        "kept": selection.record,
     }
     return small, record
 
 
-def _origin(name: str) -> str:
-    """The original's name, a folder's with its whole path: the record is read from elsewhere too."""
+def _resolve_folder(name: str) -> str:
+    """Return a folder's absolute path, so that the record holds in any working directory; else the name itself."""
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if (folder / rewrite.CONFIG).is_file() else name
+    return str(folder.resolve()) if (folder / CONFIG_FILE).is_file() else name
 
 
-def backbone_of(original: Backbone, small: Any) -> Backbone:
-    """The smaller model with the original's tokenizers, ready for use."""
+def make_backbone(original: Backbone, small: Any) -> Backbone:
+    """Return a backbone of the smaller model with the original's tokenizers and settings."""
     return Backbone(small, original.text, original.family, original.name, original.autocast_dtype)
 
 
-def write(source: Path, to: Path, small: Any, record: dict[str, Any]) -> None:
-    """Write a folder in Hugging Face format: the source's, with the smaller Q-Former in it."""
-    size = shrink_size.of(small.config)
+def write_checkpoint(source: Path, target: Path, small: Any, record: dict[str, Any]) -> None:
+    """Write a folder in Hugging Face format: a copy of `source` with the smaller Q-Former in it.
 
-    def configure(config: dict[str, Any]) -> None:
+    Raises UserError if `target` exists already or if `source` lacks weight files.
+    """
+    size = Size.from_config(small.config)
+
+    def edit_model_config(config: dict[str, Any]) -> None:
         config["num_query_tokens"] = size.queries
-        config.setdefault("qformer_config", {}).update(shrink_size.qformer_fields(size))
+        config.setdefault("qformer_config", {}).update(size.qformer_fields)
 
-    def process(config: dict[str, Any]) -> None:
+    def edit_processor_config(config: dict[str, Any]) -> None:
         if "num_query_tokens" in config:
             config["num_query_tokens"] = size.queries
 
-    edits = {rewrite.CONFIG: configure, "processor_config.json": process, "preprocessor_config.json": process}
-    rewrite.rewrite(source, to, tensors(small), lambda name: name.startswith(_OURS), edits, {SHRINK_RECORD: record})
+    edits = {
+        CONFIG_FILE: edit_model_config,
+        "processor_config.json": edit_processor_config,
+        "preprocessor_config.json": edit_processor_config,
+    }
+    rewrite_checkpoint(
+        source,
+        target,
+        replaced=lambda name: name.startswith(_REPLACED_TENSORS),
+        tensors=qformer_tensors(small),
+        edits=edits,
+        new_files={SHRINK_RECORD: record},
+    )
 
 
-def tensors(small: Any) -> dict[str, Tensor]:
-    """What differs from the original's checkpoint, by the checkpoint's names."""
-    return {name: tensor for name, tensor in small.state_dict().items() if name.startswith(_OURS)}
+def qformer_tensors(small: Any) -> dict[str, Tensor]:
+    """Return the tensors that differ from the original's checkpoint, by their names in the checkpoint."""
+    return {name: tensor for name, tensor in small.state_dict().items() if name.startswith(_REPLACED_TENSORS)}

@@ -1,4 +1,4 @@
-"""How small: the sizes of a Q-Former, what of them is possible, and the configuration they make."""
+"""The size of a Q-Former: which smaller sizes are possible, and the configuration of a size."""
 
 import copy
 from dataclasses import dataclass, fields, replace
@@ -17,18 +17,39 @@ class Size:
     layers: int
     queries: int
     cross_every: int
+    """Layers 0, cross_every, 2 · cross_every, … have cross-attention."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Size":
+        """Read the size of the Q-Former from an `InstructBlipConfig`."""
+        qformer = config.qformer_config
+        return cls(
+            hidden=qformer.hidden_size,
+            heads=qformer.num_attention_heads,
+            intermediate=qformer.intermediate_size,
+            layers=qformer.num_hidden_layers,
+            queries=config.num_query_tokens,
+            cross_every=qformer.cross_attention_frequency,
+        )
 
     @property
     def head_width(self) -> int:
+        """Channels of one attention head."""
         return self.hidden // self.heads
 
     @property
-    def crossings(self) -> int:
-        """Layers with cross-attention: 0, cross_every, 2 · cross_every, …"""
-        return -(-self.layers // self.cross_every)
+    def qformer_fields(self) -> dict[str, int]:
+        """This size as fields of `InstructBlipQFormerConfig`; the number of query tokens is not among them."""
+        return {
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "cross_attention_frequency": self.cross_every,
+        }
 
 
-OPTIONS = {
+COMMAND_OPTIONS = {
     "hidden": "--hidden-size",
     "heads": "--heads",
     "intermediate": "--intermediate-size",
@@ -36,103 +57,89 @@ OPTIONS = {
     "queries": "--queries",
     "cross_every": "--cross-every",
 }
+"""Field of `Size` → option of `blipfit shrink`."""
 
 
-def of(config: Any) -> Size:
-    """The size of a model's Q-Former."""
-    c = config.qformer_config
-    return Size(
-        c.hidden_size,
-        c.num_attention_heads,
-        c.intermediate_size,
-        c.num_hidden_layers,
-        config.num_query_tokens,
-        c.cross_attention_frequency,
-    )
+def reduce_size(config: Any, **dimensions: int | None) -> Size:
+    """Return the size of a model's Q-Former with some of its dimensions lowered.
 
-
-def wanted(config: Any, **sizes: int | None) -> Size:
-    """The original's size with these fields lowered; UserError where weights cannot be inherited that way."""
-    there = of(config)
-    size = replace(there, **{name: value for name, value in sizes.items() if value is not None})
+    `dimensions`: new values of fields of `Size`; None leaves a field as it is. Raises UserError if a Q-Former of that
+    size cannot inherit the model's weights.
+    """
+    original = Size.from_config(config)
+    size = replace(original, **{name: value for name, value in dimensions.items() if value is not None})
     for field in fields(Size):
-        option, value, most = OPTIONS[field.name], getattr(size, field.name), getattr(there, field.name)
+        option, value, maximum = COMMAND_OPTIONS[field.name], getattr(size, field.name), getattr(original, field.name)
         if value < 1:
             raise UserError(f"{option} {value} is too small; give 1 or more")
-        if value > most and field.name != "cross_every":
-            raise UserError(f"{option} {value} is larger than the original's {most}, and shrinking invents no weights")
+        if value > maximum and field.name != "cross_every":
+            raise UserError(f"{option} {value} is larger than the original's {maximum}; shrinking adds no weights")
     if size.hidden % size.heads:
-        fitting = [n for n in range(1, there.heads + 1) if size.hidden % n == 0]
+        divisors = [heads for heads in range(1, original.heads + 1) if size.hidden % heads == 0]
         raise UserError(
-            f"--hidden-size {size.hidden} is not divisible by --heads {size.heads}; give --heads of "
-            f"{', '.join(map(str, fitting))}"
+            f"--hidden-size {size.hidden} is not divisible by --heads {size.heads}; "
+            f"give --heads of {', '.join(map(str, divisors))}"
         )
-    if size.head_width > there.head_width:
-        least = next(n for n in range(size.heads, size.hidden + 1) if _fits(size.hidden, n, there.head_width))
-        mend = f"give --heads {least}" if least <= there.heads else "give another --hidden-size"
-        raise UserError(f"heads of {size.head_width} channels are wider than the original's {there.head_width}; {mend}")
-    _check_crossings(there, size)
+    if size.head_width > original.head_width:
+        candidates = range(size.heads, size.hidden + 1)
+        heads = next(n for n in candidates if size.hidden % n == 0 and size.hidden // n <= original.head_width)
+        fix = f"give --heads {heads}" if heads <= original.heads else "give another --hidden-size"
+        raise UserError(
+            f"heads of {size.head_width} channels are wider than the original's {original.head_width}; {fix}"
+        )
+    _check_layers(original, size)
     return size
 
 
-def configured(config: Any, size: Size) -> Any:
-    """A copy of a model's configuration with this size."""
-    small = copy.deepcopy(config)
-    small.num_query_tokens = size.queries
-    for name, value in qformer_fields(size).items():
-        setattr(small.qformer_config, name, value)
-    return small
+def resize_config(config: Any, size: Size) -> Any:
+    """Return a copy of an `InstructBlipConfig` with a Q-Former of this size."""
+    resized = copy.deepcopy(config)
+    resized.num_query_tokens = size.queries
+    for name, value in size.qformer_fields.items():
+        setattr(resized.qformer_config, name, value)
+    return resized
 
 
-def qformer_fields(size: Size) -> dict[str, int]:
-    """The fields of `qformer_config` that say this size."""
-    return {
-        "hidden_size": size.hidden,
-        "num_attention_heads": size.heads,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "cross_attention_frequency": size.cross_every,
-    }
-
-
-def _fits(hidden: int, heads: int, most: int) -> bool:
-    return hidden % heads == 0 and hidden // heads <= most
-
-
-def _check_crossings(there: Size, size: Size) -> None:
-    """A crossing layer can only come from one, and the layers between two of them from layers between."""
+def _check_layers(original: Size, size: Size) -> None:
+    """Raise UserError if the original has too few layers with cross-attention for this size."""
     try:
-        sources(there, size, [0.0] * there.layers, [0.0] * there.layers)
+        select_layers(original, size, [0.0] * original.layers, [0.0] * original.layers)
     except ValueError:
         raise UserError(
-            f"{size.layers} layers with cross-attention in every {_ordinal(size.cross_every)} cannot be chosen from "
-            f"{there.layers} with it in every {_ordinal(there.cross_every)}; lower --layers or raise --cross-every"
+            f"{size.layers} layers with cross-attention {_describe_interval(size.cross_every)} cannot be selected from "
+            f"{original.layers} layers with it {_describe_interval(original.cross_every)}; "
+            "lower --layers or raise --cross-every"
         ) from None
 
 
-def sources(there: Size, size: Size, main: list[float], cross: list[float]) -> tuple[int, ...]:
-    """The original's layers that a smaller model keeps, in order: those of the highest summed worth.
+def select_layers(
+    original: Size, size: Size, layer_importance: list[float], cross_importance: list[float]
+) -> tuple[int, ...]:
+    """Return the indices of the original's layers that a smaller model keeps: those of the highest total importance.
 
-    `main` is a layer's worth without its cross-attention, `cross` that of its cross-attention. A layer at a place
-    with cross-attention must have had one; elsewhere a cross-attention is lost. ValueError where there is no choice.
+    `layer_importance`: one value per layer, its cross-attention excluded. `cross_importance`: one value per layer, of
+    its cross-attention. A layer of the smaller model that has cross-attention must inherit from a layer that has it;
+    a layer without drops the cross-attention of the layer that it inherits from. The indices are ascending. Raises
+    ValueError if no selection fulfills this.
     """
-    # best[source] = (worth, path) of the best choice for the places so far that ends in this source
+    # Dynamic programming: last selected layer → (importance, layers) of the best selection that ends in it.
     best: dict[int, tuple[float, tuple[int, ...]]] = {-1: (0.0, ())}
-    for place in range(size.layers):
-        crossing = place % size.cross_every == 0
-        coming: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for source in range(there.layers):
-            if crossing and source % there.cross_every:
+    for position in range(size.layers):
+        has_cross = position % size.cross_every == 0
+        extended: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for layer in range(original.layers):
+            if has_cross and layer % original.cross_every:
                 continue
-            before = [found for last, found in best.items() if last < source]
-            if before:
-                worth, path = max(before, key=lambda found: found[0])
-                coming[source] = (worth + main[source] + (cross[source] if crossing else 0.0), (*path, source))
-        best = coming
+            previous = [selection for last, selection in best.items() if last < layer]
+            if previous:
+                importance, layers = max(previous, key=lambda selection: selection[0])
+                importance = importance + layer_importance[layer] + (cross_importance[layer] if has_cross else 0.0)
+                extended[layer] = (importance, (*layers, layer))
+        best = extended
     if not best:
-        raise ValueError("no such choice of layers")
-    return max(best.values(), key=lambda found: found[0])[1]
+        raise ValueError("no selection of layers fulfills the conditions")
+    return max(best.values(), key=lambda selection: selection[0])[1]
 
 
-def _ordinal(number: int) -> str:
-    return {1: "layer", 2: "second"}.get(number, f"{number}th")
+def _describe_interval(cross_every: int) -> str:
+    return "in every layer" if cross_every == 1 else f"every {cross_every} layers"

@@ -1,13 +1,12 @@
-"""Data sets by name: how each is prepared, loaded and asked. Importing this imports none of them."""
+"""Data sets by name: how each is prepared and loaded. Importing this imports no data set's module."""
 
 import difflib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blipfit.data import records
 from blipfit.data.question import SPLITS, Question
@@ -15,59 +14,134 @@ from blipfit.data_sets import DATA_SETS, DataSet
 from blipfit.errors import UserError
 
 
+class DataSetModule(Protocol):
+    """What the module of a data set provides."""
+
+    @property
+    def prepare(self) -> Callable[..., Any]:
+        """`prepare(source, to, …)` writes a prepared folder and returns a report; `icons` takes no source."""
+
+    @property
+    def load(self) -> Callable[[Path, str], list[Question]]:
+        """`load(folder, split)` reads one split of a prepared folder."""
+
+
+def _scienceqa() -> DataSetModule:
+    from blipfit.data import scienceqa
+
+    return scienceqa
+
+
+def _iconqa() -> DataSetModule:
+    from blipfit.data import iconqa
+
+    return iconqa
+
+
+def _icons() -> DataSetModule:
+    from blipfit.data import icons
+
+    return icons
+
+
+def _own() -> DataSetModule:
+    from blipfit.data import own
+
+    return own
+
+
+def _rewardbench() -> DataSetModule:
+    from blipfit.data import rewardbench
+
+    return rewardbench
+
+
+def _mme() -> DataSetModule:
+    from blipfit.data import mme
+
+    return mme
+
+
+MODULES: dict[str, Callable[[], DataSetModule]] = {
+    "scienceqa": _scienceqa,
+    "iconqa": _iconqa,
+    "icons": _icons,
+    "own": _own,
+    "rewardbench": _rewardbench,
+    "mme": _mme,
+}
+"""Functions that import a data set's module when it is first needed, so that `blipfit --help` stays fast."""
+
+DRAWN_COUNTS: Mapping[str, int] = {"mme": 200, "rewardbench": 3000}
+"""Data sets that can be drawn from the world of icons, and by default how many images per subtask or pairs in all."""
+DRAWING_FILE = "drawn.json"
+"""In a folder of a drawn data set: how it was drawn."""
+
+
 def dataset(name: str) -> DataSet:
-    """Return the data set of that name."""
+    """Return the data set of that name. Raises UserError if there is none."""
     if name not in DATA_SETS:
         raise UserError(_unknown("data set", name, DATA_SETS))
     return DATA_SETS[name]
 
 
 def prepare(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Write a prepared folder; see the `prepare` of the data set's own module for what it takes and reports."""
-    return import_module(dataset(name).module).prepare(*args, **kwargs)
+    """Write a prepared folder and return a report; the arguments are those of `prepare` in the data set's module.
 
-
-DRAWN = {"mme": ("write_mme", 200), "rewardbench": ("write_preferences", 3000)}
-"""What the world of icons can be drawn as, and how many pictures a subtask or pairs."""
-DRAWING = "drawn.json"
-"""In a folder of these: how it was drawn."""
+    Raises UserError if the source is not the official data.
+    """
+    return MODULES[dataset(name).name]().prepare(*args, **kwargs)
 
 
 def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42) -> Any:
-    """Write a prepared folder of `mme` or `rewardbench` whose pictures and texts are of the world of icons."""
-    if name not in DRAWN:
-        raise UserError(f"{name} cannot be drawn from icons; {' and '.join(DRAWN)} can")
-    writer, usual = DRAWN[name]
-    drawing = {"drawn": name, "count": count or usual, "seed": seed}
-    there = records.read_json(to / DRAWING) if (to / DRAWING).is_file() else None
-    if to.exists() and any(to.iterdir()) and there != drawing:
-        raise UserError(f"{to} holds something else ({there or 'not drawn'}); delete it or choose another folder")
+    """Write a prepared folder of `mme` or `rewardbench` whose images and texts are drawn from the world of icons.
+
+    Raises UserError if the data set cannot be drawn, or if the folder holds something else.
+    """
+    if name not in DRAWN_COUNTS:
+        raise UserError(f"{name} cannot be drawn from icons; {' and '.join(DRAWN_COUNTS)} can")
+    drawing = {"drawn": name, "count": count or DRAWN_COUNTS[name], "seed": seed}
+    existing = records.read_json(to / DRAWING_FILE) if (to / DRAWING_FILE).is_file() else None
+    if to.exists() and any(to.iterdir()) and existing != drawing:
+        raise UserError(
+            f"{to} holds something else ({existing or 'not drawn'}); delete it or choose another folder with --to"
+        )
     to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as aside:
-        source = Path(aside) / name
-        getattr(import_module("blipfit.data.icons"), writer)(source, n=count or usual, seed=seed)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
+        source = Path(temporary) / name
+        _draw(name, source, count or DRAWN_COUNTS[name], seed)
         report = prepare(name, source, to)
-    (to / DRAWING).write_text(json.dumps(drawing) + "\n", encoding="utf-8")
+    (to / DRAWING_FILE).write_text(json.dumps(drawing) + "\n", encoding="utf-8")
     return report
 
 
+def _draw(name: str, folder: Path, count: int, seed: int) -> None:
+    from blipfit.data import icons
+
+    write = icons.write_mme if name == "mme" else icons.write_preferences
+    write(folder, n=count, seed=seed)
+
+
 def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[Question]:
-    """Read one split of a prepared folder, at least one question; `limit` keeps the first so many."""
-    found = dataset(name)
+    """Read one split of a prepared folder, at least one question; `limit`: only the first so many.
+
+    Raises UserError if the folder, the split or its questions do not exist or are damaged.
+    """
+    data_set = dataset(name)
     if split not in SPLITS:
         raise UserError(_unknown("split", split, SPLITS))
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be 1 or more")
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `blipfit prepare {name} --from DIR --to {folder}`")
-    questions: list[Question] = import_module(found.module).load(folder, split)
+    questions = MODULES[data_set.name]().load(folder, split)
     if not questions:
         raise UserError(f"{folder} has no {name} questions in split {split}")
     return questions[:limit]
 
 
 def fingerprint(splits: Iterable[Iterable[Question]]) -> str:
-    """SHA-256 over all that a result depends on of the questions: ids, texts, choices and answers, in order.
+    """SHA-256 over everything in the questions that a result depends on: ids, texts, choices and answers, in order.
 
     The images' bytes are not read for it.
     """
@@ -79,6 +153,7 @@ def fingerprint(splits: Iterable[Iterable[Question]]) -> str:
     return digest.hexdigest()
 
 
-def _unknown(what: str, name: str, known: Any) -> str:
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")

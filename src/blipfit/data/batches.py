@@ -1,16 +1,17 @@
-"""From questions to padded token tensors: the contract of what each text tower sees.
+"""Tokenize questions into padded tensors; defines exactly what the Q-Former and the language model read.
 
-Letters in names: `B` questions, `T` prompt tokens, `A` answer tokens, `M` candidates of all questions of a batch,
+Shape suffixes: `B` questions, `T` prompt tokens, `A` answer tokens, `M` candidates of all questions of a batch,
 `N` label positions of a batch.
 
-The contract (source: the original experiments):
+The rules (source: the original experiments):
 
-- The Q-Former reads the prompt as BERT tokens, `[CLS] … [SEP]`, cut to `max_text` FROM THE LEFT, always.
-- The language model reads the same prompt: in training cut to `max_text` from the left, in evaluation whole.
-- T5: prompt `… </s>`; target `… </s>`, cut to `max_target` from the right; the decoder starts with the pad token.
+- The Q-Former always reads the prompt as BERT tokens, `[CLS] … [SEP]`, truncated FROM THE LEFT to `max_text`.
+- The language model reads the same prompt: truncated from the left to `max_text` in training, whole in evaluation.
+- T5: prompt `… </s>`; target `… </s>`, truncated from the right to `max_target`; the decoder starts with the pad token.
 - Causal (Vicuna): `BOS prompt answer </s>`, right-padded; the answer has no BOS; loss only on the answer and `</s>`.
-- Candidates to rank are like targets, but a causal model's have no `</s>`: only T5's score counts the end token.
-- Visual tokens stand before the prompt's first token; they are added later, by the model's answer stage.
+- Candidates to rank are tokenized like targets, but without `</s>` for causal models: only T5's score counts the end
+  token.
+- Visual tokens come before the prompt's first token; the model's answer stage adds them later.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blipfit.data.prompts import Prompted
+from blipfit.data.prompts import PromptedQuestion
 from blipfit.recipe import Family
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that this module uses."""
 
     truncation_side: str
     bos_token_id: int
@@ -36,25 +37,28 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one question; made once, used in every epoch."""
+class EncodedQuestion:
+    """Token ids of one question, without padding; computed once and used in every epoch."""
 
     qformer: list[int]
+    """The prompt in the Q-Former's BERT tokens, truncated from the left."""
     prompt: list[int]
-    """Whole, for evaluation."""
+    """The whole prompt, for evaluation."""
     prompt_cut: list[int]
-    """Cut from the left, for training."""
+    """The prompt truncated from the left, for training."""
     target: list[int]
+    """The answer to learn, with its end token."""
     candidates: list[list[int]]
+    """All answers to rank; empty for an open question."""
 
 
-class _OnDevice:
-    """A frozen bundle of tensors that moves as one."""
+class _TensorBatch:
+    """Base of the batches: moves all tensors of a batch to a device."""
 
     def to(self, device: torch.device | str) -> Any:
-        """The bundle on a device. To a GPU the copies run beside it, and the host does not wait for them."""
+        """Return the batch on a device; copies to a GPU are asynchronous."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        is_gpu = torch.device(device).type == "cuda"  # page-locked first, or the copy waits for the GPU
+        is_gpu = torch.device(device).type == "cuda"  # a copy is asynchronous only from pinned memory
         return type(self)(
             **{
                 name: (value.pin_memory() if is_gpu else value).to(device, non_blocking=True)
@@ -66,8 +70,8 @@ class _OnDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptBatch(_OnDevice):
-    """What the query stage and the front of the answer stage read."""
+class PromptBatch(_TensorBatch):
+    """Prompts for the query stage and the answer stage, without answers. Ids and masks (1 = token) are int64."""
 
     qformer_ids_BT: Tensor
     qformer_mask_BT: Tensor
@@ -76,12 +80,12 @@ class PromptBatch(_OnDevice):
 
 
 @dataclass(frozen=True, slots=True)
-class TargetBatch(_OnDevice):
-    """A training batch.
+class TargetBatch(_TensorBatch):
+    """A training batch: prompts and targets.
 
-    For T5 `text` is the prompt and `decoder_ids_BA` the shifted target; causal models have prompt and answer in
-    `text`, and no decoder ids. `positions_N` index the flattened (B × L) outputs that predict `labels_N`, where L is
-    A for T5 and T for causal models (counted without the visual tokens). Labels of −100 only fill up and are not read.
+    T5: `text` is the prompt and `decoder_ids_BA` the shifted target. Causal models: `text` is prompt and answer, and
+    `decoder_ids_BA` is None. `positions_N` index those of the flattened (B × L) outputs that predict `labels_N`, where
+    L is A for T5 and T for causal models (counted without the visual tokens). Labels of −100 are padding and ignored.
     """
 
     qformer_ids_BT: Tensor
@@ -93,12 +97,12 @@ class TargetBatch(_OnDevice):
     labels_N: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of the batch, without what is absent; `of_tensors` takes them back."""
+        """Return the batch's tensors in order, without the absent ones; `from_tensors` restores the batch."""
         return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor]) -> "TargetBatch":
-        """A batch of the tensors that `tensors` gave: seven with decoder ids, six without."""
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "TargetBatch":
+        """Restore a batch from the result of `tensors`: seven tensors with decoder ids, six without."""
         qformer_ids, qformer_mask, text_ids, text_mask = tensors[:4]
         decoder_ids = tensors[4] if len(tensors) == 7 else None
         positions, labels = tensors[-2:]
@@ -106,8 +110,11 @@ class TargetBatch(_OnDevice):
 
 
 @dataclass(frozen=True, slots=True)
-class CandidateBatch(_OnDevice):
-    """A ranking batch: prompts once a question, candidates as ragged rows that point to their question."""
+class CandidateBatch(_TensorBatch):
+    """A ranking batch: one prompt per question, and the candidates of all questions in one tensor.
+
+    `question_M` is the row of each candidate's question.
+    """
 
     qformer_ids_BT: Tensor
     qformer_mask_BT: Tensor
@@ -119,7 +126,11 @@ class CandidateBatch(_OnDevice):
 
 
 class TextEncoder:
-    """The two tokenizers of a model with the contract above."""
+    """Turns prompts and answers into token ids and batches, by the rules in this module's docstring.
+
+    `qformer` and `llm` are the two tokenizers, `decoder_start` the id of T5's first decoder token. `max_text` limits
+    prompts and `max_target` limits answers, in tokens.
+    """
 
     def __init__(
         self,
@@ -135,12 +146,12 @@ class TextEncoder:
         self.max_text, self.max_target = max_text, max_target
         self.qformer.truncation_side = self.llm.truncation_side = "left"
 
-    def encode(self, prompted: Sequence[Prompted]) -> list[Encoded]:
-        """Tokenize prompts, targets and candidates."""
+    def encode(self, prompted: Sequence[PromptedQuestion]) -> list[EncodedQuestion]:
+        """Tokenize prompts, targets and candidates of questions."""
         prompts = [p.prompt for p in prompted]
-        candidates = iter(self._answers([text for p in prompted for text in p.candidates], ended=self.family == "t5"))
+        candidates = iter(self._answers([text for p in prompted for text in p.candidates], add_end=self.family == "t5"))
         return [
-            Encoded(qformer, prompt, prompt_cut, target, [next(candidates) for _ in p.candidates])
+            EncodedQuestion(qformer, prompt, prompt_cut, target, [next(candidates) for _ in p.candidates])
             for p, qformer, prompt, prompt_cut, target in zip(
                 prompted,
                 _ids(self.qformer, prompts, truncation=True, max_length=self.max_text),
@@ -151,78 +162,79 @@ class TextEncoder:
             )
         ]
 
-    def prompts(self, encoded: Sequence[Encoded]) -> PromptBatch:
-        """Whole prompts, right-padded."""
-        return PromptBatch(*self._front([e.qformer for e in encoded], [e.prompt for e in encoded]))
+    def prompts(self, encoded: Sequence[EncodedQuestion]) -> PromptBatch:
+        """Return a batch of whole prompts, right-padded."""
+        return PromptBatch(*self._pad_texts([e.qformer for e in encoded], [e.prompt for e in encoded]))
 
-    def targets(self, encoded: Sequence[Encoded], multiple: int = 1) -> TargetBatch:
-        """Cut prompts with their targets, for training; every row has at least one label (its end token).
+    def targets(self, encoded: Sequence[EncodedQuestion], multiple: int = 1) -> TargetBatch:
+        """Return a training batch: truncated prompts and targets. Every row has at least one label (its end token).
 
-        Texts are padded to a multiple of `multiple` tokens (answers: of eight at most), and so is the number of labels:
-        what is compiled or captured for a shape then serves many batches.
+        Text lengths and the number of labels are padded to a multiple of `multiple` (T5's decoder ids to a multiple of
+        at most 8), so that few shapes occur and a compiled or captured step can be reused.
         """
         qformer = [e.qformer for e in encoded]
         if self.family == "t5":
-            front = self._front(qformer, [e.prompt_cut for e in encoded], multiple)
+            text = self._pad_texts(qformer, [e.prompt_cut for e in encoded], multiple)
             shifted = [[self.decoder_start, *e.target[:-1]] for e in encoded]
             decoder_ids, _ = _pad(shifted, self._pad_id, min(multiple, 8))
             positions = [row * decoder_ids.shape[1] + i for row, e in enumerate(encoded) for i in range(len(e.target))]
         else:
-            front = self._front(qformer, [e.prompt_cut + e.target for e in encoded], multiple)
+            text = self._pad_texts(qformer, [e.prompt_cut + e.target for e in encoded], multiple)
             decoder_ids = None
-            # Output i predicts token i + 1: the first answer token is predicted where the prompt ends.
+            # Output i predicts token i + 1: the first answer token is predicted at the prompt's last token.
             positions = [
-                row * front[2].shape[1] + len(e.prompt_cut) - 1 + i
+                row * text[2].shape[1] + len(e.prompt_cut) - 1 + i
                 for row, e in enumerate(encoded)
                 for i in range(len(e.target))
             ]
         labels = [token for e in encoded for token in e.target]
-        more = -len(labels) % multiple
-        labels, positions = labels + [-100] * more, positions + [0] * more
-        return TargetBatch(*front, decoder_ids, torch.tensor(positions), torch.tensor(labels))
+        padding = -len(labels) % multiple
+        labels, positions = labels + [-100] * padding, positions + [0] * padding
+        return TargetBatch(*text, decoder_ids, torch.tensor(positions), torch.tensor(labels))
 
-    def candidates(self, encoded: Sequence[Encoded]) -> CandidateBatch:
-        """Whole prompts with every candidate, for ranking."""
-        front = self._front([e.qformer for e in encoded], [e.prompt for e in encoded])
+    def candidates(self, encoded: Sequence[EncodedQuestion]) -> CandidateBatch:
+        """Return a ranking batch: whole prompts and all candidates of every question."""
+        text = self._pad_texts([e.qformer for e in encoded], [e.prompt for e in encoded])
         ids, mask = _pad([candidate for e in encoded for candidate in e.candidates], self._pad_id)
         question = [row for row, e in enumerate(encoded) for _ in e.candidates]
-        return CandidateBatch(*front, ids, mask, torch.tensor(question))
+        return CandidateBatch(*text, ids, mask, torch.tensor(question))
 
-    def texts(self, ids_BA: Tensor) -> list[str]:
-        """Generated ids → texts, without special tokens and outer blanks.
+    def decode(self, ids_BA: Tensor) -> list[str]:
+        """Decode generated token ids; special tokens and surrounding white space are removed.
 
-        Ids that no tokenizer knows are passed over: −100 and −1, which fill up labels and short beams, and the rows
-        by which a language model's output is wider than its vocabulary.
+        Ids outside the tokenizer's vocabulary are skipped: −100 and −1, which pad labels and short beams, and ids that
+        exist only because a language model's output layer is larger than the vocabulary.
         """
-        known = (ids_BA >= 0) & (ids_BA < len(self.llm))
-        rows = torch.where(known, ids_BA, self._pad_id).tolist()
+        in_vocabulary = (ids_BA >= 0) & (ids_BA < len(self.llm))
+        rows = torch.where(in_vocabulary, ids_BA, self._pad_id).tolist()
         return [text.strip() for text in self.llm.batch_decode(rows, skip_special_tokens=True)]
 
-    def cut_answers(self, texts: Sequence[str]) -> int:
-        """How many of these answers are longer than `max_target`, so that their end is not read."""
-        room = self.max_target - (1 if self.family == "t5" else 0)
-        return sum(len(row) > room for row in _ids(self.llm, list(texts), add_special_tokens=False))
+    def count_truncated_answers(self, texts: Sequence[str]) -> int:
+        """Return how many answers are longer than `max_target` tokens and therefore lose their end."""
+        limit = self.max_target - (1 if self.family == "t5" else 0)
+        return sum(len(row) > limit for row in _ids(self.llm, list(texts), add_special_tokens=False))
 
     @property
     def _pad_id(self) -> int:
         return self.llm.pad_token_id
 
-    def _front(
+    def _pad_texts(
         self, qformer: list[list[int]], text: list[list[int]], multiple: int = 1
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pad the Q-Former's and the language model's rows; return ids and mask of each."""
         return *_pad(qformer, self.qformer.pad_token_id, multiple), *_pad(text, self._pad_id, multiple)
 
     def _prompts(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
-        """Ids with `</s>` at the end (T5) or BOS at the front (causal); a limit counts that token too."""
+        """Tokenize prompts with `</s>` at the end (T5) or BOS at the start (causal); `limit` includes that token."""
         if self.family == "t5":
             return _ids(self.llm, texts, truncation=limit is not None, max_length=limit)
-        # Whether a Llama tokenizer adds its BOS depends on the copy's configuration; the original always has it.
-        cut = {"truncation": True, "max_length": limit - 1} if limit else {}
-        return [[self.llm.bos_token_id, *row] for row in _ids(self.llm, texts, add_special_tokens=False, **cut)]
+        # Whether a Llama tokenizer adds BOS depends on its configuration; the original experiments always have it.
+        truncation = {"truncation": True, "max_length": limit - 1} if limit else {}
+        return [[self.llm.bos_token_id, *row] for row in _ids(self.llm, texts, add_special_tokens=False, **truncation)]
 
-    def _answers(self, texts: list[str], ended: bool = True) -> list[list[int]]:
-        """Ids without a start token, cut from the right; `ended`: with the end token, which survives the cut."""
-        end = [self.llm.eos_token_id] if ended else []
+    def _answers(self, texts: list[str], add_end: bool = True) -> list[list[int]]:
+        """Tokenize answers without a start token, truncated from the right; truncation keeps an end token."""
+        end = [self.llm.eos_token_id] if add_end else []
         ids = _ids(self.llm, texts, add_special_tokens=False)
         return [row[: self.max_target - len(end)] + end for row in ids]
 
@@ -230,14 +242,14 @@ class TextEncoder:
 def _ids(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:
     if not texts:
         return []
-    # A prompt longer than the model's nominal maximum is wanted here, so no warning about it.
+    # Evaluation uses prompts longer than the tokenizer's nominal maximum: `verbose=False` prevents its warning.
     return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
 
-def _pad(rows: list[list[int]], pad: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Right-pad to the longest row, or the next multiple: ids and mask (1 = token), both int64."""
+def _pad(rows: list[list[int]], pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Right-pad rows to the longest length, rounded up to a multiple; return ids and mask (1 = token), both int64."""
     width = max((len(row) for row in rows), default=0)
     width += -width % multiple
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows]).reshape(len(rows), width)
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]).reshape(len(rows), width)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).reshape(len(rows), width)
     return ids, mask

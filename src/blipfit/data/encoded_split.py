@@ -1,11 +1,11 @@
-"""What a model is trained and evaluated on: questions with their prompts and tokens."""
+"""One split of a data set, ready for the model: questions with their prompts and token ids."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from blipfit import data as datasets
-from blipfit.data.batches import Encoded, TextEncoder
-from blipfit.data.prompts import Prompted, prompt
+from blipfit.data.batches import EncodedQuestion, TextEncoder
+from blipfit.data.prompts import PromptedQuestion, get_prompt
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.recipe import DataConfig
@@ -13,33 +13,41 @@ from blipfit.recipe import DataConfig
 
 @dataclass(frozen=True, slots=True)
 class EncodedSplit:
-    """One split, ready for the three stages."""
+    """The questions of a split with their prompts and token ids: three lists of equal length and order."""
 
     questions: list[Question]
-    prompted: list[Prompted]
-    encoded: list[Encoded]
+    prompted: list[PromptedQuestion]
+    encoded: list[EncodedQuestion]
 
     def __len__(self) -> int:
         return len(self.questions)
 
     @property
     def lengths(self) -> list[int]:
-        """Text tokens of every question in training: its cut prompt and its answer."""
-        return [len(one.prompt_cut) + len(one.target) for one in self.encoded]
+        """Number of text tokens of every question in training: truncated prompt plus target."""
+        return [len(question.prompt_cut) + len(question.target) for question in self.encoded]
 
     def longest(self, count: int) -> "EncodedSplit":
-        """The `count` questions with the longest prompts, or all."""
-        rows = sorted(range(len(self)), key=lambda i: -len(self.encoded[i].prompt))[:count]
-        return EncodedSplit(*([column[i] for i in rows] for column in (self.questions, self.prompted, self.encoded)))  # type: ignore[arg-type]
+        """Return the `count` questions with the longest prompts, longest first; all if there are fewer."""
+        rows = sorted(range(len(self)), key=lambda row: -len(self.encoded[row].prompt))[:count]
+        return EncodedSplit(
+            questions=[self.questions[row] for row in rows],
+            prompted=[self.prompted[row] for row in rows],
+            encoded=[self.encoded[row] for row in rows],
+        )
 
 
 def load(text: TextEncoder, config: DataConfig, folder: Path, split: str) -> EncodedSplit:
-    """Load a split of a data set, write its prompts, tokenize them."""
+    """Load a split of a data set, write the prompts and tokenize them.
+
+    Raises UserError if the data cannot be read, or if a question's answer is not among its choices.
+    """
     questions = datasets.load(config.name, folder, split, config.limit)
-    prompted = [prompt(config.prompt)(question) for question in questions]
-    for question, written in zip(questions, prompted, strict=True):
-        if written.candidates and written.target not in written.candidates:
+    write_prompt = get_prompt(config.prompt)
+    prompted = [write_prompt(question) for question in questions]
+    for question, texts in zip(questions, prompted, strict=True):
+        if texts.candidates and texts.target not in texts.candidates:
             raise UserError(
-                f"{config.name} {split} {question.id}: the answer {written.target!r} is not among the choices"
+                f"{config.name} {split} {question.id}: the answer {texts.target!r} is not among the choices"
             )
     return EncodedSplit(questions, prompted, text.encode(prompted))

@@ -1,9 +1,11 @@
-"""The feature store: what the frozen vision tower makes of an image, computed once and kept on disk.
+"""The feature store: image features of the frozen vision tower, computed once and saved on disk.
 
-`B` images of a forward pass, `S` pixels a side, `P` image tokens, `D` width. A folder of stores holds one folder a
-key, `FOLDER/KEY/`: `manifest.json` for people, and shards (`feature_shard`). The key stands for everything the
-features depend on but the image; an image is named by its content, so a renamed file is found and a copy is stored
-once. `feature_stores` looks after such folders, `blipfit.model.image_features` brings a model and a store together.
+Shape suffixes: `B` images of a forward pass, `S` pixels per side, `P` image tokens, `D` width, `N` images of a shard.
+
+A store is the folder `FOLDER/KEY/` with a `manifest.json` for people and shards (`feature_shard`). The key is a hash of
+everything that the features depend on except the image. An image is identified by the hash of its file, so a renamed
+file is still found and copies are stored once. `feature_stores` lists, checks and deletes stores;
+`blipfit.model.image_features` connects a model with a store.
 """
 
 import hashlib
@@ -24,46 +26,48 @@ import torch
 from torch import Tensor
 
 from blipfit.data import feature_shard, images
-from blipfit.data.ahead import ahead
 from blipfit.data.feature_shard import Shard
+from blipfit.data.prefetch import prefetch
 from blipfit.errors import UserError
 from blipfit.run import installed_version, read_json, write_json
 
 FORMAT = 1
-# Raise the version whenever `images.plain` or `images.pixels` gives other pixels: stores made before are not used then.
+# Increase the version whenever `images.resize` or `images.to_pixels` changes its result: older stores are then unused.
 PREPROCESSING = {"version": 1, "resize": "bicubic, to a square", "mean": list(images.MEAN), "std": list(images.STD)}
-BLOCK = 16
+VISION_BATCH_SIZE = 16  # images per forward pass of the vision tower
+# Upper limits of a shard.
 SHARD_IMAGES = 512
 SHARD_BYTES = 256 * 2**20
 MANIFEST = "manifest.json"
-# A temporary folder older than this was left by a builder that was killed: a shard is written in seconds.
-LEFT_OVER_SECONDS = 3600.0
+# A shard is written in seconds, so an older temporary folder belongs to a process that was killed.
+LEFTOVER_SECONDS = 3600.0
 
-See = Callable[[Tensor], Tensor]
-"""Pixels `B × 3 × S × S` → features `B × P × D` of any type, on any device; deterministic."""
+FeatureFunction = Callable[[Tensor], Tensor]
+"""Pixels `B × 3 × S × S` → features `B × P × D`, any dtype and device; must be deterministic."""
 
 
 def default_folder() -> Path:
-    """`$BLIPFIT_CACHE/features`, or `~/.cache/blipfit/features`."""
+    """Return the folder of all stores: `$BLIPFIT_CACHE/features`, or `~/.cache/blipfit/features`."""
     return Path(os.environ.get("BLIPFIT_CACHE") or "~/.cache/blipfit").expanduser() / "features"
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """Everything features depend on but the image: equal facts, equal key, one store."""
+class FeatureSpec:
+    """Everything that features depend on except the image; equal specs share one store."""
 
     tower: str
-    """SHA-256 of the vision tower's weights and settings, without the trained layer norm."""
+    """SHA-256 of the vision tower's weights and settings, without the trained layer norm at its end."""
     size: int
-    """S: pixels a side."""
+    """S: pixels per side."""
     shape: tuple[int, int]
     """P × D."""
     dtype: torch.dtype
-    """Stored type: float16 or bfloat16."""
+    """Stored dtype: float16 or bfloat16."""
     computing: str
-    """How the tower was run, as far as that changes last bits: device, images a pass, precision of products."""
+    """How the tower is run, as far as it can change the last bits: device, images per pass, matmul precision."""
 
     def record(self) -> dict[str, Any]:
+        """Return the spec as JSON values, as the manifest stores it."""
         return {
             "format": FORMAT,
             "tower": self.tower,
@@ -75,226 +79,244 @@ class Facts:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that name the store's folder."""
+        """The name of the store's folder: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def content(path: Path) -> str:
-    """SHA-256 of a file's bytes; read again only where its size, time or inode changed (within this process)."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of an image file's bytes.
+
+    Within a process, a file is read again only if its size, modification time or inode changed. Raises UserError if
+    the file is missing or unreadable.
+    """
     try:
         stat = path.stat()
     except OSError:
-        images.read_image(path)  # says what is wrong, and what to do
+        images.read_image(path)  # raises UserError with the reason and the fix
         raise
-    return _content(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _hash_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @cache
-def _content(path: Path, size: int, changed: int, inode: int) -> str:
+def _hash_version(path: Path, size: int, modified: int, inode: int) -> str:
+    """Hash a file; size, time and inode are arguments only to be part of the cache key."""
     return hashlib.sha256(images.read_image(path)).hexdigest()
 
 
-def by_content(paths: Iterable[Path]) -> dict[str, Path]:
-    """Content hash → one file that has it, in the order of first appearance."""
+def hash_files(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return a mapping from file hash to the first path with that content, in the order of `paths`.
+
+    Raises UserError if a file is missing or unreadable.
+    """
     files: dict[str, Path] = {}
     unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(threads()) as pool:
-        for path, image in zip(unique, pool.map(content, unique), strict=True):
+    with ThreadPoolExecutor(thread_count()) as pool:
+        for path, image in zip(unique, pool.map(hash_file, unique), strict=True):
             files.setdefault(image, path)
     return files
 
 
-def size_estimate(count: int, shape: tuple[int, int]) -> int:
-    """Bytes on disk of the features of `count` images of `P × D`."""
+def estimate_bytes(count: int, shape: tuple[int, int]) -> int:
+    """Return the size on disk, in bytes, of the features of `count` images; `shape` is P × D."""
     return count * (2 * shape[0] * shape[1] + feature_shard.HEADER_BYTES_PER_ROW)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Stored features beside features computed again."""
+    """Result of comparing stored features with features computed again."""
 
     images: int
-    """How many were compared."""
+    """Number of images compared."""
     different: list[str]
-    """The images whose bits differ."""
+    """Hashes of the images whose features differ in at least one bit."""
     largest: float
-    """The largest absolute difference of one value."""
+    """Largest absolute difference of a single value."""
 
 
-class Store:
-    """The features of one key. Any number of processes may read and build at once."""
+class FeatureStore:
+    """The stored features of one spec. Any number of processes may read and build it at the same time."""
 
-    def __init__(self, home: Path, facts: Facts):
-        self.home, self.facts = home, facts
+    def __init__(self, home: Path, spec: FeatureSpec):
+        self.home, self.spec = home, spec
         self._shards: dict[str, Shard] = {}
-        self._where: dict[str, tuple[Shard, int]] = {}
+        self._rows: dict[str, tuple[Shard, int]] = {}  # image hash → shard and row
 
     @classmethod
-    def open(cls, folder: Path, facts: Facts, model: str = "") -> "Store":
-        """The store of these facts below a folder of stores, made where there is none.
+    def open(cls, folder: Path, spec: FeatureSpec, model: str = "") -> "FeatureStore":
+        """Open the store of `spec` in a folder of stores; create it if it does not exist.
 
-        UserError where something else lies in its place or a shard is damaged.
+        `model` is the model's name for the manifest. Raises UserError if the store's folder is not writable, contains
+        something else, or has a damaged shard.
         """
-        home = folder / facts.key
+        home = folder / spec.key
         try:
             if not (home / MANIFEST).exists():
-                _begin(home, facts, model)
+                _create(home, spec, model)
         except OSError as error:
             raise UserError(
-                f"{home} cannot be written ({error.strerror}): set BLIPFIT_CACHE to a folder of yours"
+                f"{home} cannot be written ({error.strerror}): set BLIPFIT_CACHE to a writable folder"
             ) from None
-        _require_same(home, facts)
-        store = cls(home, facts)
+        _require_same_spec(home, spec)
+        store = cls(home, spec)
         store.refresh()
         return store
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._rows)
 
     def refresh(self) -> None:
-        """Take in shards that appeared since, other builders' too."""
-        for path in shard_files(self.home):
+        """Open the shards that were added since the last call, by this or another process."""
+        for path in list_shards(self.home):
             if path.name not in self._shards:
                 try:
-                    self._take(feature_shard.read(path, self.facts.shape, self.facts.dtype))
+                    self._add(feature_shard.read(path, self.spec.shape, self.spec.dtype))
                 except FileNotFoundError:  # deleted since it was listed
                     continue
 
-    def missing(self, wanted: Iterable[str]) -> list[str]:
-        """Those images, each once, whose features are not stored."""
-        return [image for image in dict.fromkeys(wanted) if image not in self._where]
+    def missing(self, image_hashes: Iterable[str]) -> list[str]:
+        """Return the hashes, without duplicates, of the images whose features are not stored."""
+        return [image for image in dict.fromkeys(image_hashes) if image not in self._rows]
 
-    def read(self, wanted: Sequence[str]) -> Tensor:
-        """Features `B × P × D` in the stored type, in page-locked memory where there is a GPU.
+    def read(self, image_hashes: Sequence[str]) -> Tensor:
+        """Return the features `B × P × D` of images in the stored dtype, in pinned memory if there is a GPU.
 
-        DamagedShard where what is on disk is not what was written. KeyError for an image that is not stored.
+        Raises DamagedShard if the bytes on disk are not the bytes that were written, and KeyError for an image that is
+        not stored.
         """
         rows_BPD = torch.empty(
-            (len(wanted), *self.facts.shape), dtype=self.facts.dtype, pin_memory=torch.cuda.is_available()
+            (len(image_hashes), *self.spec.shape), dtype=self.spec.dtype, pin_memory=torch.cuda.is_available()
         )
-        for image, into_PD in zip(wanted, rows_BPD, strict=True):
-            shard, row = self._where[image]
-            shard.read(row, into_PD)
+        for image, out_PD in zip(image_hashes, rows_BPD, strict=True):
+            shard, row = self._rows[image]
+            shard.read(row, out_PD)
         return rows_BPD
 
-    def ahead(self, batches: Iterable[Sequence[str]], depth: int = 2) -> Iterator[Tensor]:
-        """`read` of every batch in order, `depth` batches ahead of use, in a thread."""
-        return ahead(batches, self.read, depth=depth)
+    def prefetch(self, batches: Iterable[Sequence[str]], depth: int = 2) -> Iterator[Tensor]:
+        """Yield the features of every batch in order; a thread reads up to `depth` batches in advance."""
+        return prefetch(batches, self.read, depth=depth)
 
     def build(
         self,
         files: Mapping[str, Path],
-        see: See,
-        batch_size: int = BLOCK,
+        see: FeatureFunction,
+        batch_size: int = VISION_BATCH_SIZE,
         progress: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Compute and store the features of the images (content hash → file) that are missing.
+        """Compute and store the features of all images in `files` (image hash → path) that are not stored yet.
 
-        `see` always gets `batch_size` images; a short last batch is filled up, since the numbers of a row may depend
-        on how many rows there are. `progress` is called with how many more images are done. A build that is killed
-        leaves whole shards, and the next one computes the rest. UserError before anything is computed where the disk
-        is too small, and where an image is unreadable or gives features that 16 bits cannot hold.
+        `see` always gets `batch_size` images; a short last batch is padded with copies, because a row's last bits can
+        depend on the batch size. `progress` is called with the number of images finished since its last call. A build
+        that is killed leaves complete shards, and the next build computes the rest. Raises UserError before any
+        computation if the disk is too small, and later if an image is unreadable or has features too large for 16 bits.
         """
-        todo = self.missing(files)
-        if not todo:
+        missing = self.missing(files)
+        if not missing:
             return
-        _remove_left_overs(self.home)
-        _require_space(self.home, len(todo), self.facts.shape)
+        _remove_leftovers(self.home)
+        _require_space(self.home, len(missing), self.spec.shape)
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-            written: Future[Path] | None = None
-            for chunk, rows_NPD in self._computed(todo, files, see, batch_size, progress):
-                if written is not None:
-                    self._adopt(written.result())
-                written = writer.submit(feature_shard.write, self.home, chunk, rows_NPD)
-            if written is not None:
-                self._adopt(written.result())
+            pending: Future[Path] | None = None
+            for chunk, rows_NPD in self._compute_shards(missing, files, see, batch_size, progress):
+                if pending is not None:
+                    self._open_shard(pending.result())
+                pending = writer.submit(feature_shard.write, self.home, chunk, rows_NPD)
+            if pending is not None:
+                self._open_shard(pending.result())
 
-    def compare(self, files: Mapping[str, Path], see: See, batch_size: int = BLOCK) -> Comparison:
-        """Compute features again and hold them against the stored ones, bit for bit; KeyError where not stored."""
+    def compare(
+        self, files: Mapping[str, Path], see: FeatureFunction, batch_size: int = VISION_BATCH_SIZE
+    ) -> Comparison:
+        """Compute features again and compare them with the stored ones, bit by bit.
+
+        Raises KeyError for an image that is not stored.
+        """
         different, largest = [], 0.0
         for block in _split(list(files), batch_size):
-            pixels = _pixels([(image, files[image]) for image in block], self.facts.size, batch_size)
-            computed = see(pixels)[: len(block)].to(self.facts.dtype).cpu()
+            pixels = _load_pixels([(image, files[image]) for image in block], self.spec.size, batch_size)
+            computed = see(pixels)[: len(block)].to(self.spec.dtype).cpu()
             stored = self.read(block)
             unequal = (computed.view(torch.int16) != stored.view(torch.int16)).flatten(1).any(1).tolist()
             different += [image for image, differs in zip(block, unequal, strict=True) if differs]
             largest = max(largest, float((computed.double() - stored.double()).abs().max()))
         return Comparison(len(files), different, largest)
 
-    def _computed(
+    def _compute_shards(
         self,
-        todo: Sequence[str],
+        missing: Sequence[str],
         files: Mapping[str, Path],
-        see: See,
+        see: FeatureFunction,
         batch_size: int,
         progress: Callable[[int], None],
     ) -> Iterator[tuple[list[str], Tensor]]:
-        """The images of each shard to be written and their features, the next images prepared in threads meanwhile."""
-        chunks = _split(todo, shard_rows(self.facts.shape, batch_size))
-        # Each builder takes them in an order of its own: two at once share the work instead of doing it twice.
+        """Yield the image hashes and features `N × P × D` of each shard to write; threads decode the next images."""
+        chunks = _split(missing, images_per_shard(self.spec.shape, batch_size))
+        # In random order, so that two builders at the same time share the work instead of doing it twice.
         random.Random().shuffle(chunks)
 
         def blocks() -> Iterator[tuple[list[str], int]]:
             for chunk in chunks:
                 self.refresh()
-                left = self.missing(chunk)
-                if len(left) < len(chunk):
-                    progress(len(chunk) - len(left))
-                yield from ((left, start) for start in range(0, len(left), batch_size))
+                remaining = self.missing(chunk)
+                if len(remaining) < len(chunk):
+                    progress(len(chunk) - len(remaining))
+                yield from ((remaining, start) for start in range(0, len(remaining), batch_size))
 
         def prepare(block: tuple[list[str], int]) -> tuple[list[str], int, Tensor]:
             chunk, start = block
-            named = [(image, files[image]) for image in chunk[start : start + batch_size]]
-            return chunk, start, _pixels(named, self.facts.size, batch_size)
+            block_files = [(image, files[image]) for image in chunk[start : start + batch_size]]
+            return chunk, start, _load_pixels(block_files, self.spec.size, batch_size)
 
-        beside = threads()
-        for chunk, start, pixels in ahead(blocks(), prepare, threads=beside, depth=beside):
+        threads = thread_count()
+        for chunk, start, pixels in prefetch(blocks(), prepare, threads=threads, depth=threads):
             if start == 0:
-                rows_NPD = torch.empty((len(chunk), *self.facts.shape), dtype=self.facts.dtype)
+                rows_NPD = torch.empty((len(chunk), *self.spec.shape), dtype=self.spec.dtype)
             block = chunk[start : start + batch_size]
-            rows_NPD[start : start + len(block)] = self._rounded(see(pixels)[: len(block)], block, files)
+            rows_NPD[start : start + len(block)] = self._round(see(pixels)[: len(block)], block, files)
             progress(len(block))
             if start + len(block) == len(chunk):
                 yield chunk, rows_NPD
 
-    def _rounded(self, features_BPD: Tensor, block: Sequence[str], files: Mapping[str, Path]) -> Tensor:
-        """Features in the stored type; the number of images and their shape are as promised, all values finite."""
-        assert features_BPD.shape == (len(block), *self.facts.shape), features_BPD.shape
-        rounded = features_BPD.to(self.facts.dtype)
+    def _round(self, features_BPD: Tensor, block: Sequence[str], files: Mapping[str, Path]) -> Tensor:
+        """Return features in the stored dtype on the CPU; raise UserError if a value is not finite there."""
+        assert features_BPD.shape == (len(block), *self.spec.shape), features_BPD.shape
+        rounded = features_BPD.to(self.spec.dtype)
         rows = rounded.flatten(1)
-        # Ten times as fast as looking at every value; a NaN comes through both.
+        # Ten times as fast as testing every value; amax and amin both propagate NaN.
         finite = (rows.amax(1).isfinite() & rows.amin(1).isfinite()).tolist()
         if not all(finite):
             raise UserError(
-                f"{files[block[finite.index(False)]]}: its features do not fit into {self.facts.dtype}; "
+                f"{files[block[finite.index(False)]]}: its features do not fit into {self.spec.dtype}: "
                 "use --set training.precision=bf16, or --set data.images=off"
             )
         return rounded.cpu()
 
-    def _adopt(self, path: Path) -> None:
-        """Take in a shard that was just written."""
+    def _open_shard(self, path: Path) -> None:
+        """Open a shard that was just written."""
         if path.name not in self._shards:
-            self._take(feature_shard.read(path, self.facts.shape, self.facts.dtype))
+            self._add(feature_shard.read(path, self.spec.shape, self.spec.dtype))
 
-    def _take(self, shard: Shard) -> None:
+    def _add(self, shard: Shard) -> None:
         self._shards[shard.path.name] = shard
         for row, image in enumerate(shard.images):
-            self._where.setdefault(image, (shard, row))
+            self._rows.setdefault(image, (shard, row))
 
 
-def shard_files(home: Path) -> list[Path]:
-    """The shards of a store, by name."""
+def list_shards(home: Path) -> list[Path]:
+    """Return the shard files of a store, sorted by name."""
     return sorted(path for path in home.glob(f"*{feature_shard.SUFFIX}") if not path.name.startswith("."))
 
 
-def shard_rows(shape: tuple[int, int], batch_size: int) -> int:
-    """Images a shard: whole batches, so that a build that goes on after a kill computes the same batches."""
+def images_per_shard(shape: tuple[int, int], batch_size: int) -> int:
+    """Return the number of images of a full shard; `shape` is P × D.
+
+    It is a multiple of `batch_size`, so that a build that resumes after being killed computes the same batches.
+    """
     rows = min(SHARD_IMAGES, SHARD_BYTES // (2 * shape[0] * shape[1]))
     return max(1, rows // batch_size) * batch_size
 
 
-def _begin(home: Path, facts: Facts, model: str) -> None:
-    """Write the manifest of a new store; a folder with other things in it is refused."""
+def _create(home: Path, spec: FeatureSpec, model: str) -> None:
+    """Write the manifest of a new store; raise UserError if the folder contains other files."""
     home.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(".") and path.name != MANIFEST for path in home.iterdir()):
         raise UserError(f"{home} is not a feature store (it has no {MANIFEST}): move it away, or set BLIPFIT_CACHE")
@@ -304,8 +326,8 @@ def _begin(home: Path, facts: Facts, model: str) -> None:
         {
             "what": "image features of a frozen vision tower, kept by blipfit; safe to delete, they are computed again",
             "model": model,
-            **facts.record(),
-            "bytes_per_image": size_estimate(1, facts.shape),
+            **spec.record(),
+            "bytes_per_image": estimate_bytes(1, spec.shape),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "versions": {name.lower(): installed_version(name) for name in packages},
@@ -313,53 +335,56 @@ def _begin(home: Path, facts: Facts, model: str) -> None:
     )
 
 
-def _require_same(home: Path, facts: Facts) -> None:
-    manifest, wanted = read_json(home / MANIFEST), facts.record()
-    if not isinstance(manifest, dict) or any(manifest.get(name) != value for name, value in wanted.items()):
-        raise UserError(f"{home / MANIFEST} describes other features than its folder's name stands for: delete {home}")
+def _require_same_spec(home: Path, spec: FeatureSpec) -> None:
+    manifest, expected = read_json(home / MANIFEST), spec.record()
+    if not isinstance(manifest, dict) or any(manifest.get(name) != value for name, value in expected.items()):
+        raise UserError(f"{home / MANIFEST} describes other features than its folder's name: delete {home}")
 
 
 def _require_space(home: Path, count: int, shape: tuple[int, int]) -> None:
-    needed, free = size_estimate(count, shape), shutil.disk_usage(home).free
+    needed, free = estimate_bytes(count, shape), shutil.disk_usage(home).free
     if needed > free:
         raise UserError(
-            f"the features of {count} images take {told(needed)} and {home} has {told(free)} left: free some space, "
-            "set BLIPFIT_CACHE to a folder on another disk, or use --set data.images=off"
+            f"the features of {count} images take {format_bytes(needed)}, but {home} has only {format_bytes(free)} "
+            "left: free some space, set BLIPFIT_CACHE to a folder on another disk, or use --set data.images=off"
         )
 
 
-def _remove_left_overs(home: Path) -> None:
-    """Delete the temporary folders of builders that were killed."""
+def _remove_leftovers(home: Path) -> None:
+    """Delete the temporary folders of processes that were killed while building."""
     for path in home.glob(".*"):
         try:
-            if path.is_dir() and time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
+            if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:  # another builder was quicker
+        except FileNotFoundError:  # another process deleted it first
             continue
 
 
-def _pixels(named: Sequence[tuple[str, Path]], size: int, batch_size: int) -> Tensor:
-    """Pixels `batch_size × 3 × S × S` of files whose content is known; the last image fills up a short batch."""
-    opened = []
-    for image, path in named:
+def _load_pixels(files: Sequence[tuple[str, Path]], size: int, batch_size: int) -> Tensor:
+    """Load images as pixels `batch_size × 3 × S × S`; copies of the last image pad a short batch.
+
+    `files` are pairs of image hash and path; raises UserError if a file no longer has its hash.
+    """
+    batch = []
+    for image, path in files:
         data = images.read_image(path)
         if hashlib.sha256(data).hexdigest() != image:
-            raise UserError(f"{path} changed while features were computed: start again")
-        opened.append(images.plain(images.decode_image(data, str(path)), size))
-    return images.pixels(opened + opened[-1:] * (batch_size - len(opened)), size)
+            raise UserError(f"{path} changed while its features were computed: run the command again")
+        batch.append(images.resize(images.decode_image(data, str(path)), size))
+    return images.to_pixels(batch + batch[-1:] * (batch_size - len(batch)), size)
 
 
 def _split(items: Sequence[str], size: int) -> list[list[str]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def threads() -> int:
-    """Threads for work that waits for files or lets others run: hashing, decoding."""
+def thread_count() -> int:
+    """Return the number of threads for hashing and decoding, which wait for files or release the GIL."""
     return min(8, os.cpu_count() or 1)
 
 
-def told(size: int) -> str:
-    """A number of bytes for people: 707 KiB, 6.9 GiB."""
+def format_bytes(size: int) -> str:
+    """Format a number of bytes for people, for example `707 KiB` or `6.9 GiB`."""
     amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while amount >= 1000 and len(units) > 1:
         amount, units = amount / 1024, units[1:]

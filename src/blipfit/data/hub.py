@@ -1,6 +1,6 @@
-"""Data sets on the Hugging Face hub, as parquet files: downloaded once at a pinned revision, then read.
+"""Download data sets from the Hugging Face hub as parquet files, at a pinned revision, and read their rows.
 
-Rows are streamed from the files, so nothing is kept a second time in another cache.
+Rows are streamed from the files, so `datasets` does not store a second copy in its own cache.
 """
 
 import re
@@ -11,24 +11,25 @@ from typing import Any
 from blipfit.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test"}
-TIMEOUT = 5.0  # seconds to find out whether the hub can be reached
+TIMEOUT = 5.0  # seconds to wait for the hub before it counts as offline
 
 
 def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES)) -> Path:
-    """Return the folder with the parquet files of these splits, fetched if the local cache lacks them.
+    """Return the folder with the parquet files of these splits; download them if the local cache lacks some.
 
-    Without a connection this fails at once, not after the client's many retries.
+    `name` is the data set's repository, `revision` a commit. Raises UserError if the hub refuses the download or cannot
+    be reached; without a connection this happens at once, not after the client's many retries.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # Errors of the connection: OSError, and those of its HTTP library, which differs between its versions.
-    connection: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+    # Connection errors: OSError and the errors of the HTTP library, which differs between versions of huggingface_hub.
+    connection_errors: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
     patterns = [f"data/{SPLIT_NAMES[split]}-*.parquet" for split in splits]
 
-    def snapshot(**how: Any) -> Path:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns, **how))
+    def snapshot(**options: Any) -> Path:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns, **options))
 
     try:
         cached = snapshot(local_files_only=True)
@@ -41,7 +42,7 @@ def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES
         return snapshot()
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused `{name}` at revision {revision}: {_first_line(error)}") from None
-    except connection as error:
+    except connection_errors as error:
         raise UserError(
             f"offline: `{name}` is not in the local cache ({_first_line(error)}); connect, or run "
             f"`hf download {name} --repo-type dataset --local-dir DIR` elsewhere and give --from DIR"
@@ -49,20 +50,26 @@ def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES
 
 
 def is_download(folder: Path) -> bool:
-    """Whether the folder holds parquet files of at least one split, as the hub names them."""
+    """Return whether the folder contains parquet files of at least one split, named as on the hub."""
     return any(_files(folder, split) for split in SPLIT_NAMES)
 
 
-def rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split; an image is its file's bytes: `{"bytes": …, "path": …}`, or None."""
+def read_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split; an image is `{"bytes": FILE CONTENT, "path": …}` or None.
+
+    Raises UserError if files of the split are missing or damaged.
+    """
     files = _files(folder, split)
     if not _complete(folder, split):
         raise UserError(f"{folder} lacks parquet files of {SPLIT_NAMES[split]} (has {len(files)}); download it again")
-    yield from parquet(files)
+    yield from read_parquet(files)
 
 
-def parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of parquet files that have a column `image`; an image is as in `rows`."""
+def read_parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of parquet files with a column `image`; an image has the form that `read_rows` describes.
+
+    Raises UserError if a file is not valid parquet.
+    """
     import datasets
     import pyarrow
 
@@ -71,7 +78,9 @@ def parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         stream = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
         yield from stream.cast_column("image", datasets.Image(decode=False))
     except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{', '.join(names)}: not readable as parquet ({_first_line(error)}); fetch it again") from None
+        raise UserError(
+            f"{', '.join(names)}: not readable as parquet ({_first_line(error)}); download it again"
+        ) from None
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -81,8 +90,8 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def _complete(folder: Path, split: str) -> bool:
     files = _files(folder, split)
-    wanted = re.search(r"-of-(\d+)", files[0].name) if files else None
-    return bool(files) and len(files) == (int(wanted[1]) if wanted else len(files))
+    total = re.search(r"-of-(\d+)", files[0].name) if files else None
+    return bool(files) and len(files) == (int(total[1]) if total else len(files))
 
 
 def _first_line(error: BaseException) -> str:

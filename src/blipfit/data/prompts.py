@@ -1,6 +1,6 @@
-"""Prompts by name and version: from a question to the text a model reads and the text it should give.
+"""Prompt templates by name and version: they turn a question into the model's input text and its target text.
 
-A prompt decides results, so one that changes gets a new version beside the old one and is never edited.
+A prompt changes results. Never edit an existing template: add a new version beside it.
 """
 
 import difflib
@@ -16,67 +16,70 @@ _REMOVED = str.maketrans("", "", "!*#;")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompted:
-    """A question as text: what is read, the right answer, and all answers to rank (none if it is open)."""
+class PromptedQuestion:
+    """A question as text."""
 
     prompt: str
+    """What the model reads."""
     target: str
+    """The correct answer."""
     candidates: tuple[str, ...]
+    """All answers to rank; empty for an open question."""
 
 
-def options(choices: Sequence[str]) -> tuple[str, ...]:
-    """Return the choices with their letters: `(a) X`, `(b) Y`, …; at most 26."""
-    assert len(choices) <= len(LETTERS), "readers of data refuse more choices than letters"
+def format_choices(choices: Sequence[str]) -> tuple[str, ...]:
+    """Return the choices with their letters, `(a) X`, `(b) Y`, …; at most 26."""
+    assert len(choices) <= len(LETTERS), "the loaders refuse more choices than letters"
     return tuple(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 
 
-def clean(prompt: str) -> str:
-    """Remove `! * # ;` and trailing blanks, as the published experiments did to prompts, never to answers."""
+def clean_prompt(prompt: str) -> str:
+    """Remove `! * # ;` and trailing spaces, as the published experiments did with prompts (but not with answers)."""
     return prompt.translate(_REMOVED).rstrip(" ")
 
 
-def scienceqa_v1(question: Question) -> Prompted:
-    """The published ScienceQA prompt.
+def scienceqa_v1(question: Question) -> PromptedQuestion:
+    """Write the published ScienceQA prompt.
 
-    `Context: {…} Question: {…} Options: {(a) X\\n(b) Y\\n} Answer:` — the braces are literal characters and
-    every option, the last one too, ends in a newline. The context is hint + blank + lecture, so it begins
-    with a blank where there is no hint.
+    `Context: {…} Question: {…} Options: {(a) X\\n(b) Y\\n} Answer:`. The braces are literal characters, and every
+    option ends with a newline, also the last. The context is hint + space + lecture, so without a hint it starts with
+    a space.
     """
-    lines = "".join(f"{option}\n" for option in options(question.choices))
+    lines = "".join(f"{option}\n" for option in format_choices(question.choices))
     text = f"Context: {{{question.context}}} Question: {{{question.question}}} Options: {{{lines}}} Answer:"
-    return _prompted(text, question)
+    return _with_answers(text, question)
 
 
-def iconqa_v1(question: Question) -> Prompted:
-    """The published IconQA prompt: `<Image> Question: … Options: (a) X (b) Y. Short answer:`.
+def iconqa_v1(question: Question) -> PromptedQuestion:
+    """Write the published IconQA prompt: `<Image> Question: … Options: (a) X (b) Y. Short answer:`.
 
-    `<Image>` is seven plain characters of text here, not a place for visual tokens.
+    `<Image>` is plain text here, not a placeholder for visual tokens.
     """
-    listed = " ".join(options(question.choices))
-    return _prompted(f"<Image> Question: {question.question} Options: {listed}. Short answer:", question)
+    options = " ".join(format_choices(question.choices))
+    return _with_answers(f"<Image> Question: {question.question} Options: {options}. Short answer:", question)
 
 
-def vqa_v1(question: Question) -> Prompted:
-    """The prompt for own data: `Context: … Question: … Options: (a) X (b) Y. Short answer:`.
+def vqa_v1(question: Question) -> PromptedQuestion:
+    """Write the prompt for own data: `Context: … Question: … Options: (a) X (b) Y. Short answer:`.
 
-    InstructBLIP's own template for short answers; context and options only where the question has them.
+    It is InstructBLIP's template for short answers; context and options are left out if the question has none.
     """
     context = f"Context: {question.context.strip()} " if question.context.strip() else ""
-    listed = f" Options: {' '.join(options(question.choices))}." if question.choices else ""
-    return _prompted(f"{context}Question: {question.question}{listed} Short answer:", question)
+    options = f" Options: {' '.join(format_choices(question.choices))}." if question.choices else ""
+    return _with_answers(f"{context}Question: {question.question}{options} Short answer:", question)
 
 
-def caption_v1(question: Question) -> Prompted:
-    """The published caption prompt; it does not read the question."""
-    return _prompted("<Image> A short image description:", question)
+def caption_v1(question: Question) -> PromptedQuestion:
+    """Write the published caption prompt, which ignores the question."""
+    return _with_answers("<Image> A short image description:", question)
 
 
-def instruction_v1(question: Question) -> Prompted:
-    """The question itself, for sets whose questions are whole instructions; choices are not listed."""
-    return _prompted(question.question, question)
+def instruction_v1(question: Question) -> PromptedQuestion:
+    """Use the question itself as the prompt, for data sets whose questions are complete instructions."""
+    return _with_answers(question.question, question)
 
 
-PROMPTS: dict[str, Callable[[Question], Prompted]] = {
+PROMPTS: dict[str, Callable[[Question], PromptedQuestion]] = {
     "scienceqa-v1": scienceqa_v1,
     "iconqa-v1": iconqa_v1,
     "vqa-v1": vqa_v1,
@@ -85,16 +88,17 @@ PROMPTS: dict[str, Callable[[Question], Prompted]] = {
 }
 
 
-def prompt(name: str) -> Callable[[Question], Prompted]:
-    """Return the prompt of that name."""
+def get_prompt(name: str) -> Callable[[Question], PromptedQuestion]:
+    """Return the function that writes the prompt `name`; raises UserError if the name is unknown."""
     if name not in PROMPTS:
-        near = difflib.get_close_matches(name, PROMPTS, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PROMPTS)}"
-        raise UserError(f"unknown prompt {name!r}; {mend}")
+        similar = difflib.get_close_matches(name, PROMPTS, n=1, cutoff=0.5)
+        fix = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(PROMPTS)}"
+        raise UserError(f"unknown prompt {name!r}; {fix}")
     return PROMPTS[name]
 
 
-def _prompted(text: str, question: Question) -> Prompted:
-    candidates = options(question.choices)
+def _with_answers(text: str, question: Question) -> PromptedQuestion:
+    """Clean the prompt and add the target and the candidates of the question."""
+    candidates = format_choices(question.choices)
     target = question.answer if question.answer_index is None else candidates[question.answer_index]
-    return Prompted(clean(text), target, candidates)
+    return PromptedQuestion(clean_prompt(text), target, candidates)

@@ -1,4 +1,4 @@
-"""The one record that every data set is read into."""
+"""The record that every data set is loaded into."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,8 @@ SPLITS = ("train", "val", "test")
 class Question:
     """One image with a question and its answer.
 
-    `answer` is the text of the right answer. Where there are `choices`, `answer == choices[answer_index]`;
-    an open question has no choices and no index. `tags` (subject, grade, skill, …) only serve to break a
-    result down; nothing in them reaches the model.
+    `answer` is the text of the correct answer. With `choices`, `answer == choices[answer_index]`; an open question has
+    no choices and no index. `tags` (subject, grade, skill, …) group results; the model never sees them.
     """
 
     id: str

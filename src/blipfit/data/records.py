@@ -1,4 +1,7 @@
-"""Reading annotation files: JSON and JSON lines whose every mistake is one sentence with file and line."""
+"""Read annotation files (JSON, JSON lines) and validate their fields.
+
+Every problem is a UserError of one sentence. `location` is its beginning: the file with a line or an entry.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,72 +13,78 @@ from blipfit.errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds."""
+    """Return the content of a JSON file; raises UserError if it is missing, not UTF-8 or not valid JSON."""
     return _parse(_read(path), str(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:line`, record) of a file with one JSON object a line; empty lines are passed over."""
+    """Yield (`file:line`, record) for every line of a file with one JSON object per line; empty lines are skipped.
+
+    Raises UserError if the file is missing, not UTF-8 or has a line that is not a JSON object.
+    """
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
-            where = f"{path}:{number}"
-            yield where, mapping(_parse(line, str(path), number), where)
+            location = f"{path}:{number}"
+            yield location, require_object(_parse(line, str(path), number), location)
 
 
-def mapping(value: Any, where: str) -> dict[str, Any]:
-    """Return `value` if it is a JSON object."""
+def require_object(value: Any, location: str) -> dict[str, Any]:
+    """Return `value` if it is a JSON object; raises UserError otherwise."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object {{…}} but found {_kind(value)}")
+        raise UserError(f"{location}: expected an object {{…}} but found {_kind(value)}")
     return value
 
 
-def listed(value: Any, where: str) -> list[Any]:
-    """Return `value` if it is a JSON list."""
+def require_list(value: Any, location: str) -> list[Any]:
+    """Return `value` if it is a JSON list; raises UserError otherwise."""
     if not isinstance(value, list):
-        raise UserError(f"{where}: expected a list […] but found {_kind(value)}")
+        raise UserError(f"{location}: expected a list […] but found {_kind(value)}")
     return value
 
 
-def text(record: Mapping[str, Any], key: str, where: str) -> str:
-    """Return the text under `key`; it may be empty but not absent."""
+def require_text(record: Mapping[str, Any], key: str, location: str) -> str:
+    """Return the text of field `key`, which may be empty; raises UserError if it is missing or not text."""
     if key not in record:
-        raise UserError(f"{where}: {key!r} is missing")
+        raise UserError(f"{location}: {key!r} is missing")
     if not isinstance(record[key], str):
-        raise UserError(f"{where}: {key!r} must be text but is {_kind(record[key])}")
+        raise UserError(f"{location}: {key!r} must be text but is {_kind(record[key])}")
     return record[key]
 
 
-def choices(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Return the texts under `choices`: at least one, at most one a letter."""
-    found = record.get("choices")
-    if not isinstance(found, list) or not all(isinstance(choice, str) for choice in found):
-        raise UserError(f"{where}: 'choices' must be a list of texts")
-    if not found:
-        raise UserError(f"{where}: 'choices' is empty; give at least one choice")
-    if len(found) > len(LETTERS):
-        raise UserError(f"{where}: {len(found)} choices, but at most {len(LETTERS)} can be lettered")
-    return tuple(found)
+def require_choices(record: Mapping[str, Any], location: str) -> tuple[str, ...]:
+    """Return the texts of field `choices`; raises UserError unless there are 1 to 26 texts."""
+    choices = record.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"{location}: 'choices' must be a list of texts")
+    if not choices:
+        raise UserError(f"{location}: 'choices' is empty; give at least one choice")
+    if len(choices) > len(LETTERS):
+        raise UserError(f"{location}: 'choices' has {len(choices)} texts; at most {len(LETTERS)} are possible (a to z)")
+    return tuple(choices)
 
 
-def index(record: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
-    """Return the number under `answer`, a place in `choices` counted from 0."""
+def require_answer_index(record: Mapping[str, Any], choices: Sequence[str], location: str) -> int:
+    """Return field `answer`, the index of the correct choice; raises UserError if it is not a valid index."""
     answer = record.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool):
-        raise UserError(f"{where}: 'answer' must be a choice's number, counted from 0, but is {answer!r}")
+        raise UserError(f"{location}: 'answer' must be a choice's number, counted from 0, but is {answer!r}")
     if not 0 <= answer < len(choices):
         count = "1 choice" if len(choices) == 1 else f"{len(choices)} choices"
-        there = "is" if len(choices) == 1 else "are"
-        raise UserError(f"{where}: 'answer' is {answer} but there {there} {count} (counted from 0)")
+        verb = "is" if len(choices) == 1 else "are"
+        raise UserError(f"{location}: 'answer' is {answer} but there {verb} {count} (counted from 0)")
     return answer
 
 
-def find_image(tries: Sequence[Path], where: str, mend: str) -> Path:
-    """Return the first path that is a file."""
-    for path in tries:
+def find_image(paths: Sequence[Path], location: str, fix: str) -> Path:
+    """Return the first of `paths` that is a file.
+
+    Raises UserError if there is none; `fix` is the end of its message and says what the user can do.
+    """
+    for path in paths:
         if path.is_file():
             return path
-    looked = " and ".join(map(str, dict.fromkeys(tries)))
-    raise UserError(f"{where}: its image is missing (looked for {looked}); {mend}")
+    listing = " and ".join(map(str, dict.fromkeys(paths)))
+    raise UserError(f"{location}: its image is missing (looked for {listing}); {fix}")
 
 
 def _read(path: Path) -> str:
@@ -94,8 +103,8 @@ def _parse(content: str, file: str, line: int | None = None) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        where = f"{file}:{line or error.lineno}"
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+        location = f"{file}:{line or error.lineno}"
+        raise UserError(f"{location}: not valid JSON ({error.msg}, column {error.colno})") from None
 
 
 def _kind(value: Any) -> str:

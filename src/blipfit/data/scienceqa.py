@@ -1,7 +1,7 @@
 """ScienceQA (Lu et al., 2022; CC BY-NC-SA 4.0): the problems that have an image.
 
-The annotation files have the names, fields, order and bytes of those of the published experiments
-(github.com/AttentionX/InstructBLIP_PEFT), so folders made for either load in both.
+The annotation files are equal, byte by byte, to those of the published experiments
+(github.com/AttentionX/InstructBLIP_PEFT), so a folder prepared for one can be loaded by the other.
 """
 
 from collections import Counter
@@ -12,8 +12,8 @@ from typing import Any
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image
-from blipfit.data.prepared import Folder, PrepareReport, check_images, folder
-from blipfit.data.prompts import options
+from blipfit.data.prepared import OutputFolder, PrepareReport, check_images, output_folder
+from blipfit.data.prompts import format_choices
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 
@@ -21,55 +21,62 @@ HUB_NAME = "derek-thomas/ScienceQA"
 HUB_REVISION = "f18b0a70359ebfb41f658fd564208d0355b013f4"
 PUBLISHED = {"train": 6218, "val": 2097, "test": 2017}
 ANNOTATIONS = {split: f"scienceqa_{split}.json" for split in SPLITS}
-FACTS = "scienceqa_facts.json"
-FACT_NAMES = ("subject", "grade", "topic", "category", "skill")
+TAGS_FILE = "scienceqa_facts.json"
+TAG_NAMES = ("subject", "grade", "topic", "category", "skill")
 IMAGE_ZIPS = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One entry of the data set; `where` names it in errors, the image is a file, its bytes or not there."""
+    """One problem of the data set."""
 
     id: str
     split: str
     record: Mapping[str, Any]
+    """The fields of the official files."""
     image: Path | bytes | None
-    where: str
+    """The image's file, its content, or None if the problem has no image."""
+    location: str
+    """File and entry, for error messages."""
 
 
 def prepare(source: str | Path, to: Path) -> PrepareReport:
-    """Write `scienceqa_{split}.json`, the images and the facts that results are broken down by.
+    """Write `scienceqa_{split}.json`, the images, and the tags by which results are grouped.
 
-    `source` is `hub`, a folder of the official layout (`problems.json`, `pid_splits.json`,
-    `images/SPLIT/PID/image.png`), or a download of the hub's parquet files.
+    `source` is `hub`, a folder in the official layout (`problems.json`, `pid_splits.json`,
+    `images/SPLIT/PID/image.png`), or a folder with the hub's parquet files. Raises UserError if the source is
+    incomplete or damaged, or `to` cannot be written.
     """
     if str(source) == "hub":
-        return _write(_of_parquet(hub.download(HUB_NAME, HUB_REVISION)), to)
+        return _write(_read_parquet(hub.download(HUB_NAME, HUB_REVISION)), to)
     source = Path(source)
     root = _official_root(source)
     if root is None and hub.is_download(source):
-        return _write(_of_parquet(source), to)
+        return _write(_read_parquet(source), to)
     if root is None:
         raise UserError(
-            f"{source} is no ScienceQA folder: it has neither problems.json with pid_splits.json nor "
+            f"{source} is not a ScienceQA folder: it has neither problems.json with pid_splits.json nor "
             f"data/train-*.parquet; give the folder that holds them, or --from hub"
         )
-    problems = list(_official(root))
+    problems = list(_read_official(root))
     check_images(problem.image for problem in problems if isinstance(problem.image, Path))
     return _write(problems, to)
 
 
 def load(folder: Path, split: str) -> list[Question]:
-    """Read a prepared folder, or one made for the published experiments."""
+    """Load one split of a prepared folder, or of a folder prepared for the published experiments.
+
+    Raises UserError if the folder is not prepared, or an entry or its image is missing or invalid.
+    """
     file = folder / ANNOTATIONS[split]
     if not file.is_file():
         raise UserError(
-            f"{folder} is no prepared ScienceQA folder ({file.name} is missing); "
+            f"{folder} is not a prepared ScienceQA folder ({file.name} is missing); "
             f"run `blipfit prepare scienceqa --from DIR --to {folder}`"
         )
-    facts = _facts(folder)
-    entries = records.listed(records.read_json(file), str(file))
-    return [_question(entry, f"{file}: entry {n}", folder, facts) for n, entry in enumerate(entries, start=1)]
+    tags = _load_tags(folder)
+    entries = records.require_list(records.read_json(file), str(file))
+    return [_question(entry, f"{file}: entry {n}", folder, tags) for n, entry in enumerate(entries, start=1)]
 
 
 def _official_root(source: Path) -> Path | None:
@@ -79,127 +86,129 @@ def _official_root(source: Path) -> Path | None:
     return None
 
 
-def _official(root: Path) -> Iterator[Problem]:
+def _read_official(root: Path) -> Iterator[Problem]:
     file = root / "problems.json"
-    problems = records.mapping(records.read_json(file), str(file))
+    problems = records.require_object(records.read_json(file), str(file))
     splits_file = root / "pid_splits.json"
-    splits = records.mapping(records.read_json(splits_file), str(splits_file))
+    splits = records.require_object(records.read_json(splits_file), str(splits_file))
     for split in SPLITS:
-        for pid in map(str, records.listed(splits.get(split), f"{splits_file}: {split}")):
+        for pid in map(str, records.require_list(splits.get(split), f"{splits_file}: {split}")):
             if pid not in problems:
-                raise UserError(f"{splits_file}: {split} names problem {pid}, which {file} lacks")
-            where = f"{file}: problem {pid}"
-            record = records.mapping(problems[pid], where)
+                raise UserError(f"{splits_file}: {split} names problem {pid}, which is not in {file}")
+            location = f"{file}: problem {pid}"
+            record = records.require_object(problems[pid], location)
             image = None
             if record.get("image"):
                 image = records.find_image(
                     [root / "images" / split / pid / "image.png", root / split / pid / "image.png"],
-                    where,
+                    location,
                     f"unpack {IMAGE_ZIPS}/{split}.zip there",
                 )
-            yield Problem(pid, split, record, image, where)
+            yield Problem(pid, split, record, image, location)
 
 
-def _of_parquet(download: Path) -> Iterator[Problem]:
-    """Problems of the hub's data set, which has no problem numbers: named by split and row, from 0."""
+def _read_parquet(download: Path) -> Iterator[Problem]:
+    """Yield the hub's problems; they have no numbers there, so the id is the split with the row, from 0."""
     for split in SPLITS:
-        for row, record in enumerate(hub.rows(download, split)):
-            where = f"{download}: {split} row {row}"
-            image = (records.mapping(record, where).get("image") or {}).get("bytes")
+        for row, record in enumerate(hub.read_rows(download, split)):
+            location = f"{download}: {split} row {row}"
+            image = (records.require_object(record, location).get("image") or {}).get("bytes")
             if image is not None:
-                decode_image(image, where)
-            yield Problem(f"{split}-{row}", split, record, image, where)
+                decode_image(image, location)
+            yield Problem(f"{split}-{row}", split, record, image, location)
 
 
 def _write(problems: Iterable[Problem], to: Path) -> PrepareReport:
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    facts: dict[str, dict[str, str]] = {}
+    tags: dict[str, dict[str, str]] = {}
     left_out: Counter[str] = Counter()
-    with folder(to, ours=(*ANNOTATIONS.values(), "images")) as out:
+    with output_folder(to, known_names=(*ANNOTATIONS.values(), "images")) as out:
         for problem in problems:
             if problem.image is None:
                 left_out["without an image"] += 1
                 continue
             annotations[problem.split].append(_annotation(problem))
-            facts[problem.id] = _tags(problem.record)
-            _place(out, problem.image, f"images/{problem.split}/{problem.id}/image.png")
-        if not facts:
+            tags[problem.id] = _tags(problem.record)
+            _add_image(out, problem.image, f"images/{problem.split}/{problem.id}/image.png")
+        if not tags:
             raise UserError(f"nothing to prepare: none of {sum(left_out.values())} problems has an image")
-        out.write_json(facts, FACTS)
+        out.write_json(tags, TAGS_FILE)
         for split, entries in annotations.items():
             out.write_json(entries, ANNOTATIONS[split])
     counts = {split: len(entries) for split, entries in annotations.items()}
-    return PrepareReport("scienceqa", to, counts, left_out, out.placed, PUBLISHED)
+    return PrepareReport("scienceqa", to, counts, left_out, out.image_counts, PUBLISHED)
 
 
-def _place(out: Folder, image: Path | bytes, name: str) -> None:
+def _add_image(out: OutputFolder, image: Path | bytes, name: str) -> None:
     if isinstance(image, Path):
-        out.place(image, name)
+        out.add_image(image, name)
     else:
         out.write_image(image, name)
 
 
 def _annotation(problem: Problem) -> dict[str, Any]:
-    """The published form; its image path starts at the folder ABOVE the annotations, named `scienceqa`."""
-    record, where = problem.record, problem.where
-    choices = records.choices(record, where)
+    """Return the published annotation; its image path is relative to the folder ABOVE `scienceqa`."""
+    record, location = problem.record, problem.location
+    choices = records.require_choices(record, location)
     return {
         "image": f"scienceqa/images/{problem.split}/{problem.id}/image.png",
-        "question": records.text(record, "question", where),
-        "answer": options(choices)[records.index(record, choices, where)],
+        "question": records.require_text(record, "question", location),
+        "answer": format_choices(choices)[records.require_answer_index(record, choices, location)],
         "choices": choices,
-        "context": records.text(record, "hint", where) + " " + records.text(record, "lecture", where),
+        "context": records.require_text(record, "hint", location)
+        + " "
+        + records.require_text(record, "lecture", location),
         "question_id": problem.id,
     }
 
 
 def _tags(record: Mapping[str, Any]) -> dict[str, str]:
-    """The facts the official leaderboard splits by; its TXT column is the problems with a hint."""
+    """Return the tags of the official leaderboard's columns; its column TXT counts the problems with a hint."""
     context = "text+image" if record.get("hint") else "image"
-    return {name: str(record[name]) for name in FACT_NAMES if record.get(name)} | {"context": context}
+    return {name: str(record[name]) for name in TAG_NAMES if record.get(name)} | {"context": context}
 
 
-def _facts(folder: Path) -> Mapping[str, Mapping[str, str]]:
-    """Facts by problem: of `prepare`, else of the official file if it lies there, else none."""
-    if (file := folder / FACTS).is_file():
-        return records.mapping(records.read_json(file), str(file))
+def _load_tags(folder: Path) -> Mapping[str, Mapping[str, str]]:
+    """Return the tags by problem id: from `prepare`'s file, else from the official file, else none."""
+    if (file := folder / TAGS_FILE).is_file():
+        return records.require_object(records.read_json(file), str(file))
     if (file := folder / "problems.json").is_file():
-        problems = records.mapping(records.read_json(file), str(file))
-        return {pid: _tags(records.mapping(record, f"{file}: {pid}")) for pid, record in problems.items()}
+        problems = records.require_object(records.read_json(file), str(file))
+        return {pid: _tags(records.require_object(record, f"{file}: {pid}")) for pid, record in problems.items()}
     return {}
 
 
-def _question(entry: Any, where: str, folder: Path, facts: Mapping[str, Mapping[str, str]]) -> Question:
-    record = records.mapping(entry, where)
-    choices = records.choices(record, where)
-    answer = records.text(record, "answer", where)
-    if answer not in options(choices):
-        raise UserError(f"{where}: 'answer' is {answer!r}, which is none of {', '.join(options(choices))}")
-    number = options(choices).index(answer)
-    context = records.text(record, "context", where)
+def _question(entry: Any, location: str, folder: Path, tags: Mapping[str, Mapping[str, str]]) -> Question:
+    record = records.require_object(entry, location)
+    choices = records.require_choices(record, location)
+    answer = records.require_text(record, "answer", location)
+    if answer not in format_choices(choices):
+        raise UserError(f"{location}: 'answer' is {answer!r}, which is none of {', '.join(format_choices(choices))}")
+    answer_index = format_choices(choices).index(answer)
+    context = records.require_text(record, "context", location)
     if "question_id" not in record:
-        raise UserError(f"{where}: 'question_id' is missing")
+        raise UserError(f"{location}: 'question_id' is missing")
     pid = str(record["question_id"])
     return Question(
         id=pid,
-        image=_find(records.text(record, "image", where), folder, where),
-        question=records.text(record, "question", where),
-        answer=choices[number],
+        image=_find_image(records.require_text(record, "image", location), folder, location),
+        question=records.require_text(record, "question", location),
+        answer=choices[answer_index],
         choices=choices,
-        answer_index=number,
+        answer_index=answer_index,
         context=context,
-        # Without a hint the context, hint + blank + lecture, begins with the blank.
-        tags=facts.get(pid) or {"context": "image" if context.startswith(" ") else "text+image"},
+        # The context is hint + space + lecture, so without a hint it starts with the space.
+        tags=tags.get(pid) or {"context": "image" if context.startswith(" ") else "text+image"},
     )
 
 
-def _find(image: str, folder: Path, where: str) -> Path:
-    """Find an image by its annotated path, whatever folder that path was written for.
+def _find_image(image: str, folder: Path, location: str) -> Path:
+    """Find an image by its annotated path, whatever folder that path is relative to.
 
-    Published files say `scienceqa/images/…` and mean the folder above their own; others hold absolute paths
-    of another machine. The part from `images/` on is the same everywhere.
+    Published files have paths `scienceqa/images/…`, relative to the parent of their folder; others have absolute paths
+    of another machine. The part after `images/` is always the same.
     """
     start = image.rfind("images/")
-    tail = [folder / image[start:]] if start >= 0 else []
-    tries = [*tail, folder / image, folder.parent / image]
-    return records.find_image(tries, where, "put the images into the folder, or prepare it again")
+    in_folder = [folder / image[start:]] if start >= 0 else []
+    paths = [*in_folder, folder / image, folder.parent / image]
+    return records.find_image(paths, location, "put the images into the folder, or prepare it again")

@@ -1,7 +1,7 @@
-"""Answers in the model's own words: how tokens are chosen, as named presets, and texts of many questions at once.
+"""Generate answers for many questions at once, with named decoding presets.
 
-A question gets the same text alone as in any batch, also where tokens are drawn by lot. `K` experiments of the
-backbone's bank, `B` questions of a batch, `A` new tokens, `V` vocabulary.
+A question gets the same text alone as in any batch, also with sampling. Shapes: `K` experiments of the backbone's
+bank, `B` questions of a batch, `A` new tokens, `V` vocabulary.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blipfit.data.batches import Encoded, PromptBatch
+from blipfit.data.batches import EncodedQuestion, PromptBatch
 from blipfit.errors import UserError
 from blipfit.model.backbone import Backbone
 from blipfit.runtime import distributed
@@ -28,11 +28,11 @@ from blipfit.runtime import distributed
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a text is chosen, in the field's terms; the defaults are the published InstructBLIP settings.
+    """How tokens are selected; the defaults are the published InstructBLIP settings.
 
-    With `sample`, tokens are drawn by `seed` from the likeliest ones that make up `top_p`; otherwise `temperature`
-    and `top_p` are not used. `min_tokens` and `max_tokens` count new tokens. A repetition penalty is on what was
-    generated, not on the prompt.
+    `min_tokens` and `max_tokens` count new tokens. `repetition_penalty` applies to generated tokens, not to the prompt.
+    `sample` turns on nucleus sampling; `temperature`, `top_p` and `seed` have an effect only then. Raises UserError if
+    a value is out of range.
     """
 
     beams: int = 5
@@ -47,11 +47,20 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.beams < 1 or not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
-            raise UserError("decoding needs at least 1 beam and 0 ≤ min_tokens ≤ max_tokens, 1 at least")
+            raise UserError(
+                f"decoding has beams={self.beams}, min_tokens={self.min_tokens}, max_tokens={self.max_tokens}; it "
+                "needs at least 1 beam, max_tokens of at least 1, and 0 ≤ min_tokens ≤ max_tokens"
+            )
         if self.repetition_penalty <= 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise UserError("decoding needs a repetition penalty and a temperature above 0, and 0 < top_p ≤ 1")
+            raise UserError(
+                f"decoding has repetition_penalty={self.repetition_penalty}, temperature={self.temperature}, "
+                f"top_p={self.top_p}; it needs a repetition penalty and a temperature above 0, and 0 < top_p ≤ 1"
+            )
         if self.sample and self.beams > 1:
-            raise UserError("decoding draws by lot with one beam only; set beams to 1 or sample to false")
+            raise UserError(
+                f"decoding has sample=true and beams={self.beams}; sampling works with one beam only: set beams to 1 "
+                "or sample to false"
+            )
 
 
 PRESETS = {
@@ -65,77 +74,78 @@ PRESETS = {
 answering. `caption`: one sentence, as in its captioning benchmarks."""
 
 
-def preset(name: str) -> Decoding:
-    """Return the preset of that name."""
+def get_preset(name: str) -> Decoding:
+    """Return the decoding preset with this name; raises UserError if there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
-        raise UserError(f"unknown decoding {name!r}; {mend}")
+        matches = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(PRESETS)}"
+        raise UserError(f"unknown decoding {name!r}; {hint}")
     return PRESETS[name]
 
 
 @torch.no_grad()
 def generate(
     backbone: Backbone,
-    encoded: Sequence[Encoded],
-    features: Callable[[Sequence[int]], Tensor],
+    encoded: Sequence[EncodedQuestion],
+    features_at: Callable[[Sequence[int]], Tensor],
     decoding: Decoding,
     batch_size: int,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
-    """Answer questions for all K experiments of the backbone's bank: K lists of texts in the questions' order.
+    """Generate answers for all `K` experiments of the backbone's bank: `K` lists of texts in the questions' order.
 
-    `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded. Prompts
-    are read whole.
+    `features_at(indices)` returns image features `B × P × D`. `advance(count)` is called after each batch with its
+    number of questions. Questions of similar length share a batch, which keeps padding small. Prompts are not
+    truncated.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    found: list[tuple[int, int, str]] = []
-    for chosen in distributed.shard(batches):
-        rows = [encoded[i] for i in chosen]
-        batch = backbone.text.prompts(rows).to(backbone.device)
-        ids = write(backbone, backbone.query(features(chosen), batch), batch, decoding)
-        for place, text in enumerate(backbone.text.texts(ids)):
-            found.append((place // len(chosen), chosen[place % len(chosen)], text))
-        advance(len(chosen))
-    said = {(k, i): text for k, i, text in distributed.all_gather(found)}
-    return [[said[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
+    results: list[tuple[int, int, str]] = []
+    for indices in distributed.shard(batches):
+        batch = backbone.text.prompts([encoded[i] for i in indices]).to(backbone.device)
+        ids = generate_ids(backbone, backbone.query(features_at(indices), batch), batch, decoding)
+        for row, text in enumerate(backbone.text.decode(ids)):
+            results.append((row // len(indices), indices[row % len(indices)], text))
+        advance(len(indices))
+    texts = {(k, i): text for k, i, text in distributed.all_gather(results)}
+    return [[texts[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
 
 
-def write(backbone: Backbone, visual: Tensor, batch: PromptBatch, decoding: Decoding) -> Tensor:
-    """Visual tokens + prompts → new token ids `K·B × A`, chosen as `decoding` says."""
+def generate_ids(backbone: Backbone, visual: Tensor, batch: PromptBatch, decoding: Decoding) -> Tensor:
+    """Generate new token ids `K·B × A` from the visual tokens and prompts of one batch."""
     options: dict[str, Any] = {
         "num_beams": decoding.beams,
         "max_new_tokens": decoding.max_tokens,
         "min_new_tokens": decoding.min_tokens,
-        "do_sample": False,  # drawing by lot is ours: see `GumbelSampling`
-        "repetition_penalty": 1.0,  # and so is this, below
+        "do_sample": False,  # `GumbelSampling` samples instead
+        "repetition_penalty": 1.0,  # a logits processor of `_logits_processors` applies the penalty
         "early_stopping": False,
-        "logits_processor": LogitsProcessorList(_processors(visual, batch, decoding)),
+        "logits_processor": LogitsProcessorList(_logits_processors(visual, batch, decoding)),
     }
     if decoding.beams > 1:
         options["length_penalty"] = decoding.length_penalty
     return backbone.generate(visual, batch, **options)
 
 
-def _processors(visual: Tensor, batch: PromptBatch, decoding: Decoding) -> list[LogitsProcessor]:
-    made: list[LogitsProcessor] = []
+def _logits_processors(visual: Tensor, batch: PromptBatch, decoding: Decoding) -> list[LogitsProcessor]:
+    processors: list[LogitsProcessor] = []
     if decoding.repetition_penalty != 1:
-        # transformers' own setting passes over as many NEW tokens of a row as it has pads on its left.
-        made.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+        # The `repetition_penalty` option of transformers ignores as many NEW tokens of a row as it has left pads.
+        processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
     if decoding.sample:
-        made += [TemperatureLogitsWarper(decoding.temperature), TopPLogitsWarper(decoding.top_p)]
+        processors += [TemperatureLogitsWarper(decoding.temperature), TopPLogitsWarper(decoding.top_p)]
         B = len(batch.text_ids_BT)
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch.text_ids_BT, batch.text_mask_BT, strict=True)]
-        made.append(GumbelSampling([_seed(decoding.seed, prompts[row % B]) for row in range(len(visual))]))
-    return made
+        seeds = [_row_seed(decoding.seed, prompts[row % B]) for row in range(len(visual))]
+        processors.append(GumbelSampling(seeds))
+    return processors
 
 
 class GumbelSampling(LogitsProcessor):
-    """Adds Gumbel noise to the scores, so that the highest is a draw from their softmax.
+    """Adds Gumbel noise to the scores, so that the argmax is a sample from their softmax.
 
-    Every row has a generator of its own, whatever stands beside it in the batch; the noise is drawn on the CPU, so it
-    does not depend on the device.
+    Every row has its own generator, so its sample does not depend on the other rows of the batch. The noise is
+    generated on the CPU, so it does not depend on the device.
     """
 
     def __init__(self, seeds: Sequence[int]):
@@ -147,7 +157,7 @@ class GumbelSampling(LogitsProcessor):
         return scores_BV - noise.log().to(scores_BV)
 
 
-def _seed(seed: int, prompt: Sequence[int]) -> int:
-    """Of a row: from the seed and its prompt, so that equal prompts about other pictures share their noise."""
+def _row_seed(seed: int, prompt: Sequence[int]) -> int:
+    """Derive a row's seed from the decoding seed and the prompt; equal prompts share their noise on all images."""
     digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,7 +1,8 @@
-"""How a recipe's experiments are judged: by ranking where questions have choices, by their own words where not.
+"""Evaluate all experiments of a bank on one split, by ranking (questions with choices) or by generation (open answers).
 
-Both give two things: a short look after every epoch, which decides the best one, and the full judgement of a split.
-K experiments of the backbone's bank are judged together.
+There are two evaluations. `validate` is short and runs after every epoch; its score selects the best epoch.
+`evaluate_split` is complete and gives all records and metrics. Both evaluate the `K` experiments of the backbone's bank
+together; without a bank, `K` is 1 and the base model is evaluated.
 """
 
 import math
@@ -16,17 +17,22 @@ from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import generation, ranking, text
 from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.evaluation.ranking import QuestionScores
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 from blipfit.runtime import distributed
 
-See = Callable[[Sequence[Question]], torch.Tensor]
-"""Questions → their images' features `B × P × D`."""
+FeatureFunction = Callable[[Sequence[Question]], torch.Tensor]
+"""Returns the image features `B × P × D` of `B` questions."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """One experiment after an epoch: `measure` as the log names it, `score` with the better the higher."""
+    """Validation of one experiment after an epoch.
+
+    `measure` is the key in the log (`val_accuracy` or `val_loss`), `value` its value. `score` is the same number with
+    the sign chosen so that higher is better.
+    """
 
     measure: str
     value: float
@@ -34,117 +40,147 @@ class ValidationResult:
 
     @property
     def finite(self) -> bool:
-        """Whether it is a number; a model with a broken weight gives none."""
+        """Whether the value is a finite number; a model with NaN or infinite weights gives none."""
         return math.isfinite(self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitEvaluation:
-    """One experiment on a split: a record a question, in order, and what they come to."""
+    """Evaluation of one experiment on one split: one record per question, in order, and the metrics over all."""
 
     records: list[dict[str, Any]]
     metrics: dict[str, Any]
     finite: bool = True
+    """Whether all scores are finite numbers."""
 
 
-def validate(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[ValidationResult]:
-    """What decides the best epoch: accuracy in percent by ranking, or the loss a label token of open answers."""
+def validate(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+) -> list[ValidationResult]:
+    """Compute the score that selects the best epoch, one result per experiment.
+
+    With ranking this is the accuracy in percent; with generation, the mean loss per label token.
+    """
     backbone.hf.eval()
-    if part.method == "generation":
-        return [ValidationResult("val_loss", loss, -loss) for loss in losses(backbone, chosen, see, part.batch_size)]
-    found = []
-    for choices in _ranked(backbone, chosen, see, part):
-        right = [r["correct"] for r in ranking.predictions(chosen.questions, chosen.prompted, choices)]
-        score = 100 * sum(right) / len(right) if all(c.finite for c in choices) else math.nan
-        found.append(ValidationResult("val_accuracy", score, score))
-    return found
+    if config.method == "generation":
+        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
+        return [ValidationResult("val_loss", loss, -loss) for loss in losses]
+    results = []
+    for scores in _rank(backbone, encoded_split, get_features, config):
+        records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
+        correct = [record["correct"] for record in records]
+        percent = 100 * sum(correct) / len(correct) if all(s.finite for s in scores) else math.nan
+        results.append(ValidationResult("val_accuracy", percent, percent))
+    return results
 
 
-def evaluate_split(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[SplitEvaluation]:
-    """The full judgement of a split, one an experiment."""
+def evaluate_split(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+) -> list[SplitEvaluation]:
+    """Evaluate every experiment on a split, with all records and metrics; one result per experiment."""
     backbone.hf.eval()
-    if part.method == "generation":
-        spoken = zip(
-            losses(backbone, chosen, see, part.batch_size), generated_texts(backbone, chosen, see, part), strict=True
-        )
-        return [_worded(chosen, texts, loss, part) for loss, texts in spoken]
-    judged = []
-    for choices in _ranked(backbone, chosen, see, part):
-        records = ranking.predictions(chosen.questions, chosen.prompted, choices)
-        metrics = ranking.summarize(chosen.questions, records)
-        judged.append(SplitEvaluation(records, metrics, all(choice.finite for choice in choices)))
-    return judged
+    if config.method == "generation":
+        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
+        texts = generate_texts(backbone, encoded_split, get_features, config)
+        return [_score_texts(encoded_split, t, loss, config) for loss, t in zip(losses, texts, strict=True)]
+    evaluations = []
+    for scores in _rank(backbone, encoded_split, get_features, config):
+        records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
+        metrics = ranking.summarize(encoded_split.questions, records)
+        evaluations.append(SplitEvaluation(records, metrics, all(s.finite for s in scores)))
+    return evaluations
 
 
-def refuse(part: EvaluationConfig, name: str, splits: Mapping[str, Sequence[Question]]) -> None:
-    """UserError where questions cannot be judged so."""
-    if part.method == "ranking":
+def check_evaluation(config: EvaluationConfig, name: str, splits: Mapping[str, Sequence[Question]]) -> None:
+    """Raise UserError if a data set cannot be evaluated as configured.
+
+    `name` is the data set's name for messages, `splits` its questions by split.
+    """
+    if config.method == "ranking":
         for split in ("val", "test"):
-            if openly := next((q for q in splits[split] if not q.choices), None):
+            if open_question := next((q for q in splits[split] if not q.choices), None):
                 raise UserError(
-                    f"{name} {split} {openly.id} has no choices, and ranking needs them; add some, or judge open "
-                    "answers with --set evaluation.method=generation"
+                    f"{name} {split} {open_question.id} has no choices, but ranking needs them; add choices, or "
+                    "evaluate open answers with --set evaluation.method=generation"
                 )
-    generation.preset(part.decoding)
+    generation.get_preset(config.decoding)
 
 
 @torch.no_grad()
-def losses(backbone: Backbone, chosen: EncodedSplit, see: See, batch_size: int) -> list[float]:
-    """Mean negative log-likelihood of a label token, one value an experiment; texts are cut as in training."""
-    order = sorted(range(len(chosen)), key=lambda i: len(chosen.encoded[i].prompt) + len(chosen.encoded[i].target))
+def compute_losses(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, batch_size: int
+) -> list[float]:
+    """Compute the mean negative log-likelihood per label token, one value per experiment.
+
+    Prompts and answers are truncated as in training.
+    """
+    encoded = encoded_split.encoded
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].target))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    total = torch.zeros(backbone.experiments, device=backbone.device)
-    for rows in distributed.shard(batches):
-        batch = backbone.text.targets([chosen.encoded[i] for i in rows]).to(backbone.device)
-        features = see([chosen.questions[i] for i in rows])
-        total += backbone.losses(backbone.query(features, batch), batch).to(total)
-    labels = sum(len(e.target) for e in chosen.encoded)
-    return [value / labels for value in distributed.all_reduce_sum(total).tolist()]
+    features_at = build_feature_lookup(encoded_split, get_features)
+    totals = torch.zeros(backbone.experiments, device=backbone.device)
+    for indices in distributed.shard(batches):
+        batch = backbone.text.targets([encoded[i] for i in indices]).to(backbone.device)
+        totals += backbone.losses(backbone.query(features_at(indices), batch), batch).to(totals)
+    labels = sum(len(e.target) for e in encoded)
+    return [total / labels for total in distributed.all_reduce_sum(totals).tolist()]
 
 
-def generated_texts(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[list[str]]:
-    """Texts of the split's questions, one list an experiment."""
+def generate_texts(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+) -> list[list[str]]:
+    """Generate an answer to every question; one list of answers per experiment."""
     return generation.generate(
         backbone,
-        chosen.encoded,
-        lambda rows: see([chosen.questions[i] for i in rows]),
-        generation.preset(part.decoding),
-        part.batch_size,
+        encoded_split.encoded,
+        build_feature_lookup(encoded_split, get_features),
+        generation.get_preset(config.decoding),
+        config.batch_size,
     )
 
 
-def _ranked(backbone: Backbone, chosen: EncodedSplit, see: See, part: EvaluationConfig) -> list[list[ranking.Choice]]:
-    return ranking.rank(
-        backbone,
-        chosen.encoded,
-        lambda rows: see([chosen.questions[i] for i in rows]),
-        part.batch_size,
-    )
+def build_feature_lookup(
+    encoded_split: EncodedSplit, get_features: FeatureFunction
+) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Return a function that gives the image features `B × P × D` of questions by their indices in the split."""
+    return lambda indices: get_features([encoded_split.questions[i] for i in indices])
 
 
-def _worded(chosen: EncodedSplit, texts: Sequence[str], loss: float, part: EvaluationConfig) -> SplitEvaluation:
-    """Texts against the wanted answers: right is equal after normalizing; ROUGE and both matches of every one."""
-    wanted = [prompted.target for prompted in chosen.prompted]
-    judged = text.judge(texts, wanted)
-    correct = [bool(value) for value in judged["samples"]["exact"]]
+def _rank(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+) -> list[list[QuestionScores]]:
+    features_at = build_feature_lookup(encoded_split, get_features)
+    return ranking.rank(backbone, encoded_split.encoded, features_at, config.batch_size)
+
+
+def _score_texts(
+    encoded_split: EncodedSplit, predictions: Sequence[str], loss: float, config: EvaluationConfig
+) -> SplitEvaluation:
+    """Compare generated answers with the references: correct means equal after normalization."""
+    references = [prompted.target for prompted in encoded_split.prompted]
+    scores = text.score_texts(predictions, references)
+    correct = [bool(value) for value in scores["samples"]["exact"]]
     records = [
         {
             "id": question.id,
-            "prediction": words,
-            "answer": answer,
-            "correct": right,
-            **{name: round(values[i], 6) for name, values in judged["samples"].items() if name in text.ROUGE},
+            "prediction": prediction,
+            "answer": reference,
+            "correct": is_correct,
+            **{name: round(values[i], 6) for name, values in scores["samples"].items() if name in text.ROUGE},
         }
-        for i, (question, words, answer, right) in enumerate(zip(chosen.questions, texts, wanted, correct, strict=True))
+        for i, (question, prediction, reference, is_correct) in enumerate(
+            zip(encoded_split.questions, predictions, references, correct, strict=True)
+        )
     ]
+    groups = breakdown(encoded_split.questions, correct)
+    del groups["choices"]  # open questions have no choices, so this would be a single group
     metrics = {
-        "method": part.method,
-        "decoding": part.decoding,
+        "method": config.method,
+        "decoding": config.decoding,
         "loss": loss,
         **accuracy(correct),
-        "stemmer": judged["stemmer"],
-        "texts": judged["metrics"],
-        # All questions have the same number of choices: none.
-        "by": {name: part for name, part in breakdown(chosen.questions, correct).items() if name != "choices"},
+        "stemmer": scores["stemmer"],
+        "texts": scores["metrics"],
+        "by": groups,
     }
     return SplitEvaluation(records, metrics, math.isfinite(loss))

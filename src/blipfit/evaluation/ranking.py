@@ -1,8 +1,8 @@
-"""Judging by ranking: the candidate with the highest summed log-likelihood is the answer.
+"""Answer questions by ranking: the candidate with the highest summed log-likelihood is the answer.
 
 Source: the original experiments. The score is the SUM over a candidate's tokens (T5's end token included, Vicuna's
-not), not normalized by length; the mean is reported beside it. An answer is right if its text equals the labelled
-option's, to the letter.
+not), without length normalization; the mean is reported beside it. An answer is correct if its text is identical to
+the text of the labeled choice.
 """
 
 import math
@@ -13,112 +13,126 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blipfit.data.batches import Encoded
-from blipfit.data.prompts import Prompted
+from blipfit.data.batches import EncodedQuestion
+from blipfit.data.prompts import PromptedQuestion
+from blipfit.data.question import Question
 from blipfit.evaluation.metrics import accuracy, breakdown
 from blipfit.model.backbone import Backbone
 from blipfit.runtime import distributed
 
-MOST_ROWS = 512
-"""Candidates of all experiments in one forward pass: a large bank ranks fewer questions at once, not more memory."""
+MAX_ROWS = 512
+"""Maximum number of candidates in one forward pass, over all experiments. It bounds the memory: a larger bank ranks
+fewer questions at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One judged question: every candidate's score and what they choose."""
+class QuestionScores:
+    """The summed log-likelihood and the number of tokens of every candidate of one question."""
 
     sums: tuple[float, ...]
     lengths: tuple[int, ...]
 
     @property
     def means(self) -> tuple[float, ...]:
+        """Log-likelihood per token of every candidate."""
         return tuple(s / n for s, n in zip(self.sums, self.lengths, strict=True))
 
     @property
     def finite(self) -> bool:
-        """Whether all scores are numbers; a model with a broken weight gives none, and so no choice."""
+        """Whether all scores are finite numbers; a model with NaN or infinite weights gives none."""
         return all(map(math.isfinite, self.sums))
 
     @property
     def best(self) -> int:
+        """Index of the candidate with the highest sum; of equal ones, the first."""
         return max(range(len(self.sums)), key=self.sums.__getitem__)
 
     @property
     def best_by_mean(self) -> int:
+        """Index of the candidate with the highest mean; of equal ones, the first."""
         return max(range(len(self.sums)), key=self.means.__getitem__)
 
 
 @torch.no_grad()
 def rank(
     backbone: Backbone,
-    encoded: Sequence[Encoded],
-    features: Callable[[Sequence[int]], Tensor],
+    encoded: Sequence[EncodedQuestion],
+    features_at: Callable[[Sequence[int]], Tensor],
     batch_size: int,
-    advance: Callable[[int], None] = lambda done: None,
-) -> list[list[Choice]]:
-    """Judge questions for all K experiments of the backbone's bank: K lists in the questions' order.
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[QuestionScores]]:
+    """Score the candidates of questions for all `K` experiments of the backbone's bank.
 
-    `features(indices)` gives image features `B × P × D`. Questions are batched by length, so little is padded.
+    `features_at(indices)` returns image features `B × P × D`. `advance(count)` is called after each batch with its
+    number of questions. Questions of similar length share a batch, which keeps padding small. Returns `K` lists in the
+    questions' order.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
-    most = max(1, MOST_ROWS // backbone.experiments)
-    batches = _batches(order, [max(1, len(e.candidates)) for e in encoded], batch_size, most)
-    found: list[tuple[int, int, Choice]] = []
-    for chosen in distributed.shard(batches):
-        batch = backbone.text.candidates([encoded[i] for i in chosen]).to(backbone.device)
-        scores = backbone.score(backbone.query(features(chosen), batch), batch)
+    max_candidates = max(1, MAX_ROWS // backbone.experiments)
+    batches = _batches(order, [max(1, len(e.candidates)) for e in encoded], batch_size, max_candidates)
+    results: list[tuple[int, int, QuestionScores]] = []
+    for indices in distributed.shard(batches):
+        batch = backbone.text.candidates([encoded[i] for i in indices]).to(backbone.device)
+        scores = backbone.score(backbone.query(features_at(indices), batch), batch)
         sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
-        at = 0
-        for i in chosen:
-            until = at + len(encoded[i].candidates)
+        start = 0
+        for i in indices:
+            end = start + len(encoded[i].candidates)
             for k, row in enumerate(sums):
-                found.append((k, i, Choice(tuple(row[at:until]), tuple(lengths[at:until]))))
-            at = until
-        advance(len(chosen))
-    judged = {(k, i): choice for k, i, choice in distributed.all_gather(found)}
-    return [[judged[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
+                results.append((k, i, QuestionScores(tuple(row[start:end]), tuple(lengths[start:end]))))
+            start = end
+        advance(len(indices))
+    ranked = {(k, i): scores for k, i, scores in distributed.all_gather(results)}
+    return [[ranked[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
 
 
-def _batches(order: Sequence[int], candidates: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
-    """Cut the order into batches of at most `batch_size` questions and `most` candidates, at least one question."""
+def _batches(
+    order: Sequence[int], candidate_counts: Sequence[int], batch_size: int, max_candidates: int
+) -> list[list[int]]:
+    """Split `order` into batches of at most `batch_size` questions and `max_candidates` candidates.
+
+    A question with more candidates than that gets its own batch.
+    """
     batches: list[list[int]] = []
     rows = 0
     for i in order:
-        if not batches or len(batches[-1]) == batch_size or rows + candidates[i] > most:
+        if not batches or len(batches[-1]) == batch_size or rows + candidate_counts[i] > max_candidates:
             batches.append([])
             rows = 0
         batches[-1].append(i)
-        rows += candidates[i]
+        rows += candidate_counts[i]
     return batches
 
 
-def predictions(questions: Sequence[Any], prompted: Sequence[Prompted], choices: Sequence[Choice]) -> list[dict]:
-    """Records for `predictions.jsonl`: what was chosen and every candidate's score."""
+def prediction_records(
+    questions: Sequence[Question], prompted: Sequence[PromptedQuestion], ranked: Sequence[QuestionScores]
+) -> list[dict[str, Any]]:
+    """Return the records for `predictions.jsonl`: the predicted answer and every candidate's scores."""
     return [
         {
             "id": question.id,
-            "prediction": p.candidates[choice.best],
-            "prediction_by_mean": p.candidates[choice.best_by_mean],
+            "prediction": p.candidates[scores.best],
+            "prediction_by_mean": p.candidates[scores.best_by_mean],
             "answer": p.target,
-            "correct": p.candidates[choice.best] == p.target,
+            "correct": p.candidates[scores.best] == p.target,
             "candidates": [
                 {"text": text, "sum": s, "mean": m, "tokens": n}
-                for text, s, m, n in zip(p.candidates, choice.sums, choice.means, choice.lengths, strict=True)
+                for text, s, m, n in zip(p.candidates, scores.sums, scores.means, scores.lengths, strict=True)
             ],
         }
-        for question, p, choice in zip(questions, prompted, choices, strict=True)
+        for question, p, scores in zip(questions, prompted, ranked, strict=True)
     ]
 
 
-def summarize(questions: Sequence[Any], records: Sequence[dict]) -> dict[str, Any]:
-    """Accuracy with interval, accuracy by mean, what chance would give, and the breakdowns."""
+def summarize(questions: Sequence[Question], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return accuracy with its 95 % interval, accuracy by mean, chance level and accuracy by groups, in percent."""
     correct = [record["correct"] for record in records]
-    by_mean = [record["prediction_by_mean"] == record["answer"] for record in records]
+    correct_by_mean = [record["prediction_by_mean"] == record["answer"] for record in records]
     chance = sum(1 / len(record["candidates"]) for record in records) / len(records) if records else 0
     return {
         "method": "ranking",
         **accuracy(correct),
-        "accuracy_by_mean": accuracy(by_mean)["accuracy"],
+        "accuracy_by_mean": accuracy(correct_by_mean)["accuracy"],
         "chance": round(100 * chance, 4),
         "by": breakdown(questions, correct),
     }

@@ -1,14 +1,13 @@
-"""How much of a model's performance others keep: all judged on the same samples, in one run, and compared in pairs.
+"""Retention: how much of an original model's performance other models keep, on the same samples.
 
-Every set gives each sample a value between 0 and 1, and knows what chance would give it: questions with choices and
-VL-RewardBench's pairs by the likeliest candidate, MME by its official rule, open answers by ROUGE-L (chance 0).
-Retention is the candidate's mean over the original's: raw, and corrected for chance, (mean − chance) / (original's
-mean − chance). Intervals are bootstraps over samples; a resample takes the same samples of both, so that what makes a
-sample easy falls out.
+Every data set gives each sample a score from 0 to 1 and a chance level. Questions with choices and VL-RewardBench's
+pairs are scored by the likeliest candidate, MME by its official rule, open answers by ROUGE-L (chance 0).
+Retention is the candidate model's mean score divided by the original's: raw, and corrected for chance,
+(mean − chance) / (original's mean − chance). Intervals are paired bootstraps: every resample takes the same samples of
+both models, so the differences in difficulty between samples cancel.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,139 +15,137 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipfit.adapters import peft_format
-from blipfit.errors import UserError
-from blipfit.evaluation import benchmarks, ranking, text
-from blipfit.evaluation.benchmarks import EvaluationTask, Settings
-from blipfit.evaluation.protocol import See
-from blipfit.model import loading
+from blipfit.adapters import opening
+from blipfit.evaluation import ranking, text
+from blipfit.evaluation.benchmarks import evaluate_task
+from blipfit.evaluation.protocol import FeatureFunction, build_feature_lookup
+from blipfit.evaluation.tasks import EvaluationTask, Settings, load_task
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
-from blipfit.recipe import ModelConfig
-from blipfit.run import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """One model's values on one set, 0 to 1, with what chance gives; all in the samples' order."""
+class SampleScores:
+    """One model's scores on one data set, in the order of the samples."""
 
-    samples: list[str]
-    values: list[float]
+    sample_ids: list[str]
+    scores: list[float]
+    """0 to 1 per sample."""
     chance: list[float]
+    """Expected score of a random answer, 0 to 1 per sample."""
 
 
-@contextmanager
-def opened(name: str, device: torch.device | str, precision: str = "auto") -> Iterator[Backbone]:
-    """A model by its name or folder, or a finished run: its model with the adapter in it."""
-    run = Run(Path(name))
-    if not run.recipe_file.exists():
-        yield loading.load(ModelConfig(name=name), precision, device)
-        return
-    if run.state() != "finished":
-        raise UserError(f"{name} is not finished; run the same `blipfit train` again to continue it")
-    recipe = run.recipe()
-    training = recipe.training
-    backbone = loading.load(recipe.model, precision, device, training.max_text_tokens, training.max_target_tokens)
-    bank, digest = peft_format.install(backbone, run.adapter)
-    try:
-        if digest != run.result()["adapter_sha256"]:
-            raise UserError(f"{run.adapter} is not the adapter that {run.result_file} was made with; train it again")
-        yield backbone
-    finally:
-        bank.remove()
-
-
-def answer(backbone: Backbone, task: EvaluationTask, see: See, settings: Settings) -> Answers:
-    """Let a model take a set."""
-    samples = [question.id for question in task.encoded_split.questions]
+def score_task(
+    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+) -> SampleScores:
+    """Evaluate the model on one data set; return a score per sample."""
+    sample_ids = [question.id for question in task.encoded_split.questions]
     if task.name == "rewardbench":
-        return Answers(samples, _preferred(backbone, task, see, settings.batch_size), [0.5] * len(samples))
-    outcome = benchmarks.answer(backbone, task, see, settings)
-    if "accuracy" not in outcome.values:
-        return Answers(samples, [value / 100 for value in outcome.values["rougeL"]], [0.0] * len(samples))
-    candidates = [len(prompted.candidates) or 2 for prompted in task.encoded_split.prompted]  # MME: yes or no
-    return Answers(samples, [value / 100 for value in outcome.values["accuracy"]], [1 / count for count in candidates])
+        scores = _score_pairs(backbone, task, get_features, settings.batch_size)
+        return SampleScores(sample_ids, scores, [0.5] * len(sample_ids))
+    result = evaluate_task(backbone, task, get_features, settings)
+    if "accuracy" not in result.values:
+        return SampleScores(sample_ids, [value / 100 for value in result.values["rougeL"]], [0.0] * len(sample_ids))
+    # MME's questions have no candidates but two possible answers, yes and no.
+    candidates = [len(prompted.candidates) or 2 for prompted in task.encoded_split.prompted]
+    scores = [value / 100 for value in result.values["accuracy"]]
+    return SampleScores(sample_ids, scores, [1 / count for count in candidates])
 
 
-def _preferred(backbone: Backbone, task: EvaluationTask, see: See, batch_size: int) -> list[float]:
-    """1 where the preferred response of a pair is the likelier one, one half where both are equal."""
-    chosen = task.encoded_split
-    (choices,) = ranking.rank(
-        backbone, chosen.encoded, lambda rows: see([chosen.questions[i] for i in rows]), batch_size
-    )
-    best = [pair.best for pair in task.pairs]
+def _score_pairs(
+    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, batch_size: int
+) -> list[float]:
+    """Return 1 for a pair if its preferred response is the likelier one, 0.5 if both are equal, else 0."""
+    features_at = build_feature_lookup(task.encoded_split, get_features)
+    (ranked,) = ranking.rank(backbone, task.encoded_split.encoded, features_at, batch_size)
     return [
-        0.5 if choice.sums[0] == choice.sums[1] else float(choice.best == wanted)
-        for choice, wanted in zip(choices, best, strict=True)
+        0.5 if scores.sums[0] == scores.sums[1] else float(scores.best == pair.best)
+        for scores, pair in zip(ranked, task.pairs, strict=True)
     ]
 
 
-def answers(
+def score_models(
     names: Sequence[str],
-    sets: Sequence[tuple[str, Path]],
+    data_sets: Sequence[tuple[str, Path]],
     device: torch.device | str,
     split: str = "test",
     limit: int | None = None,
     settings: Settings | None = None,
-    listen: Callable[[str], None] = lambda sentence: None,
-) -> list[dict[str, Answers]]:
-    """What every model answers, by set; one model is in memory at a time."""
-    found: list[dict[str, Answers]] = []
+    announce: Callable[[str], None] = lambda sentence: None,
+) -> list[dict[str, SampleScores]]:
+    """Evaluate every model on every data set; only one model is in memory at a time.
+
+    `names` are models or finished runs, `data_sets` names with their folders. MME is always evaluated on its only
+    split, test. `announce` receives one sentence before each evaluation. Returns one dictionary per model: data set →
+    scores. Raises UserError if a model or a data set cannot be loaded.
+    """
+    results: list[dict[str, SampleScores]] = []
     for name in names:
-        with opened(name, device) as backbone:
-            see = ImageFeatures.from_backbone(backbone, "off").features
-            mine: dict[str, Answers] = {}
-            for what, folder in sets:
-                task = benchmarks.read(backbone, what, folder, "test" if what == "mme" else split, limit=limit)
-                listen(f"{name} on {what}: {len(task.encoded_split)} samples")
-                mine[what] = answer(backbone, task, see, settings or Settings())
-            found.append(mine)
-    assert all(one[what].samples == found[0][what].samples for one in found for what in one), "the same samples"
-    return found
+        with opening.open_model(name, device, "auto").adapter() as backbone:
+            get_features = ImageFeatures.from_backbone(backbone, "off").features
+            model_scores: dict[str, SampleScores] = {}
+            for data_set, folder in data_sets:
+                task_split = "test" if data_set == "mme" else split
+                task = load_task(backbone, data_set, folder, task_split, limit=limit)
+                announce(f"{name} on {data_set}: {len(task.encoded_split)} samples")
+                model_scores[data_set] = score_task(backbone, task, get_features, settings or Settings())
+            results.append(model_scores)
+    for model_scores in results:
+        for data_set, scores in model_scores.items():
+            assert scores.sample_ids == results[0][data_set].sample_ids, "all models must have the same samples"
+    return results
 
 
-def told(answered: Answers, seed: int = 0) -> dict[str, Any]:
-    """Mean with interval and what chance gives, in percent."""
-    mean = text.mean(answered.values, seed=seed)
+def summarize(scores: SampleScores, seed: int = 0) -> dict[str, Any]:
+    """Return the mean score with its 95 % interval and the chance level, in percent."""
+    mean = text.mean(scores.scores, seed=seed)
     return {
         "accuracy": round(100 * mean["mean"], 4),
         "interval": [round(100 * end, 4) for end in mean["interval"]],
-        "chance": round(100 * sum(answered.chance) / len(answered.chance), 4),
-        "samples": len(answered.samples),
+        "chance": round(100 * sum(scores.chance) / len(scores.chance), 4),
+        "samples": len(scores.sample_ids),
     }
 
 
-def retained(base: Answers, candidate: Answers, seed: int = 0) -> dict[str, Any]:
-    """Retention raw and corrected for chance, with paired intervals, beside the candidate's own mean.
+def compute_retention(base: SampleScores, candidate: SampleScores, seed: int = 0) -> dict[str, Any]:
+    """Return the candidate's retention, raw and corrected for chance, with paired 95 % intervals, and its own mean.
 
-    Corrected retention is None where the original itself is not surely above chance: there is nothing to keep.
+    Corrected retention is None if the lower end of the 95 % confidence interval of the original's mean minus chance is
+    not above 0: such an original has nothing to retain.
     """
-    before, after, lucky = (np.asarray(v, dtype=float) for v in (base.values, candidate.values, base.chance))
-    raised = text.mean(before - lucky, seed=seed)
+    before, after, chance = (np.asarray(v, dtype=float) for v in (base.scores, candidate.scores, base.chance))
+    above_chance = text.mean(before - chance, seed=seed)
     corrected: dict[str, Any] = {"ratio": None, "interval": None, "samples": len(before)}
-    if raised["interval"] is not None and raised["interval"][0] > 0:
-        corrected = text.ratio(before - lucky, after - lucky, seed=seed)
+    if above_chance["interval"] is not None and above_chance["interval"][0] > 0:
+        corrected = text.ratio(before - chance, after - chance, seed=seed)
     return {
-        **told(candidate, seed),
+        **summarize(candidate, seed),
         "difference": text.difference(before, after, seed=seed),
         "raw": text.ratio(before, after, seed=seed),
         "corrected": corrected,
     }
 
 
-def misses(retention: Mapping[str, Any], at_least: float) -> bool:
-    """Whether a set's corrected retention is not surely (95 %) at least so high."""
+def is_below(retention: Mapping[str, Any], at_least: float) -> bool:
+    """Whether the lower end of the 95 % confidence interval of the corrected retention is below `at_least`.
+
+    `retention` is a result of `compute_retention`. True also if there is no corrected retention.
+    """
     interval = retention["corrected"]["interval"]
     return interval is None or interval[0] is None or interval[0] < at_least
 
 
-def pareto(points: Sequence[tuple[Sequence[float], float | None]]) -> list[bool]:
-    """Which of (costs, worth) no other beats: none has costs as low and worth as high, and one of them better."""
+def pareto_front(points: Sequence[tuple[Sequence[float], float | None]]) -> list[bool]:
+    """Return for each (costs, quality) whether it is on the Pareto front.
 
-    def beats(a: tuple[Sequence[float], float | None], b: tuple[Sequence[float], float | None]) -> bool:
+    A point is off the front if another point is at least as good in every cost and in quality, and better in one of
+    them. A quality of None is worse than any number.
+    """
+
+    def dominates(a: tuple[Sequence[float], float | None], b: tuple[Sequence[float], float | None]) -> bool:
         if a[1] is None or b[1] is None:
             return b[1] is None and a[1] is not None
         no_worse = all(x <= y for x, y in zip(a[0], b[0], strict=True)) and a[1] >= b[1]
         return no_worse and (tuple(a[0]) != tuple(b[0]) or a[1] > b[1])
 
-    return [not any(beats(other, point) for other in points) for point in points]
+    return [not any(dominates(other, point) for other in points) for point in points]

@@ -1,10 +1,10 @@
-"""VL-RewardBench as a benchmark: pairwise accuracy by category, pooled and macro, from judgements or likelihoods.
+"""VL-RewardBench's scores: pairwise accuracy by category, pooled and macro, from judgments or likelihoods.
 
-The rules are those of the official script (`cal.py`). A judgement names the better answer in its last sentence of the
-form `Answer X is better` after the first `Overall Judgment` or `Therefore`. Of K judgements of a pair the majority
-decides; a pair with any judgement that names none is left out, one without a majority too. Accuracy is right pairs /
-(right + wrong pairs); the macro average is the mean of the three categories. What is left out is counted here, and
-`strict` is the accuracy with all of it taken as wrong.
+The rules are those of the official script (`cal.py`). A judgment names the better answer in its last sentence of the
+form `Answer X is better` after the first `Overall Judgment` or `Therefore`. Of several judgments of a pair the majority
+decides. A pair is excluded if one of its judgments names no answer (`unparsed`), or without a majority (`tie`).
+Accuracy is right pairs / (right + wrong pairs); the macro average is the mean over the three categories. Excluded pairs
+are counted, and the accuracy `strict` takes them as wrong.
 """
 
 import re
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blipfit.data import records
-from blipfit.data.rewardbench import CATEGORIES, Pair, category, query, ranking, responses
+from blipfit.data.rewardbench import CATEGORIES, Pair, clean_query, find_category, parse_ranking, parse_responses
 from blipfit.errors import UserError
-from blipfit.evaluation.metrics import wilson
+from blipfit.evaluation.metrics import wilson_interval
 
 Outcome = Literal["right", "wrong", "tie", "unparsed"]
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "tie", "unparsed")
@@ -28,48 +28,57 @@ _VERDICT = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One finished judgement of a pair that was shown in its own order or swapped."""
+class Judgment:
+    """A judge's text about one pair of responses."""
 
     id: str
     key: tuple[str, ...]
+    """`Pair.key`: identifies the pair, because ids are not unique."""
     best: int
-    """The place of the preferred response in the row, 0 or 1."""
+    """Index of the preferred response in the data set's row, 0 or 1."""
     swapped: bool
+    """Whether the judge saw the responses in the reverse order."""
     text: str
 
     @property
-    def chosen(self) -> int | None:
-        """The number of the answer that the text calls better, counted from 1 as shown."""
-        return verdict(self.text)
+    def verdict(self) -> int | None:
+        """Number of the answer that the text calls better, counted from 1 in the order that the judge saw."""
+        return parse_verdict(self.text)
 
     @property
     def outcome(self) -> Outcome:
-        """Right unless the rejected answer is named: a number that was not shown is right too, as officially."""
+        """Whether the verdict is right.
+
+        Only the number of the rejected answer is wrong. A number that no answer has is right, as in the official
+        script.
+        """
         rejected = 1 + (self.best if self.swapped else 1 - self.best)
-        return "unparsed" if self.chosen is None else "wrong" if self.chosen == rejected else "right"
+        return "unparsed" if self.verdict is None else "wrong" if self.verdict == rejected else "right"
 
 
-def verdict(text: str) -> int | None:
-    """The number of the answer that a judgement calls better, or None where it names none."""
-    found = _VERDICT.search(text.replace("\n", "").replace("*", ""))
-    return int(found[1]) if found else None
+def parse_verdict(text: str) -> int | None:
+    """Return the number of the answer that a judgment calls better, or None if it names none."""
+    match = _VERDICT.search(text.replace("\n", "").replace("*", ""))
+    return int(match[1]) if match else None
 
 
 def judge_prompt(pair: Pair, swapped: bool) -> str:
-    """A prompt that asks for a judgement in the official form; its words are ours and short, as small models need."""
+    """Return a prompt that asks for a judgment in the official form.
+
+    The wording differs from the official prompt: it is short, for small models. `swapped` reverses the responses.
+    """
     first, second = pair.responses[::-1] if swapped else pair.responses
     return (
-        f"Question: {query(pair)}\n\nAnswer 1: {first}\n\nAnswer 2: {second}\n\n"
+        f"Question: {clean_query(pair)}\n\nAnswer 1: {first}\n\nAnswer 2: {second}\n\n"
         "Which of the two answers fits the image and the question better? Say why in a sentence, then end with "
         '"Overall Judgment: Answer X is better.", where X is 1 or 2.'
     )
 
 
-def judgement_record(pair: Pair, swapped: bool, text: str) -> dict[str, Any]:
-    """One line of a file of judgements, in the format that the official script and `score_rewardbench` read."""
-    made = Judgement(pair.id, pair.key, pair.best, swapped, text)
-    status = {"right": "agree", "wrong": "reject"}.get(made.outcome, "doesntMatch")
+def judgment_record(pair: Pair, swapped: bool, text: str) -> dict[str, Any]:
+    """Return a line of a judgments file, in the format that the official script and `score_rewardbench` read."""
+    judgment = Judgment(pair.id, pair.key, pair.best, swapped, text)
+    status = {"right": "agree", "wrong": "reject"}.get(judgment.outcome, "doesntMatch")
     return {
         "id": pair.id,
         "query": pair.query,
@@ -77,42 +86,44 @@ def judgement_record(pair: Pair, swapped: bool, text: str) -> dict[str, Any]:
         "ranking": list(pair.ranking),
         "meta": {
             "filter_choice": text,
-            "filter_number": -1 if made.chosen is None else made.chosen,
+            "filter_number": -1 if judgment.verdict is None else judgment.verdict,
             "random_number": int(swapped),
             "flag_status": status,
         },
     }
 
 
-def read_judgements(file: Path) -> list[Judgement]:
-    """Read finished judgements, one JSON object a line, in the official format.
+def read_judgments(file: Path) -> list[Judgment]:
+    """Read a file of judgments in the official format, one JSON object per line.
 
-    Read are id, query, response, ranking (or human_ranking), meta.filter_choice (the text) and meta.random_number
-    (1: shown swapped). As officially, a line may be wrapped as `{"0": …}`, and `{"0": null}` is passed over. Any
-    other odd line is a UserError with its number.
+    The fields in use are id, query, response, ranking (or human_ranking), meta.filter_choice (the text) and
+    meta.random_number (1: swapped). As in the official script, a line may be wrapped as `{"0": …}`, and `{"0": null}`
+    is skipped. Raises UserError with file and line if a line does not follow this format.
     """
-    lines = [(record.get("0", record), where) for where, record in records.read_lines(file)]
-    found = [_judgement(record, where) for record, where in lines if record is not None]
-    if not found:
-        raise UserError(f"{file} holds no judgements")
-    return found
+    lines = [(record.get("0", record), location) for location, record in records.read_lines(file)]
+    judgments = [_parse_judgment(record, location) for record, location in lines if record is not None]
+    if not judgments:
+        raise UserError(f"{file} contains no judgments; give a JSONL file with one judgment per line")
+    return judgments
 
 
-def _judgement(value: Any, where: str) -> Judgement:
-    record = records.mapping(value, where)
-    name, asked = records.text(record, "id", where), records.text(record, "query", where)
-    pair = responses(record.get("response"), where)
-    ranks = ranking(record.get("ranking", record.get("human_ranking")), where)
-    meta = records.mapping(record.get("meta"), f"{where}: 'meta'")
-    text = records.text(meta, "filter_choice", f"{where}: 'meta'")
+def _parse_judgment(value: Any, location: str) -> Judgment:
+    record = records.require_object(value, location)
+    name, query = records.require_text(record, "id", location), records.require_text(record, "query", location)
+    pair = parse_responses(record.get("response"), location)
+    ranks = parse_ranking(record.get("ranking", record.get("human_ranking")), location)
+    meta = records.require_object(record.get("meta"), f"{location}: 'meta'")
+    text = records.require_text(meta, "filter_choice", f"{location}: 'meta'")
     swapped = meta.get("random_number")
     if swapped not in (0, 1):
-        raise UserError(f"{where}: meta.random_number must be 0 (shown in order) or 1 (swapped) but is {swapped!r}")
-    return Judgement(name, (name, asked, *sorted(pair)), ranks.index(0), bool(swapped), text)
+        raise UserError(
+            f"{location}: meta.random_number must be 0 (responses in order) or 1 (swapped) but is {swapped!r}"
+        )
+    return Judgment(name, (name, query, *sorted(pair)), ranks.index(0), bool(swapped), text)
 
 
-def vote(outcomes: Sequence[Outcome]) -> Outcome:
-    """The official verdict over the judgements of one pair: one that names no answer spoils it, else the majority."""
+def majority_outcome(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome of one pair from its judgments: `unparsed` if one of them is, else the majority or `tie`."""
     counts = Counter(outcomes)
     if counts["unparsed"]:
         return "unparsed"
@@ -121,26 +132,26 @@ def vote(outcomes: Sequence[Outcome]) -> Outcome:
     return "right" if counts["right"] > counts["wrong"] else "wrong"
 
 
-def tally(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Any]:
-    """Accuracies in percent from (category, outcome) of every pair: by category, pooled, and macro.
+def summarize_outcomes(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Any]:
+    """Return the accuracies in percent, by category, pooled and macro, from (category, outcome) of every pair.
 
-    Macro is None unless all three categories have a pair that was decided.
+    Macro is None unless each of the three categories has a right or a wrong pair.
     """
-    by: dict[str, Counter[Outcome]] = {name: Counter() for name in CATEGORIES}
+    counts_by_category: dict[str, Counter[Outcome]] = {name: Counter() for name in CATEGORIES}
     for name, outcome in outcomes:
-        by[name][outcome] += 1
-    categories = {name: _accuracy(counts) for name, counts in by.items() if counts}
+        counts_by_category[name][outcome] += 1
+    categories = {name: _accuracy(counts) for name, counts in counts_by_category.items() if counts}
     decided = [facts["accuracy"] for facts in categories.values() if facts["accuracy"] is not None]
     return {
         "categories": categories,
-        "pooled": _accuracy(sum(by.values(), Counter())),
+        "pooled": _accuracy(sum(counts_by_category.values(), Counter())),
         "macro": round(sum(decided) / len(decided), 4) if len(decided) == len(CATEGORIES) else None,
     }
 
 
 def _accuracy(counts: Counter[Outcome]) -> dict[str, Any]:
     decided, pairs = counts["right"] + counts["wrong"], counts.total()
-    low, high = wilson(counts["right"], decided)
+    low, high = wilson_interval(counts["right"], decided)
     return {
         "accuracy": round(100 * counts["right"] / decided, 4) if decided else None,
         "interval": [round(low, 4), round(high, 4)],
@@ -150,78 +161,85 @@ def _accuracy(counts: Counter[Outcome]) -> dict[str, Any]:
     }
 
 
-def pairwise(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Pairwise accuracy from a score of each response, e.g. its log-likelihood: the higher one is chosen.
+def pairwise_accuracy(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return how often the preferred response has the higher score, e.g. the higher log-likelihood.
 
-    A row that repeats another's id, query and responses counts once; equal scores are a tie.
+    `scores` has the scores of both responses of each pair, in the pair's order. Equal scores are a tie. A pair that
+    repeats an earlier pair's id, query and responses is not counted again.
     """
     outcomes: dict[tuple[str, ...], tuple[str, Outcome]] = {}
-    for pair, both in zip(pairs, scores, strict=True):
-        best, other = both[pair.best], both[1 - pair.best]
-        outcome: Outcome = "right" if best > other else "wrong" if best < other else "tie"
+    for pair, pair_scores in zip(pairs, scores, strict=True):
+        preferred, rejected = pair_scores[pair.best], pair_scores[1 - pair.best]
+        outcome: Outcome = "right" if preferred > rejected else "wrong" if preferred < rejected else "tie"
         outcomes.setdefault(pair.key, (pair.category, outcome))
     return {
         "judge": "rewardbench",
         "rows": len(pairs),
         "repeated_rows": len(pairs) - len(outcomes),
-        "repeated_ids": _repeated_ids(outcomes),
-        **tally(outcomes.values()),
+        "repeated_ids": _count_repeated_ids(outcomes),
+        **summarize_outcomes(outcomes.values()),
     }
 
 
-def score(judgements: Sequence[Judgement], samples: int | None = None) -> dict[str, Any]:
-    """Score judgements by the official rule; `samples` keeps the first so many of every pair.
+def score_judgments(judgments: Sequence[Judgment], samples: int | None = None) -> dict[str, Any]:
+    """Score judgments by the official rule, with the first `samples` judgments of every pair; None takes all.
 
-    The official script draws its K judgements of a pair at random; the order of the file decides here. `mean` is the
-    mean over single judgements instead of pairs, by category and pooled: right / (right + wrong).
+    The official script samples the judgments of a pair at random; here the order decides. `mean` in the record is the
+    accuracy over single judgments instead of pairs, by category and pooled: right / (right + wrong). Raises UserError
+    if `samples` is below 1.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be 1 or more")
-    of: dict[tuple[str, ...], list[Judgement]] = {}
-    for judgement in judgements:
-        of.setdefault(judgement.key, []).append(judgement)
-    kept = {key: found[:samples] for key, found in of.items()}
-    single = tally((category(j.id), j.outcome) for found in kept.values() for j in found)
-    lengths = [len(found) for found in kept.values()]
+    by_pair: dict[tuple[str, ...], list[Judgment]] = {}
+    for judgment in judgments:
+        by_pair.setdefault(judgment.key, []).append(judgment)
+    by_pair = {key: pair_judgments[:samples] for key, pair_judgments in by_pair.items()}
+    scored = [judgment for pair_judgments in by_pair.values() for judgment in pair_judgments]
+    single = summarize_outcomes((find_category(judgment.id), judgment.outcome) for judgment in scored)
+    counts = [len(pair_judgments) for pair_judgments in by_pair.values()]
     return {
         "judge": "rewardbench",
-        "judgements": len(judgements),
-        "samples": [min(lengths), max(lengths)],
-        "repeated_ids": _repeated_ids(kept),
-        **tally((category(key[0]), vote([j.outcome for j in found])) for key, found in kept.items()),
+        "judgements": len(judgments),
+        "samples": [min(counts), max(counts)],
+        "repeated_ids": _count_repeated_ids(by_pair),
+        **summarize_outcomes(
+            (find_category(key[0]), majority_outcome([j.outcome for j in pair_judgments]))
+            for key, pair_judgments in by_pair.items()
+        ),
         "mean": {
             **{name: facts["accuracy"] for name, facts in single["categories"].items()},
             "pooled": single["pooled"]["accuracy"],
             "macro": single["macro"],
         },
-        **_habits(kept.values()),
+        **_position_statistics(by_pair.values()),
     }
 
 
 def score_rewardbench(file: Path | str, samples: int | None = None) -> dict[str, Any]:
-    """Score a file of finished judgements; see `read_judgements` and `score`."""
-    return {**score(read_judgements(Path(file)), samples), "file": str(file)}
+    """Score a file of judgments; see `read_judgments` and `score_judgments`."""
+    return {**score_judgments(read_judgments(Path(file)), samples), "file": str(file)}
 
 
-def _repeated_ids(keys: Mapping[tuple[str, ...], Any]) -> int:
-    """How many pairs have an id that an earlier pair has too (25 in the whole set)."""
+def _count_repeated_ids(keys: Mapping[tuple[str, ...], Any]) -> int:
+    """Return the number of pairs whose id an earlier pair has too; 25 in the whole data set."""
     return len(keys) - len({key[0] for key in keys})
 
 
-def _habits(found: Iterable[Sequence[Judgement]]) -> dict[str, Any]:
-    """How often the first answer shown is chosen, and whether the choice survives swapping the answers.
+def _position_statistics(judgments_by_pair: Iterable[Sequence[Judgment]]) -> dict[str, Any]:
+    """Return how often each answer number is the verdict, and how often swapping the answers changes no outcome.
 
-    A pair is steady if all its judgements, in both orders, prefer the same response.
+    A pair is steady if all its judgments, in both orders, prefer the same response.
     """
-    chosen: Counter[int] = Counter()
-    both = steady = 0
-    for judgements in found:
-        parsed = [j for j in judgements if j.chosen is not None]
-        chosen.update(j.chosen for j in parsed if j.chosen is not None)
+    verdicts: Counter[int] = Counter()
+    pairs = steady = 0
+    for judgments in judgments_by_pair:
+        parsed = [j for j in judgments if j.verdict is not None]
+        verdicts.update(j.verdict for j in parsed if j.verdict is not None)
         if len({j.swapped for j in parsed}) == 2:
-            both += 1
+            pairs += 1
             steady += len({j.outcome for j in parsed}) == 1
+    first, second = verdicts[1], verdicts[2]
     return {
-        "chosen": {"answer_1": chosen[1], "answer_2": chosen[2], "neither": chosen.total() - chosen[1] - chosen[2]},
-        "both_orders": {"pairs": both, "steady": steady},
+        "chosen": {"answer_1": first, "answer_2": second, "neither": verdicts.total() - first - second},
+        "both_orders": {"pairs": pairs, "steady": steady},
     }

@@ -1,7 +1,7 @@
-"""Judging texts against references: ROUGE, exact match, and how sure their means are.
+"""Compare texts with references (ROUGE, exact match), and bootstrap confidence intervals of means.
 
-All values are one a sample and between 0 and 1, so that they can be kept, averaged and compared. Intervals are
-percentile bootstraps over samples: the same values and seed give the same interval. Shapes: N samples.
+Each metric gives one value from 0 to 1 per sample. Intervals are percentile bootstrap intervals over samples; the same
+values and seed give the same interval. Shapes: `N` samples.
 """
 
 import string
@@ -16,111 +16,113 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Resampled indices drawn at once: it bounds the memory.
-_BLOCK = 2_000_000
+"""Confidence level of the intervals."""
+_BLOCK = 2_000_000  # maximum number of resampled indices in memory at once
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], stemmer: bool = False) -> dict[str, Values]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, as F1 of each sample, N values each, by Google's `rouge-score`.
+    """Return the F1 of ROUGE-1, ROUGE-2 and ROUGE-L by Google's `rouge-score`, `N` values each.
 
-    `stemmer` (Porter's, for English) is off, as it is by default there and in `evaluate`; published numbers differ in
-    it, so tell it with the result. Texts are lower-cased and cut into `a`–`z` and `0`–`9` there: other scripts score 0.
+    `stemmer` turns on Porter's stemmer for English. It is off by default, as in `rouge-score` and Hugging Face's
+    `evaluate`; published numbers differ in it, so report it with the result. `rouge-score` lower-cases texts and keeps
+    only `a`–`z` and `0`–`9`, so texts in other scripts score 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=stemmer)
-    scored = [scorer.score(reference, said) for said, reference in zip(predictions, references, strict=True)]
-    return {name: np.array([sample[name].fmeasure for sample in scored], dtype=np.float64) for name in ROUGE}
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    return {name: np.array([sample[name].fmeasure for sample in scores], dtype=np.float64) for name in ROUGE}
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], strict: bool = False) -> Values:
-    """1 where a prediction equals its reference, else 0; both are normalized first unless `strict`."""
-    alike: Callable[[str], str] = str if strict else normalized
-    return np.array([alike(p) == alike(r) for p, r in zip(predictions, references, strict=True)], dtype=np.float64)
+    """Return 1 where a prediction equals its reference and 0 elsewhere; both are normalized first unless `strict`."""
+    convert: Callable[[str], str] = str if strict else normalize
+    return np.array([convert(p) == convert(r) for p, r in zip(predictions, references, strict=True)], dtype=np.float64)
 
 
-def normalized(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and superfluous blanks (SQuAD's rule)."""
+def normalize(text: str) -> str:
+    """Lower-case a text and remove ASCII punctuation, English articles and extra blanks (SQuAD's rule)."""
     return " ".join(word for word in text.lower().translate(_PUNCTUATION).split() if word not in _ARTICLES)
 
 
-def judge(
+def score_texts(
     predictions: Sequence[str], references: Sequence[str], stemmer: bool = False, seed: int = 0
 ) -> dict[str, Any]:
-    """Means with intervals of every measure here, and the values of each sample under `samples`."""
+    """Compute ROUGE and exact match: means with intervals under `metrics`, values per sample under `samples`."""
     values = rouge(predictions, references, stemmer)
     values["exact"] = exact_match(predictions, references)
     values["exact_strict"] = exact_match(predictions, references, strict=True)
     return {
         "stemmer": stemmer,
-        "metrics": {name: mean(found, seed=seed) for name, found in values.items()},
-        "samples": {name: found.tolist() for name, found in values.items()},
+        "metrics": {name: mean(metric_values, seed=seed) for name, metric_values in values.items()},
+        "samples": {name: metric_values.tolist() for name, metric_values in values.items()},
     }
 
 
 def mean(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> dict[str, Any]:
-    """Mean of N values with its interval; both None where there are none."""
-    (found,) = _columns(values)
-    return _told("mean", found.mean, _means((found,), seed, resamples)[0], level, len(found))
+    """Return the mean of `N` values with its interval; both are None without values."""
+    (column,) = _to_columns(values)
+    return _summarize("mean", column.mean, _resample_means((column,), seed, resamples)[0], level, len(column))
 
 
 def difference(
     base: ArrayLike, tuned: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> dict[str, Any]:
-    """Mean of `tuned` minus mean of `base` over the same N samples, with a paired interval.
+    """Return the mean of `tuned` minus the mean of `base` over the same `N` samples, with a paired interval.
 
-    Paired: every resample takes the same samples of both, so what makes a sample easy for both falls out.
+    Paired: every resample takes the same samples of both, so the differences in difficulty between samples cancel.
     """
-    before, after = _columns(base, tuned)
-    drawn = _means((before, after), seed, resamples)
-    return _told("difference", lambda: after.mean() - before.mean(), drawn[1] - drawn[0], level, len(before))
+    before, after = _to_columns(base, tuned)
+    means = _resample_means((before, after), seed, resamples)
+    return _summarize("difference", lambda: after.mean() - before.mean(), means[1] - means[0], level, len(before))
 
 
 def ratio(
     base: ArrayLike, tuned: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> dict[str, Any]:
-    """Mean of `tuned` divided by mean of `base` over the same N samples, with a paired interval (as in `difference`).
+    """Return the mean of `tuned` divided by the mean of `base` over the same `N` samples, with a paired interval.
 
-    None where the base's mean is 0; an end of the interval is None where it would be infinite.
+    The ratio is None if the base's mean is 0; an end of the interval is None if it would be infinite.
     """
-    before, after = _columns(base, tuned)
-    drawn = _means((before, after), seed, resamples)
+    before, after = _to_columns(base, tuned)
+    means = _resample_means((before, after), seed, resamples)
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotients = np.where((drawn[0] == 0) & (drawn[1] == 0), np.nan, drawn[1] / drawn[0])
+        ratios = np.where((means[0] == 0) & (means[1] == 0), np.nan, means[1] / means[0])
     if not len(before) or before.mean() == 0:
         return {"ratio": None, "interval": None, "samples": len(before)}
-    return _told("ratio", lambda: after.mean() / before.mean(), quotients, level, len(before))
+    return _summarize("ratio", lambda: after.mean() / before.mean(), ratios, level, len(before))
 
 
-def _columns(*values: ArrayLike) -> tuple[Values, ...]:
+def _to_columns(*values: ArrayLike) -> tuple[Values, ...]:
     columns = tuple(np.asarray(column, dtype=np.float64) for column in values)
-    assert all(column.ndim == 1 and len(column) == len(columns[0]) for column in columns), "one value a sample, paired"
+    paired = all(column.ndim == 1 and len(column) == len(columns[0]) for column in columns)
+    assert paired, "values must be paired: one value per sample in each column"
     return columns
 
 
-def _means(columns: tuple[Values, ...], seed: int, resamples: int) -> Values:
-    """Means of every column over the same resamples with replacement: columns × resamples."""
+def _resample_means(columns: tuple[Values, ...], seed: int, resamples: int) -> Values:
+    """Return the means of every column over the same resamples with replacement: columns × resamples."""
     count = len(columns[0])
     means = np.full((len(columns), resamples), np.nan)
     if count:
         generator = np.random.default_rng(seed)
         block = max(1, _BLOCK // count)
         for start in range(0, resamples, block):
-            drawn = generator.integers(0, count, size=(min(block, resamples - start), count))
+            indices = generator.integers(0, count, size=(min(block, resamples - start), count))
             for row, column in zip(means, columns, strict=True):
-                row[start : start + len(drawn)] = column[drawn].mean(axis=1)
+                row[start : start + len(indices)] = column[indices].mean(axis=1)
     return means
 
 
-def _told(name: str, value: Callable[[], Any], drawn: Values, level: float, count: int) -> dict[str, Any]:
+def _summarize(name: str, value: Callable[[], Any], resampled: Values, level: float, count: int) -> dict[str, Any]:
+    """Return a statistic with the interval between the quantiles of its resampled values."""
     if not count:
         return {name: None, "interval": None, "samples": 0}
-    # A resample without a value (0 / 0) says nothing either way.
-    known = drawn[~np.isnan(drawn)]
-    ends = np.quantile(known, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
+    defined = resampled[~np.isnan(resampled)]  # the ratio of a resample with 0 / 0 is undefined
+    ends = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
     return {
         name: float(value()),
         "interval": [float(end) if np.isfinite(end) else None for end in ends],

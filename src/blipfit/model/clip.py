@@ -1,4 +1,4 @@
-"""Loading a CLIP to judge with: by hub name, from a folder, or the embedded miniature, with the guards it needs."""
+"""Load a CLIP model for the CLIP score: by hub name, from a folder, or the embedded miniature, with checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from blipfit.errors import UserError
 from blipfit.model import loading, tiny
 
-DEFAULT = "openai/clip-vit-base-patch32"
-KNOWN = (DEFAULT, "openai/clip-vit-large-patch14", tiny.CLIP_NAME)
+DEFAULT_NAME = "openai/clip-vit-base-patch32"
+KNOWN_NAMES = (DEFAULT_NAME, "openai/clip-vit-large-patch14", tiny.CLIP_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,15 @@ class Clip:
 
     @property
     def text_length(self) -> int:
-        """The longest text the model reads, in tokens, beginning and end included (77 for OpenAI's)."""
+        """The longest text that the model reads, in tokens with start and end token (77 for OpenAI's models)."""
         return self.model.config.text_config.max_position_embeddings
 
 
-def load(name: str = DEFAULT, device: torch.device | str = "cpu") -> Clip:
+def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP by its hub name, from a local folder in transformers' format, or `tiny-clip`.
 
-    UserError where it cannot be had, is another kind of model, lacks weights, or has another model's tokenizer.
+    Raises UserError if it is not available, is another kind of model, lacks weights, or has the tokenizer of another
+    model.
     """
     from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -39,24 +40,28 @@ def load(name: str = DEFAULT, device: torch.device | str = "cpu") -> Clip:
     folder = locate(name)
     try:
         with loading.quiet():
-            kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-            if kind != "clip":
-                raise UserError(f"{name} is a model of type {kind!r}; the CLIP score needs one of type 'clip'")
-            model, loaded = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+            if model_type != "clip":
+                raise UserError(f"{name} is a model of type {model_type!r}; the CLIP score needs one of type 'clip'")
+            model, loading_info = CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             processor = CLIPImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} cannot be loaded ({first}); get a whole copy") from error
-    if absent := sorted(loaded["missing_keys"]):
-        # transformers would draw them at random, and the scores would look like scores.
-        raise UserError(f"{name}: {len(absent)} weights are missing, e.g. {absent[0]}; get a whole copy")
-    _check_end(name, model.config.text_config, tokenizer)
+        raise UserError(f"{name} cannot be loaded ({loading.first_line(error)}); get a complete copy") from error
+    if missing := sorted(loading_info["missing_keys"]):
+        # transformers would initialize them at random, and nothing would look wrong about the scores.
+        raise UserError(f"{name}: {len(missing)} weights are missing, e.g. {missing[0]}; get a complete copy")
+    _check_end_token(name, model.config.text_config, tokenizer)
     return Clip(name, model.eval().to(device), tokenizer, processor)
 
 
 def locate(name: str) -> str:
-    """Where to load from: a folder, or a hub name; offline and absent is said at once."""
+    """Return where to load a CLIP from: a folder or a hub name.
+
+    Raises UserError if the name is unknown, or if the hub cannot be reached and its cache does not hold the model.
+    """
     if name == tiny.CLIP_NAME:
         return str(tiny.clip_folder())
     path = Path(name).expanduser()
@@ -65,17 +70,17 @@ def locate(name: str) -> str:
             raise UserError(f"{name} is not a model folder: it has no config.json")
         return str(path)
     if name.count("/") != 1:
-        raise UserError(f"unknown CLIP {name!r}: give a hub name, a local folder, or one of {', '.join(KNOWN)}")
+        raise UserError(f"unknown CLIP {name!r}: give a hub name, a local folder, or one of {', '.join(KNOWN_NAMES)}")
     if loading.hub_reachable():
         return name
-    if (snapshot := loading.cached(name, None)) is None:
+    if (snapshot := loading.cached_folder(name, None)) is None:
         raise UserError(f"offline: `{name}` is not in the local cache; give a folder with a CLIP, or {tiny.CLIP_NAME}")
     return str(snapshot)
 
 
-def _check_end(name: str, config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose end token is not the model's: every text would be read at its first token."""
-    # OpenAI's configurations say 2, which transformers takes for "the highest id".
+def _check_end_token(name: str, config: Any, tokenizer: Any) -> None:
+    """Raise UserError if tokenizer and model have different end tokens: all texts would get the same embedding."""
+    # OpenAI's configurations have 2 as the end token, which transformers reads as "the highest id".
     end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     if tokenizer.eos_token_id != end:
         raise UserError(

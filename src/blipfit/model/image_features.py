@@ -1,6 +1,7 @@
-"""Where image features come from: computed at every step, computed once for a whole bank, or read from the store.
+"""Image features of questions: computed at every step, computed once for a whole bank, or read from a feature store.
 
-`B` questions, `S` pixels a side, `P` image tokens, `D` width. Features are those BEFORE the trained layer norm.
+`B` questions, `S` pixels per side, `P` image tokens, `D` width. Image features are the vision tower's outputs BEFORE
+the trained layer norm.
 """
 
 import hashlib
@@ -13,29 +14,30 @@ import torch
 from torch import Tensor
 
 from blipfit.data import features, images
-from blipfit.data.ahead import ahead
-from blipfit.data.features import BLOCK, Comparison, Facts, Store
+from blipfit.data.features import VISION_BATCH_SIZE, Comparison, FeatureSpec, FeatureStore
+from blipfit.data.prefetch import prefetch
 from blipfit.data.question import Question
 from blipfit.model.backbone import Backbone
 
 Mode = Literal["stored", "shared", "off"]
 View = tuple[int, int]
-"""(seed, epoch) of an augmentation."""
+"""Seed and epoch of an augmentation."""
 
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size")
-"""What the vision weights do not show of how they are used."""
+"""Settings of the vision tower that change its features and that its weights do not contain."""
 _THREADS = 2
+"""Threads that decode images ahead of the tower."""
 
 
 class ImageFeatures:
     """Questions → image features `B × P × D` on the backbone's device.
 
-    `off`, `shared`: computed at every call, as the tower gives them; the experiments of a bank share each call.
-    `stored`: of the plain view, from the store, in its 16-bit type. There the model always sees the rounded value,
-    whether it was stored long ago or a moment ago: a missing image is computed, stored, and then read.
+    Modes `off` and `shared`: computed at every call, in the tower's dtype; the experiments of a bank share each call.
+    Mode `stored`: without augmentation, read from a feature store in its 16-bit dtype. The features of a missing image
+    are computed, stored and then read, so the model always gets the rounded values.
     """
 
-    def __init__(self, backbone: Backbone, mode: Mode, store: Store | None, announce: Callable[[str], None]):
+    def __init__(self, backbone: Backbone, mode: Mode, store: FeatureStore | None, announce: Callable[[str], None]):
         assert (store is not None) == (mode == "stored")
         self.backbone, self.mode, self.store, self.announce = backbone, mode, store, announce
 
@@ -47,117 +49,133 @@ class ImageFeatures:
         folder: Path | None = None,
         announce: Callable[[str], None] = lambda sentence: None,
     ) -> "ImageFeatures":
-        """`folder` of stores, by default `features.default_folder()`; `announce` is told what a build will take.
+        """Create the image features of a backbone, in mode `stored` with its feature store.
 
-        In mode `stored` the vision weights are hashed: about a second for 2 GB.
+        `folder`: where feature stores are, by default `features.default_folder()`. `announce(sentence)` is called
+        before features are computed for the store, with their number and size. In mode `stored` the vision weights are
+        hashed, which takes about a second for 2 GB.
         """
         store = None
         if mode == "stored":
-            store = Store.open(folder or features.default_folder(), facts(backbone), backbone.name)
+            store = FeatureStore.open(folder or features.default_folder(), feature_spec(backbone), backbone.name)
         return cls(backbone, mode, store, announce)
 
+    @classmethod
+    def for_evaluation(cls, backbone: Backbone, mode: Mode, folder: Path | None = None) -> "ImageFeatures":
+        """Create the image features for validation and test: from the store, unless a recipe's `data.images` is `off`.
+
+        Evaluation never augments images, so its features can always be stored.
+        """
+        return cls.from_backbone(backbone, "off" if mode == "off" else "stored", folder)
+
     def features(self, questions: Sequence[Question], view: View | None = None) -> Tensor:
-        """Features of the questions' images, plain or in an augmented view (not in mode `stored`)."""
-        self._require_plain(view)
+        """Return the features of the questions' images, augmented if `view` is given.
+
+        Raises ValueError for an augmented view in mode `stored`.
+        """
+        self._check_view(view)
         if self.store is not None:
-            contents = _contents(questions)
-            if self.store.missing(contents):
+            hashes = _hash_images(questions)
+            if self.store.missing(hashes):
                 self.prepare(questions)
-            return self._on_device(self.store.read(contents))
+            return self._to_device(self.store.read(hashes))
         return self.see(self.pixels(questions, view))
 
     def prefetch(
         self, batches: Sequence[Sequence[Question]], view: View | None = None, depth: int = 2
     ) -> Iterator[Tensor]:
-        """`features` of every batch in order; `depth` batches are read, or their pixels made, ahead in threads.
+        """Yield the features of every batch in order, and prepare the next `depth` batches in threads.
 
-        The tower itself runs in the caller's thread. What is missing in the store is built before the first batch.
+        The threads read stored features, or images and their pixels; the tower runs in the caller's thread. Features
+        that the store lacks are computed before the first batch.
         """
-        self._require_plain(view)
+        self._check_view(view)
         if self.store is not None:
             self.prepare([question for batch in batches for question in batch])
-            coming = self.store.ahead((_contents(batch) for batch in batches), depth)
-            return (self._on_device(rows_BPD) for rows_BPD in coming)
-        made = ahead(batches, lambda batch: self.pixels(batch, view), threads=_THREADS, depth=depth)
-        return (self.see(pixels) for pixels in made)
+            stored = self.store.prefetch((_hash_images(batch) for batch in batches), depth)
+            return (self._to_device(rows_BPD) for rows_BPD in stored)
+        pixel_batches = prefetch(batches, lambda batch: self.pixels(batch, view), threads=_THREADS, depth=depth)
+        return (self.see(pixels) for pixels in pixel_batches)
 
     def prepare(self, questions: Sequence[Question], progress: Callable[[int], None] = lambda count: None) -> int:
-        """Build what is missing in the store; return how many images that were (always 0 without a store).
+        """Compute and store the features that the store lacks; return their number (0 without a store).
 
-        `announce` is told the number of images and their size first; `progress` then, how many more are done.
+        `progress(count)` is called after each batch with its number of images.
         """
         if self.store is None:
             return 0
         missing = self.missing(questions)
         if missing:
-            size = features.told(features.size_estimate(len(missing), self.store.facts.shape))
-            self.announce(f"image features: {len(missing)} images to see once, {size} in {self.store.home}")
-            self.store.build(missing, self._see_block, BLOCK, progress)
+            size = features.format_bytes(features.estimate_bytes(len(missing), self.store.spec.shape))
+            self.announce(f"image features: {len(missing)} images to compute once, {size} in {self.store.home}")
+            self.store.build(missing, self._see_without_autocast, VISION_BATCH_SIZE, progress)
         return len(missing)
 
     def missing(self, questions: Sequence[Question]) -> dict[str, Path]:
-        """Content hash → file of the images whose features are not stored."""
+        """Return the images whose features are not stored: hash of the content → file."""
         assert self.store is not None
-        files = features.by_content(question.image for question in questions)
+        files = features.hash_files(question.image for question in questions)
         return {image: files[image] for image in self.store.missing(files)}
 
     def check(self, questions: Sequence[Question]) -> Comparison:
-        """Compute features again and hold them against the stored ones, bit for bit; images not stored are left out."""
+        """Compute stored features again and compare them bit for bit; images that are not stored are skipped."""
         assert self.store is not None
-        files = features.by_content(question.image for question in questions)
+        files = features.hash_files(question.image for question in questions)
         for image in self.store.missing(files):
             del files[image]
-        return self.store.compare(files, self._see_block, BLOCK)
+        return self.store.compare(files, self._see_without_autocast, VISION_BATCH_SIZE)
 
     def pixels(self, questions: Sequence[Question], view: View | None = None) -> Tensor:
-        """`B × 3 × S × S`, plain or augmented."""
+        """Return the pixels `B × 3 × S × S` of the questions' images, augmented if `view` is given."""
         size = self.backbone.image_size
-        opened = [images.open_image(question.image) for question in questions]
+        pictures = [images.open_image(question.image) for question in questions]
         if view is not None:
             seed, epoch = view
-            opened = [
+            pictures = [
                 images.augment(image, seed=seed, epoch=epoch, image_id=question.id, size=size)
-                for image, question in zip(opened, questions, strict=True)
+                for image, question in zip(pictures, questions, strict=True)
             ]
-        return images.pixels(opened, size)
+        return images.to_pixels(pictures, size)
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Pixels → features, as the tower gives them."""
+        """Pixels `B × 3 × S × S` → features in the tower's dtype."""
         return self.backbone.see(pixels.to(self.backbone.device, non_blocking=True))
 
-    def _see_block(self, pixels: Tensor) -> Tensor:
-        """The pass that fills the store: the weights' own precision, whatever the caller's autocast says."""
+    def _see_without_autocast(self, pixels: Tensor) -> Tensor:
+        """Compute features for the store: in the precision of the weights, also inside a caller's autocast."""
         with torch.autocast(self.backbone.device.type, enabled=False):
             return self.see(pixels)
 
-    def _on_device(self, rows_BPD: Tensor) -> Tensor:
+    def _to_device(self, rows_BPD: Tensor) -> Tensor:
         return rows_BPD.to(self.backbone.device, non_blocking=True)
 
-    def _require_plain(self, view: View | None) -> None:
+    def _check_view(self, view: View | None) -> None:
         if view is not None and self.store is not None:
-            raise ValueError("stored features are of the plain view; there is no augmented one")
+            raise ValueError("stored features have no augmented view; use another mode of image features")
 
 
-def facts(backbone: Backbone) -> Facts:
-    """What the features of this backbone depend on.
+def feature_spec(backbone: Backbone) -> FeatureSpec:
+    """Return everything on which the features of this backbone depend.
 
-    Stored type: the tower's own where that has 16 bits, so nothing is rounded; float16 for a tower in fp32, which
-    keeps 3 more bits of each value than bfloat16 (values beyond 65 504 are refused when a store is built).
+    Features are stored in the tower's dtype if it has 16 bits, so nothing is rounded. For a tower in fp32 it is
+    float16, which keeps 3 more bits of each value than bfloat16 (a store refuses values beyond 65 504).
     """
     vision = backbone.hf.vision_model
     weight = vision.embeddings.patch_embedding.weight
     P, D = vision.embeddings.position_embedding.shape[1:]
-    computing = f"{backbone.device.type}, {vision.config._attn_implementation} attention, {BLOCK} images a pass"
+    computation = (
+        f"{backbone.device.type}, {vision.config._attn_implementation} attention, {VISION_BATCH_SIZE} images a pass"
+    )
     if weight.dtype == torch.float32:
-        computing += f", {torch.get_float32_matmul_precision()} precision"
+        computation += f", {torch.get_float32_matmul_precision()} precision"
     dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    return Facts(tower_fingerprint(vision), backbone.image_size, (P, D), dtype, computing)
+    return FeatureSpec(tower_fingerprint(vision), backbone.image_size, (P, D), dtype, computation)
 
 
 def tower_fingerprint(vision: Any) -> str:
-    """SHA-256 of a vision tower's tensors and settings, without the trained layer norm at its end."""
+    """Return the SHA-256 of a vision tower's tensors and settings, without the trained layer norm at its end."""
     tensors = {name: tensor for name, tensor in vision.state_dict().items() if not name.startswith("post_layernorm.")}
-    with ThreadPoolExecutor(features.threads()) as pool:
+    with ThreadPoolExecutor(features.thread_count()) as pool:
         digests = list(pool.map(_tensor_digest, tensors.values()))
     lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
     lines += [f"{name} {getattr(vision.config, name)}" for name in _SETTINGS]
@@ -169,5 +187,5 @@ def _tensor_digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def _contents(questions: Sequence[Question]) -> list[str]:
-    return [features.content(question.image) for question in questions]
+def _hash_images(questions: Sequence[Question]) -> list[str]:
+    return [features.hash_file(question.image) for question in questions]

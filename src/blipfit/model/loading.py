@@ -1,6 +1,6 @@
-"""The one place that calls `from_pretrained` on InstructBLIP, with the guards that loading needs.
+"""The only place that calls `from_pretrained` on InstructBLIP, with the checks that loading needs.
 
-Every guard stands for a way in which a model was silently wrong; docs/footguns.md tells each story.
+Each check prevents an error that would otherwise go unnoticed; docs/footguns.md lists them.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 
@@ -26,13 +27,27 @@ from blipfit.recipe import Family, ModelConfig
 
 _MINIATURES: dict[str, Family] = {name: family for family, name in tiny.NAMES.items()}
 
-# Token ids of a known text: a tokenizer of the wrong class has the right vocabulary and other ids.
+# A tokenizer of the wrong class has the right vocabulary but gives other ids, so the ids of one text are compared.
 _KNOWN_TEXT = "Question: Which is (b) the barn owl?"
 _KNOWN_IDS: dict[tuple[str, int], list[int]] = {
     ("t5", 32100): [11860, 10, 4073, 19, 41, 115, 61, 8, 13754, 3, 2381, 40, 58],
     ("vicuna", 32000): [894, 29901, 8449, 338, 313, 29890, 29897, 278, 2594, 29876, 8152, 29880, 29973],
     ("bert", 30522): [3160, 1024, 2029, 2003, 1006, 1038, 1007, 1996, 8659, 13547, 1029],
 }
+"""(kind of tokenizer, size of its vocabulary) → ids of the text above."""
+
+_NOT_QUANTIZED = ["vision_model", "qformer", "language_projection", "lm_head"]
+"""Modules that quantization leaves as they are: all but the layers of the language model."""
+
+
+class InstructBlipForConditionalGeneration(transformers.InstructBlipForConditionalGeneration):
+    """InstructBLIP that loads its trainable parts in fp32 when `from_pretrained` gets a 16-bit dtype.
+
+    It has its base class's name because `save_pretrained` writes the name into config.json as the architecture.
+    """
+
+    # transformers 5 ignores a dtype per submodule; this attribute excludes modules from the cast.
+    _keep_in_fp32_modules_strict = {"query_tokens", "qformer", "language_projection", "post_layernorm"}  # noqa: RUF012
 
 
 def load(
@@ -45,31 +60,35 @@ def load(
     """Load a checkpoint as a frozen Backbone in eval mode.
 
     `precision`: see `TrainingConfig.precision`. The Q-Former, its layer norm, the query tokens and the projection stay
-    fp32; the ViT and the language model take the 16-bit type. Raises UserError where the checkpoint cannot be had or
-    is one of the known broken copies.
+    in fp32; the ViT and the language model get the 16-bit dtype. `max_text`, `max_target`: the longest prompt and
+    answer in tokens. Raises UserError if the checkpoint is not available or is one of the known broken copies.
     """
     device = torch.device(device)
     folder, revision = locate(model)
-    low = low_precision(precision, device)
+    low_dtype = low_precision_dtype(precision, device)
     with quiet():
-        hf = weights(folder, revision, low or torch.float32, model.name, quantized(model.quantization, low, device))
-        qformer_tokenizer, tokenizer = tokenizers(folder, revision)
+        options = quantization_options(model.quantization, low_dtype, device)
+        hf = load_weights(folder, revision, low_dtype or torch.float32, model.name, options)
+        qformer_tokenizer, tokenizer = load_tokenizers(folder, revision)
     family = family_of(hf.config)
-    prepare(hf, family, model.name)
+    prepare_model(hf, family, model.name)
     if max_text > (positions := hf.config.qformer_config.max_position_embeddings):
         raise UserError(
             f"{model.name}: the Q-Former reads at most {positions} tokens; lower training.max_text_tokens={max_text}"
         )
     hf.requires_grad_(False).eval()
-    if model.quantization == "none":  # a quantized model was loaded where it stays
+    if model.quantization == "none":  # a quantized model is loaded to its device
         hf.to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
-    text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start(hf, family), max_text, max_target)
-    return Backbone(hf, text, family, model.name, autocast=low)
+    text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start_id(hf, family), max_text, max_target)
+    return Backbone(hf, text, family, model.name, autocast=low_dtype)
 
 
 def locate(model: ModelConfig) -> tuple[str, str | None]:
-    """Where to load from: a folder, or a hub name with its revision; offline and absent is said at once."""
+    """Return where to load a model from: a folder and None, or a hub name and its revision.
+
+    Raises UserError if the name is unknown, or if the hub cannot be reached and its cache does not hold the model.
+    """
     name = model.name
     if name in _MINIATURES:
         return str(tiny.folder(_MINIATURES[name])), None
@@ -79,17 +98,17 @@ def locate(model: ModelConfig) -> tuple[str, str | None]:
             raise UserError(f"{name} is not a model folder: it has no config.json")
         return str(path), None
     if name.count("/") != 1:
-        known = ", ".join(_MINIATURES)
-        raise UserError(f"unknown model {name!r}: give a hub name (owner/name), a local folder, or one of {known}")
+        miniatures = ", ".join(_MINIATURES)
+        raise UserError(f"unknown model {name!r}: give a hub name (owner/name), a local folder, or one of {miniatures}")
     if hub_reachable():
         return name, model.revision
-    if (snapshot := cached(name, model.revision)) is None:
+    if (snapshot := cached_folder(name, model.revision)) is None:
         raise UserError(f"offline: `{name}` is not in the local cache; give a folder with --model, or --model tiny")
     return str(snapshot), None
 
 
-def cached(name: str, revision: str | None) -> Path | None:
-    """The folder of the local hub cache that holds the checkpoint, if any."""
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of the local hub cache that holds the checkpoint, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -97,7 +116,10 @@ def cached(name: str, revision: str | None) -> Path | None:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """One short request to the hub, through the proxy where there is one, instead of a minute of retries."""
+    """Whether the hub answers one short request, through a proxy where one is set; `timeout` in seconds.
+
+    The hub's own client would retry for a minute without a network.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
@@ -106,110 +128,112 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     try:
         urllib.request.urlopen(request, timeout=timeout).close()
     except urllib.error.HTTPError:
-        return True  # it answered
+        return True  # an error status is an answer too
     except OSError as error:
-        # The hub's own client brings its certificates; this one depends on the system's.
+        # The hub's own client has its own certificates; this request depends on those of the system.
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
 
 
-# What quantization leaves as it is: all but the layers inside the language model.
-_NOT_QUANTISED = ["vision_model", "qformer", "language_projection", "lm_head"]
+def quantization_options(quantization: str, low_dtype: torch.dtype | None, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a language model in `8bit` or `4bit`; none for `none`.
 
-
-def quantized(how: str, low: torch.dtype | None, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a language model in 8 or 4 bit; none for `none`."""
-    if how == "none":
+    `low_dtype`: the dtype in which 4-bit weights are multiplied, fp32 if None. Raises UserError if bitsandbytes is not
+    installed.
+    """
+    if quantization == "none":
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"model.quantization={how} needs bitsandbytes: pip install 'blipfit[quant]'")
+        raise UserError(f"model.quantization={quantization} needs bitsandbytes: pip install 'blipfit[quant]'")
     from transformers import BitsAndBytesConfig
 
-    if how == "8bit":
-        chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
     else:
-        chosen = BitsAndBytesConfig(
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=low or torch.float32,
-            llm_int8_skip_modules=_NOT_QUANTISED,
+            bnb_4bit_compute_dtype=low_dtype or torch.float32,
+            llm_int8_skip_modules=_NOT_QUANTIZED,
         )
-    return {"quantization_config": chosen, "device_map": {"": device}}
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
-def weights(
+def load_weights(
     folder: str, revision: str | None, dtype: torch.dtype, name: str, options: Mapping[str, Any] | None = None
 ) -> Any:
-    """The model with all its weights, of type `dtype` where they stay frozen and fp32 where they may be trained.
+    """Load the model with its frozen parts in `dtype` and its trainable parts in fp32.
 
-    `options` are passed to `from_pretrained` (see `quantized`). UserError where the copy is of another kind, damaged
-    or not whole.
+    `folder`: a folder or a hub name. `options`: further arguments of `from_pretrained` (see `quantization_options`).
+    Raises UserError if the checkpoint is of another kind, damaged or incomplete.
     """
-    from transformers import InstructBlipForConditionalGeneration, PreTrainedConfig
-
-    class Loaded(InstructBlipForConditionalGeneration):
-        # transformers 5 ignores a type for each part; this is how it keeps some modules out of the cast.
-        _keep_in_fp32_modules_strict = ("query_tokens", "qformer", "language_projection", "post_layernorm")
-
     try:
-        kind = PreTrainedConfig.get_config_dict(folder, revision=revision)[0].get("model_type")
-        if kind != "instructblip":
-            raise UserError(f"{name} is a model of type {kind!r}; blipfit fine-tunes 'instructblip' checkpoints")
-        hf, loaded = Loaded.from_pretrained(
+        model_type = transformers.PreTrainedConfig.get_config_dict(folder, revision=revision)[0].get("model_type")
+        if model_type != "instructblip":
+            raise UserError(f"{name} is a model of type {model_type!r}; blipfit fine-tunes 'instructblip' checkpoints")
+        hf, loading_info = InstructBlipForConditionalGeneration.from_pretrained(
             folder,
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # to name them below; transformers' own error does not
+            ignore_mismatched_sizes=True,  # so that the error below can name them; transformers' own does not
             output_loading_info=True,
             **(options or {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name} cannot be loaded ({_first_line(error)}); get a whole copy") from error
-    for weight, there, wanted in loaded["mismatched_keys"]:
+        raise UserError(f"{name} cannot be loaded ({first_line(error)}); get a complete copy") from error
+    for weight, shape, expected in loading_info["mismatched_keys"]:
         raise UserError(
-            f"{name}: {weight} is {tuple(there)} but config.json asks for {tuple(wanted)}; get a current copy"
+            f"{name}: {weight} is {tuple(shape)} but config.json asks for {tuple(expected)}; get a current copy"
         )
-    if absent := sorted(loaded["missing_keys"]):
-        # transformers would draw them at random, with a warning at most.
-        raise UserError(f"{name}: {len(absent)} weights are missing, e.g. {absent[0]}; get a whole copy")
-    hf.__class__ = InstructBlipForConditionalGeneration
+    if missing := sorted(loading_info["missing_keys"]):
+        # transformers would initialize them at random, with a warning at most.
+        raise UserError(f"{name}: {len(missing)} weights are missing, e.g. {missing[0]}; get a complete copy")
     return hf
 
 
-def tokenizers(folder: str, revision: str | None = None) -> tuple[Any, Any]:
-    """The Q-Former's and the language model's tokenizer of a checkpoint."""
+def load_tokenizers(folder: str, revision: str | None = None) -> tuple[Any, Any]:
+    """Load the Q-Former's and the language model's tokenizer of a checkpoint.
+
+    Raises UserError if a tokenizer cannot be loaded.
+    """
+    return _load_tokenizer(folder, "qformer_tokenizer", revision), _load_tokenizer(folder, "", revision)
+
+
+def _load_tokenizer(folder: str, subfolder: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    def read(where: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(folder, subfolder=where, revision=revision)
-        except (
-            Exception
-        ) as error:  # what damaged files raise has no common class, and tokenizers raises Exception itself
-            raise UserError(
-                f"{folder}: its tokenizer{where and f' in {where}/'} cannot be loaded ({_first_line(error)}); "
-                "get a whole copy"
-            ) from error
-
-    return read("qformer_tokenizer"), read("")
+    try:
+        return AutoTokenizer.from_pretrained(folder, subfolder=subfolder, revision=revision, trust_remote_code=False)
+    except Exception as error:  # damaged files raise many classes, and tokenizers raises Exception itself
+        location = f" in {subfolder}/" if subfolder else ""
+        raise UserError(
+            f"{folder}: its tokenizer{location} cannot be loaded ({first_line(error)}); get a complete copy"
+        ) from error
 
 
 def family_of(config: Any) -> Family:
-    kind = config.text_config.model_type
-    if kind == "t5":
+    """Return the family of a configuration's language model; raises UserError if it is not supported."""
+    model_type = config.text_config.model_type
+    if model_type == "t5":
         return "t5"
-    if kind == "llama":
+    if model_type == "llama":
         return "vicuna"
-    raise UserError(f"language model of type {kind!r} is not supported; blipfit knows t5 and llama (Vicuna)")
+    raise UserError(
+        f"language model of type {model_type!r} is not supported; blipfit supports 't5' and 'llama' (Vicuna)"
+    )
 
 
-def decoder_start(hf: Any, family: Family) -> int:
+def decoder_start_id(hf: Any, family: Family) -> int:
+    """Return the id of T5's first decoder token; 0 for a family without a decoder of its own."""
     return hf.config.text_config.decoder_start_token_id if family == "t5" else 0
 
 
-def low_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type of the frozen parts and of autocast, or None for fp32 throughout."""
+def low_precision_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the 16-bit dtype of the frozen parts and of autocast, or None for fp32 throughout.
+
+    Raises UserError for fp16 on a CPU.
+    """
     if precision == "fp32":
         return None
     if precision == "bf16":
@@ -223,11 +247,11 @@ def low_precision(precision: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
-def prepare(hf: Any, family: Family, name: str) -> None:
-    """Put a freshly loaded model right, or refuse it."""
+def prepare_model(hf: Any, family: Family, name: str) -> None:
+    """Correct what transformers gets wrong about a loaded model, in place; raises UserError for a broken copy."""
     if family == "t5":
         _untie(hf, name)
-        _exact_gelu(hf.language_model)
+        _use_exact_gelu(hf.language_model)
     queries = hf.query_tokens.detach()[0].float()
     if len(queries) > 1 and bool((queries == queries[0]).all()):
         raise UserError(
@@ -237,7 +261,7 @@ def prepare(hf: Any, family: Family, name: str) -> None:
 
 
 def _untie(hf: Any, name: str) -> None:
-    """Flan-T5 has a head of its own: keep every later tie_weights() from overwriting it with the input embedding."""
+    """Mark Flan-T5's head as untied, so that no later `tie_weights()` overwrites it with the input embedding."""
     language = hf.language_model
     if torch.equal(language.lm_head.weight, language.shared.weight):
         raise UserError(
@@ -250,24 +274,25 @@ def _untie(hf: Any, name: str) -> None:
         config.scale_decoder_outputs = False
 
 
-def _exact_gelu(language: nn.Module) -> None:
-    """The original runs Flan-T5's gate with the exact GELU, not with the checkpoint's tanh approximation."""
+def _use_exact_gelu(language: nn.Module) -> None:
+    """Replace the tanh approximation of Flan-T5's checkpoint by the exact GELU, which the original code runs."""
     for module in language.modules():
         if hasattr(module, "wi_0") and hasattr(module, "act"):
             module.act = nn.GELU()
 
 
 def check_tokenizers(hf: Any, family: Family, qformer: Any, language: Any, name: str) -> None:
-    """Refuse tokenizers that do not fit the weights."""
-    for what, tokenizer, rows in (
+    """Raise UserError if the Q-Former's or the language model's tokenizer does not fit the weights."""
+    for part, tokenizer, vocab_size in (
         ("Q-Former", qformer, hf.config.qformer_config.vocab_size),
         ("language model", language, hf.config.text_config.vocab_size),
     ):
-        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-            raise UserError(f"{name}: the {what}'s tokenizer has no usable pad token; get a current copy")
-        highest = max(tokenizer("(a) yes").input_ids)
-        if highest >= rows:
-            raise UserError(f"{name}: the {what}'s tokenizer has ids beyond its {rows} embeddings; get a current copy")
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
+            raise UserError(f"{name}: the {part}'s tokenizer has no usable pad token; get a current copy")
+        if max(tokenizer("(a) yes").input_ids) >= vocab_size:
+            raise UserError(
+                f"{name}: the {part}'s tokenizer has ids beyond its {vocab_size} embeddings; get a current copy"
+            )
     if family == "vicuna" and language.bos_token != "</s>":
         raise UserError(
             f"{name}: BOS is {language.bos_token!r}, the InstructBLIP Vicuna checkpoints use '</s>'; "
@@ -275,35 +300,36 @@ def check_tokenizers(hf: Any, family: Family, qformer: Any, language: Any, name:
         )
     for kind, tokenizer in ((family, language), ("bert", qformer)):
         expected = _KNOWN_IDS.get((kind, tokenizer.vocab_size))
-        found = tokenizer(_KNOWN_TEXT, add_special_tokens=False).input_ids
-        if tokenizer.unk_token_id in found:
-            # Without its files, transformers makes a tokenizer of a handful of words and says nothing.
+        ids = tokenizer(_KNOWN_TEXT, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id in ids:
+            # Without its files, transformers silently makes a tokenizer of a handful of words.
             raise UserError(f"{name}: the {kind} tokenizer does not know plain English; get a copy with its files")
-        if expected is not None and found != expected:
+        if expected is not None and ids != expected:
             raise UserError(
                 f"{name}: the {kind} tokenizer gives other ids than the original for a known text "
-                f"({found[:6]}… instead of {expected[:6]}…); its tokenizer files are of another class, get a fresh copy"
+                f"({ids[:6]}… instead of {expected[:6]}…); its tokenizer files are of another class, get a fresh copy"
             )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' loading chatter off a user's first screen; errors still come through."""
-    from transformers.utils import logging as chatter
+    """Context in which transformers shows no warnings and no progress bars; errors are still raised."""
+    from transformers.utils import logging
 
-    verbosity = chatter.get_verbosity()
-    bars = chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    had_progress_bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+        if had_progress_bar:
+            logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

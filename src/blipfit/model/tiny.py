@@ -1,8 +1,8 @@
 """The embedded miniatures: real InstructBLIP checkpoints of both families, small enough to ship, and a small CLIP.
 
-Three folders in Hugging Face format lie beside this file. `InstructBlipForConditionalGeneration.from_pretrained`
-and `InstructBlipProcessor.from_pretrained` read `tiny-t5` and `tiny-vicuna`, `CLIPModel` and `CLIPProcessor` read
-`tiny-clip`. Weights are stored in float16 and load as float32. `blipfit.pretraining.miniatures` makes them.
+They are three folders in Hugging Face format in `miniatures/`. `InstructBlipForConditionalGeneration` and
+`InstructBlipProcessor` load `tiny-t5` and `tiny-vicuna`; `CLIPModel` and `CLIPProcessor` load `tiny-clip`. Weights are
+stored in float16 and load as float32. `blipfit.pretraining.miniatures` trains them.
 """
 
 import json
@@ -39,24 +39,27 @@ IMAGE_SIZE = 64
 PATCH_SIZE = 8
 QUERY_TOKENS = 16
 WIDTH = 128
-# The longest text that the miniature CLIP reads, in tokens.
 CLIP_TEXT_LENGTH = 64
+"""The longest text that the miniature CLIP reads, in tokens."""
 
 
 def folder(family: Family) -> Path:
-    """The shipped checkpoint of a family, in Hugging Face format."""
+    """Return the folder of a family's miniature, in Hugging Face format."""
     return MINIATURES / NAMES[family]
 
 
 def clip_folder() -> Path:
-    """The shipped miniature CLIP, in Hugging Face format."""
+    """Return the folder of the miniature CLIP, in Hugging Face format."""
     return MINIATURES / CLIP_NAME
 
 
 def config(
     family: Family, tokenizer: PreTrainedTokenizerBase, qformer_tokenizer: PreTrainedTokenizerBase
 ) -> InstructBlipConfig:
-    """The shape of a miniature; the tokenizers give the vocabularies and `<image>`'s id (they must hold it)."""
+    """Return the configuration of a miniature; vocabulary sizes and the id of `<image>` come from the tokenizers.
+
+    `tokenizer`: the language model's, which must have the token `<image>`.
+    """
     text = _t5_config(len(tokenizer)) if family == "t5" else _llama_config(tokenizer)
     return InstructBlipConfig(
         vision_config=vision_config(),
@@ -71,7 +74,7 @@ def config(
             max_position_embeddings=192,
             cross_attention_frequency=2,
             encoder_hidden_size=WIDTH,
-            # BERT's 0.02 suits a width of 768; so narrow a model would attend evenly to everything for long.
+            # BERT's 0.02 is for a width of 768; in a narrow model, attention would stay almost uniform for long.
             initializer_range=WIDTH**-0.5,
         ),
         text_config=text,
@@ -82,7 +85,7 @@ def config(
 
 
 def vision_config() -> InstructBlipVisionConfig:
-    """The tower that both families and the miniature CLIP share: 64 patches of 8 × 8 pixels and a class token."""
+    """Return the vision tower's configuration, shared by all miniatures: 64 patches of 8 × 8 pixels, a class token."""
     return InstructBlipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -91,15 +94,15 @@ def vision_config() -> InstructBlipVisionConfig:
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         layer_norm_eps=1e-6,
-        # The published configuration says 1e-10 because its weights were never drawn from it.
+        # The published configuration has 1e-10, but its weights were not initialized with that value.
         initializer_range=0.02,
         dtype="float32",
     )
 
 
-def _t5_config(vocabulary: int) -> T5Config:
+def _t5_config(vocab_size: int) -> T5Config:
     return T5Config(
-        vocab_size=-(-vocabulary // 32) * 32,
+        vocab_size=-(-vocab_size // 32) * 32,
         d_model=WIDTH,
         d_kv=32,
         d_ff=2 * WIDTH,
@@ -135,8 +138,11 @@ def _llama_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     )
 
 
-def clip_config(vocabulary: int) -> CLIPConfig:
-    """The miniature CLIP: the shared tower and a text encoder whose last two ids begin and end a text."""
+def clip_config(vocab_size: int) -> CLIPConfig:
+    """Return the miniature CLIP's configuration: the shared tower, and a text encoder.
+
+    The last two of its ids are the start and the end token.
+    """
     tower = vision_config()
     return CLIPConfig(
         vision_config={
@@ -151,7 +157,7 @@ def clip_config(vocabulary: int) -> CLIPConfig:
             "projection_dim": WIDTH,
         },
         text_config={
-            "vocab_size": vocabulary,
+            "vocab_size": vocab_size,
             "hidden_size": 96,
             "intermediate_size": 288,
             "num_hidden_layers": 2,
@@ -159,9 +165,9 @@ def clip_config(vocabulary: int) -> CLIPConfig:
             "max_position_embeddings": CLIP_TEXT_LENGTH,
             "hidden_act": "gelu",
             "projection_dim": WIDTH,
-            "bos_token_id": vocabulary - 2,
-            "eos_token_id": vocabulary - 1,
-            "pad_token_id": vocabulary - 1,
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": vocab_size - 1,
+            "pad_token_id": vocab_size - 1,
         },
         projection_dim=WIDTH,
         dtype="float32",
@@ -169,20 +175,20 @@ def clip_config(vocabulary: int) -> CLIPConfig:
 
 
 def image_processor() -> BlipImageProcessorPil:
-    """Resizing to 64 × 64 and the published normalization, through Pillow."""
+    """Return the image processor: Pillow's resizing to 64 × 64 and the published normalization."""
     return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
 def processor(tokenizer: PreTrainedTokenizerBase, qformer_tokenizer: PreTrainedTokenizerBase) -> InstructBlipProcessor:
-    """A processor over these tokenizers; it adds `<image>` to the first where that is missing."""
+    """Return a processor with these tokenizers; it adds `<image>` to the language model's tokenizer if missing."""
     return InstructBlipProcessor(image_processor(), tokenizer, qformer_tokenizer, num_query_tokens=QUERY_TOKENS)
 
 
-def build(family: Family, parts: InstructBlipProcessor, seed: int = 0) -> InstructBlipForConditionalGeneration:
-    """A miniature with random weights, the same for the same seed; the query tokens are drawn too, not zero."""
+def build(family: Family, processor: InstructBlipProcessor, seed: int = 0) -> InstructBlipForConditionalGeneration:
+    """Create a miniature with random weights that depend on the seed only; query tokens are random too, not zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = InstructBlipForConditionalGeneration(config(family, parts.tokenizer, parts.qformer_tokenizer))
+        model = InstructBlipForConditionalGeneration(config(family, processor.tokenizer, processor.qformer_tokenizer))
         torch.nn.init.normal_(model.query_tokens, std=0.2)
         if family == "t5":
             untie(model)
@@ -190,7 +196,7 @@ def build(family: Family, parts: InstructBlipProcessor, seed: int = 0) -> Instru
 
 
 def untie(model: InstructBlipForConditionalGeneration) -> None:
-    """Give a T5 its own `lm_head`, as Flan-T5 has: transformers 5 builds it on the input embedding."""
+    """Give a T5 model its own `lm_head`, as Flan-T5 has; transformers 5 ties it to the input embedding."""
     language_model = model.language_model
     shared = language_model.shared.weight
     if language_model.lm_head.weight is shared:
@@ -201,12 +207,12 @@ def untie(model: InstructBlipForConditionalGeneration) -> None:
     model.config.text_config.tie_word_embeddings = False
 
 
-def save(model: PreTrainedModel, target: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write `config.json` and `model.safetensors` (float16; the configuration says float32, so it loads as that).
+def save(model: PreTrainedModel, folder: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write `config.json` and `model.safetensors`; weights are stored in float16 and load as float32.
 
-    `metadata` goes into both files: under `blipfit` in the configuration and into the weights' header.
+    `metadata` is written into both files: as `blipfit` in the configuration, and into the header of the weights.
     """
-    target.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     metadata = dict(metadata or {})
     settings: dict[str, Any] = model.config.to_dict()
     settings["dtype"] = "float32"
@@ -215,29 +221,29 @@ def save(model: PreTrainedModel, target: Path, metadata: dict[str, str] | None =
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     duplicates = {"language_model.encoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight"}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in duplicates}
-    save_file(tensors, target / "model.safetensors.part", {"format": "pt", **metadata})
-    os.replace(target / "model.safetensors.part", target / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors.part", {"format": "pt", **metadata})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (target / "config.json.part").write_text(text, encoding="utf-8")
-    os.replace(target / "config.json.part", target / "config.json")
+    (folder / "config.json.part").write_text(text, encoding="utf-8")
+    os.replace(folder / "config.json.part", folder / "config.json")
 
 
-def save_processor(parts: InstructBlipProcessor | CLIPProcessor, target: Path) -> None:
-    """Write the tokenizers and the processor, with `preprocessor_config.json` as the hub's copies have it."""
-    parts.save_pretrained(target)
-    parts.image_processor.save_pretrained(target)
+def save_processor(processor: InstructBlipProcessor | CLIPProcessor, folder: Path) -> None:
+    """Write the tokenizers and the processor, with a `preprocessor_config.json` as the hub's copies have it."""
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
 
 
 def clip_processor(tokenizer: PreTrainedTokenizerBase) -> CLIPProcessor:
-    """The miniature CLIP's processor: resize to 64 × 64 without cropping, like the InstructBLIP miniatures."""
-    images = CLIPImageProcessorPil(
+    """Return the miniature CLIP's processor: resize to 64 × 64 without cropping, like the InstructBLIP miniatures."""
+    image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False, default_to_square=True
     )
-    return CLIPProcessor(images, tokenizer)
+    return CLIPProcessor(image_processor, tokenizer)
 
 
 def build_clip(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> CLIPModel:
-    """A miniature CLIP with random weights, the same for the same seed."""
+    """Create a miniature CLIP with random weights that depend on the seed only."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return CLIPModel(clip_config(len(tokenizer)))

@@ -1,9 +1,9 @@
-"""The miniatures' own tokenizers: the four kinds that the published models use, trained on small text.
+"""The miniatures' own tokenizers: the four kinds that the published models use, trained on little text.
 
-They are the tokenizer classes of the real checkpoints, so everything that reads a real one reads these: T5's
-unigram pieces with `</s>` appended; LLaMA's BPE with byte fallback and `</s>` as the first token, as the Vicuna
-checkpoints of InstructBLIP have it; BERT's lower-cased word pieces between `[CLS]` and `[SEP]`, with `[DEC]`
-added; CLIP's lower-cased byte BPE. Any English text tokenises without an unknown.
+They have the tokenizer classes of the real checkpoints, so all code for real tokenizers works with them: T5's unigram
+pieces with `</s>` at the end; LLaMA's BPE with byte fallback and `</s>` as the first token, as in the Vicuna
+checkpoints of InstructBLIP; BERT's lower-cased word pieces between `[CLS]` and `[SEP]`, with `[DEC]` added; CLIP's
+lower-cased byte BPE. Every English text is tokenized without an unknown token.
 """
 
 import json
@@ -14,13 +14,13 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import BertTokenizer, CLIPTokenizer, LlamaTokenizer, T5Tokenizer
 
 ASCII = [chr(code) for code in range(33, 127)]
-# What English school texts use beyond ASCII. LLaMA's and CLIP's tokenizers fall back on bytes and need no list.
+# Characters of English school texts that are not in ASCII; LLaMA's and CLIP's tokenizers use bytes for them instead.
 BEYOND_ASCII = list("°×÷±²³½¼¾µ£€¢§©®·–—‘’“”•…→←≤≥≠−√πΔéèêëáàâäíîïóôöúûüñçÉÖÜ")
-# In training only: no piece may hold a word and the stop after it, or `red` and `red.` would be two answers.
-STOPS = pre_tokenizers.Split(Regex(r"[.,:;?!]"), behavior="isolated")
+# Used in training only: no piece may join a word and its punctuation, or `red` and `red.` would be different answers.
+PUNCTUATION = pre_tokenizers.Split(Regex(r"[.,:;?!]"), behavior="isolated")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
-# Frequent words of other data sets, so that their texts do not fall apart into letters.
+# Frequent words of other data sets, so that their texts are not split into letters.
 COMMON_WORDS = """
 a about above across after again air all along also an and animal animals answer any are area around
 as at away back based be because been before being below best between blue body book both bottom
@@ -49,35 +49,35 @@ work world would write year yellow yes you young your
 def train_t5(texts: Iterable[str], size: int) -> T5Tokenizer:
     """Train unigram pieces: `<pad>` 0, `</s>` 1, `<unk>` 2, then at most `size - 3` pieces; no sentinels.
 
-    The trainer of unigram models breaks words apart on so little text. So the pieces come from merging pairs, and
-    their scores say: the fewest pieces, and among those the earlier merged.
+    The trainer for unigram models splits words too finely on so little text. Therefore the pieces come from BPE, with
+    scores that prefer fewer pieces, and then pieces that were merged earlier.
     """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always"), STOPS]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always"), PUNCTUATION]
     )
     letters = [*ASCII, *BEYOND_ASCII, "▁"]
     trainer = trainers.BpeTrainer(vocab_size=size - 3, initial_alphabet=letters, show_progress=False)
     raw.train_from_iterator(texts, trainer)
-    merged, _ = _bpe(raw)
-    scored = [(piece, -10.0 - rank / size) for rank, piece in enumerate(merged)]
+    pieces, _ = _pieces_and_merges(raw)
+    scores = [(piece, -10.0 - rank / size) for rank, piece in enumerate(pieces)]
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*specials, *scored], extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=[*specials, *scores], extra_ids=0, model_max_length=512)
 
 
 def train_llama(texts: Iterable[str], size: int) -> LlamaTokenizer:
     """Train byte-fallback BPE: `<unk>` 0, `<s>` 1, `</s>` 2, 256 bytes, letters, merges, then `[PAD]`.
 
-    `</s>` begins and ends a text, as in the Vicuna checkpoints of InstructBLIP.
+    `</s>` is both the start and the end token, as in the Vicuna checkpoints of InstructBLIP.
     """
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), STOPS])
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), PUNCTUATION])
     trainer = trainers.BpeTrainer(vocab_size=size - 3 - len(BYTES), initial_alphabet=[*ASCII, "▁"], show_progress=False)
     raw.train_from_iterator(texts, trainer)
-    vocabulary, merges = _bpe(raw)
-    ordered = ["<unk>", "<s>", "</s>", *BYTES, *vocabulary]
+    merged_pieces, merges = _pieces_and_merges(raw)
+    pieces = ["<unk>", "<s>", "</s>", *BYTES, *merged_pieces]
     return LlamaTokenizer(
-        vocab={piece: index for index, piece in enumerate(ordered)},
+        vocab={piece: index for index, piece in enumerate(pieces)},
         merges=merges,
         unk_token="</s>",
         bos_token="</s>",
@@ -97,14 +97,14 @@ def train_bert(texts: Iterable[str], size: int) -> BertTokenizer:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=specials, show_progress=False)
     letters = sorted({character.lower() for character in [*ASCII, *BEYOND_ASCII]})
-    # A word piece inside a word is another piece (`##a`): every letter must be seen in both places.
-    both = [f"{letter}{other}" for letter in letters for other in (letter, "a")]
-    raw.train_from_iterator([*texts, *both], trainer)
+    # A letter inside a word is another piece (`##a`) than at its start: every letter must occur in both positions.
+    letter_pairs = [f"{letter}{next_letter}" for letter in letters for next_letter in (letter, "a")]
+    raw.train_from_iterator([*texts, *letter_pairs], trainer)
     vocabulary = sorted(raw.get_vocab().items(), key=lambda item: item[1])
     pieces = [piece for piece, _ in vocabulary]
     for letter in letters:
-        stripped = raw.normalizer.normalize_str(letter)
-        pieces += [form for form in (stripped, f"##{stripped}") if form not in pieces and stripped]
+        normalized = raw.normalizer.normalize_str(letter)
+        pieces += [piece for piece in (normalized, f"##{normalized}") if piece not in pieces and normalized]
     tokenizer = BertTokenizer(
         vocab={piece: index for index, piece in enumerate(pieces)},
         truncation_side="left",
@@ -114,29 +114,29 @@ def train_bert(texts: Iterable[str], size: int) -> BertTokenizer:
     return tokenizer
 
 
-def train_clip(texts: Iterable[str], size: int, longest: int) -> CLIPTokenizer:
-    """Train CLIP's byte BPE with `</w>` at word ends; `<|startoftext|>` and `<|endoftext|>` come last."""
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+def train_clip(texts: Iterable[str], size: int, max_length: int) -> CLIPTokenizer:
+    """Train CLIP's byte BPE with `</w>` at word ends; `<|startoftext|>` and `<|endoftext|>` are the last ids."""
+    byte_characters = pre_tokenizers.ByteLevel.alphabet()
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     raw.normalizer = CLIPTokenizer().backend_tokenizer.normalizer
     raw.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 2 - len(bytes_),
-        initial_alphabet=sorted(bytes_),
+        vocab_size=size - 2 - len(byte_characters),
+        initial_alphabet=sorted(byte_characters),
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
-    vocabulary, merges = _bpe(raw)
-    ends = [f"{byte}</w>" for byte in sorted(bytes_) if f"{byte}</w>" not in vocabulary]
-    ordered = [*vocabulary, *ends, "<|startoftext|>", "<|endoftext|>"]
+    merged_pieces, merges = _pieces_and_merges(raw)
+    word_ends = [f"{byte}</w>" for byte in sorted(byte_characters) if f"{byte}</w>" not in merged_pieces]
+    pieces = [*merged_pieces, *word_ends, "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={piece: index for index, piece in enumerate(ordered)}, merges=merges, model_max_length=longest
+        vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, model_max_length=max_length
     )
 
 
-def _bpe(raw: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
-    """The pieces of a trained BPE in the order of their ids, and its merges."""
+def _pieces_and_merges(raw: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the pieces of a trained BPE tokenizer in the order of their ids, and its merges."""
     model: dict[str, Any] = json.loads(raw.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return pieces, [(left, right) for left, right in model["merges"]]

@@ -1,10 +1,12 @@
-"""Stage 2 of the miniatures: the Q-Former learns to look before there is a language model, as in BLIP-2.
+"""Stage 2 of pre-training: trains the Q-Former on the frozen tower without a language model, as in BLIP-2.
 
-It reads a question and must name the answer among all answers of the icon world. Beside that, each of the 16 query
-outputs names the icon in one of the 16 cells of the board, and knows half way whether it is one that the question
-names: so the first cross-attention gathers the picture cell by cell, the text finds what it speaks of, and half of the
-layers are left to reason over that. This stage costs a third of a step with a language model and teaches both families
-at once.
+The Q-Former reads a question, and a linear head predicts the answer among all answers of the icon world. Two more heads
+have a loss: each of the 16 query outputs predicts the icon in one of the 16 cells of the board, and half way through
+the layers it predicts whether the question names that icon. So the first cross-attention collects the picture cell by
+cell, the question's tokens attend to the icons that they name, and half of the layers remain for reasoning.
+A step costs a third of a step with a language model, and both families start from the result.
+
+Shapes: B pictures or questions, 16 queries and as many cells, D channels, T tokens of text.
 """
 
 import random
@@ -16,108 +18,129 @@ from transformers import InstructBlipForConditionalGeneration, PreTrainedTokeniz
 
 from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
-from blipfit.data.prompts import Prompted
-from blipfit.pretraining.tasks import ANSWERS, CAPTION, Mixture, drawn, named_things, tasks
-from blipfit.pretraining.tower import PARTS, SIDE, pixels, truth
+from blipfit.data.prompts import PromptedQuestion
+from blipfit.pretraining.tasks import (
+    ANSWERS,
+    CAPTION_PROMPT,
+    Mixture,
+    find_named_things,
+    sample_scenes,
+    sample_tasks,
+)
+from blipfit.pretraining.tower import PATCH_CLASSES, PATCHES_PER_SIDE, build_targets, render_pixels
 
-NAMED = 2  # a question names two things at most
+MAX_NAMED = 2  # a question names two things at most
 
 
-class Queries(nn.Module):
-    """Layer norm, query tokens and Q-Former of `hf`, and three linear heads that are thrown away afterwards."""
+class QFormerWithHeads(nn.Module):
+    """Layer norm, query tokens and Q-Former of `hf`, and three linear heads that are not part of the result.
+
+    The names of the attributes are the names of the weights in the state file.
+    """
 
     def __init__(self, hf: InstructBlipForConditionalGeneration) -> None:
         super().__init__()
         self.post_layernorm, self.qformer = hf.vision_model.post_layernorm, hf.qformer
         self.query_tokens = hf.query_tokens
         width = self.query_tokens.shape[-1]
-        self.answer, self.cell = nn.Linear(width, len(ANSWERS)), nn.Linear(width, sum(PARTS))
-        self.named = nn.Linear(width, NAMED)
+        self.answer, self.cell = nn.Linear(width, len(ANSWERS)), nn.Linear(width, sum(PATCH_CLASSES))
+        self.named = nn.Linear(width, MAX_NAMED)
         assert self.query_tokens.shape[1] == BOARD**2, "a query for every cell"
 
     def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, 65, D] and question [B, T] → query outputs [B, 16, D], and the same half way."""
+        """Return the query outputs of the last layer and of the middle layer, both [B, 16, D].
+
+        `features` [B, 65, D] come from the tower before its last layer norm; `ids` and `mask` [B, T] are the question.
+        """
         queries = self.query_tokens.expand(len(features), -1, -1)
-        hidden = self.qformer(
+        output = self.qformer(
             input_ids=ids,
             attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
             query_embeds=queries,
             encoder_hidden_states=self.post_layernorm(features),
             output_hidden_states=True,
         )
-        Q, layers = queries.shape[1], hidden.hidden_states
-        return hidden.last_hidden_state[:, :Q], layers[len(layers) // 2][:, :Q]
+        Q, layers = queries.shape[1], output.hidden_states
+        return output.last_hidden_state[:, :Q], layers[len(layers) // 2][:, :Q]
 
 
-def content(target: str) -> str:
-    """The answer without its letter, in small letters: '(b) red' → 'red', 'Yes' → 'yes'."""
+def remove_letter(target: str) -> str:
+    """Return a target without its option letter, in lower case: '(b) red' → 'red', 'Yes' → 'yes'."""
     return target.split(") ", 1)[-1].lower()
 
 
-def losses(
+def compute_query_losses(
     hf: InstructBlipForConditionalGeneration,
-    queries: Queries,
+    queries: QFormerWithHeads,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     step: int,
     pictures: int,
     mixture: Mixture,
 ) -> dict[str, Tensor]:
-    """The loss of one step on fresh pictures."""
+    """Compute the losses of one step of stage 2 on pictures that only this step uses."""
     rng = random.Random(f"{seed}/queries/{step}")
-    scenes = drawn(seed, step * pictures, pictures, mixture)
+    scenes = sample_scenes(seed, step * pictures, pictures, mixture)
     with torch.no_grad():
-        hidden = hf.vision_model.embeddings(pixels(scenes))
+        hidden = hf.vision_model.embeddings(render_pixels(scenes))
         features = hf.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
-    asked = [(row, made) for row, scene in enumerate(scenes) for made in tasks(scene, mixture, rng)]
-    text = tokenizer([made.prompt for _, made in asked], padding=True, return_tensors="pt")
-    rows = torch.tensor([row for row, _ in asked])
-    seen, halfway = queries(features[rows], text["input_ids"], text["attention_mask"])
-    return head_losses(queries, seen, halfway, [made for _, made in asked], cells(scenes)[rows], mixture)
+    numbered = [(index, task) for index, scene in enumerate(scenes) for task in sample_tasks(scene, mixture, rng)]
+    indices, tasks = torch.tensor([index for index, _ in numbered]), [task for _, task in numbered]
+    text = tokenizer([task.prompt for task in tasks], padding=True, return_tensors="pt")
+    outputs, middle = queries(features[indices], text["input_ids"], text["attention_mask"])
+    return compute_head_losses(queries, outputs, middle, tasks, read_cells(scenes)[indices], mixture)
 
 
-def head_losses(
-    queries: Queries,
-    seen: Tensor,
-    halfway: Tensor,
-    asked: list[Prompted],
-    held: Tensor,
+def compute_head_losses(
+    queries: QFormerWithHeads,
+    outputs: Tensor,
+    middle: Tensor,
+    tasks: list[PromptedQuestion],
+    cells: Tensor,
     mixture: Mixture,
-    real: Tensor | None = None,
+    not_blank: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What the heads say of the query outputs; captions and rows that are not `real` have no answer to name."""
-    fits = F.binary_cross_entropy_with_logits(queries.named(halfway), named_cells(asked, held))
-    named = {"cells": cells_loss(queries, seen, held), "named": mixture.named * fits}
-    rows = [row for row, made in enumerate(asked) if made.prompt != CAPTION and (real is None or bool(real[row]))]
+    """Compute the losses of the three heads.
+
+    `outputs` and `middle` [B, 16, D] are the query outputs of the last and of the middle layer, `cells` [B, 16, 3] the
+    contents of the cells. The answer head is trained neither on captions nor on rows where `not_blank` [B] is False.
+    """
+    named = F.binary_cross_entropy_with_logits(queries.named(middle), mark_named_cells(tasks, cells))
+    losses = {"cells": compute_cells_loss(queries, outputs, cells), "named": mixture.named_loss_weight * named}
+    rows = [
+        row
+        for row, task in enumerate(tasks)
+        if task.prompt != CAPTION_PROMPT and (not_blank is None or bool(not_blank[row]))
+    ]
     if rows:
-        wanted = torch.tensor([ANSWERS.index(content(asked[row].target)) for row in rows])
-        named["answer"] = F.cross_entropy(queries.answer(seen[rows].mean(1)), wanted)
-    return named
+        targets = torch.tensor([ANSWERS.index(remove_letter(tasks[row].target)) for row in rows])
+        losses["answer"] = F.cross_entropy(queries.answer(outputs[rows].mean(1)), targets)
+    return losses
 
 
-def named_cells(asked: list[Prompted], held: Tensor) -> Tensor:
-    """Whether a cell's icon is the first or the second thing that a question names, [B, 16, 2] of 0 and 1."""
-    found = torch.zeros(*held.shape[:2], NAMED)
-    for row, made in enumerate(asked):
-        for place, (color, shape) in enumerate(named_things(made.prompt)[:NAMED]):
-            fits = held[row, :, 0] > 0
+def mark_named_cells(tasks: list[PromptedQuestion], cells: Tensor) -> Tensor:
+    """Return 1 where a cell's icon is the first, or the second, thing that a question names, else 0: [B, 16, 2]."""
+    marks = torch.zeros(*cells.shape[:2], MAX_NAMED)
+    for row, task in enumerate(tasks):
+        for place, (color, shape) in enumerate(find_named_things(task.prompt)[:MAX_NAMED]):
+            matches = cells[row, :, 0] > 0
             if shape:
-                fits = fits & (held[row, :, 0] == icons.SHAPES.index(shape) + 1)
+                matches = matches & (cells[row, :, 0] == icons.SHAPES.index(shape) + 1)
             if color:
-                fits = fits & (held[row, :, 1] == icons.COLORS.index(color) + 1)
-            found[row, :, place] = fits.float()
-    return found
+                matches = matches & (cells[row, :, 1] == icons.COLORS.index(color) + 1)
+            marks[row, :, place] = matches.float()
+    return marks
 
 
-def cells(scenes: list[icons.Scene]) -> Tensor:
-    """Shape (or the question mark), color and size in every cell, [B, 16, 3]; 0 where nothing stands."""
-    step = SIDE // BOARD
-    patches = truth(scenes)["icon"].view(len(scenes), SIDE, SIDE, 3)
+def read_cells(scenes: list[icons.Scene]) -> Tensor:
+    """Return the classes of shape (or question mark), color and size of every cell, 0 if empty: [B, 16, 3]."""
+    step = PATCHES_PER_SIDE // BOARD
+    patches = build_targets(scenes)["icon"].view(len(scenes), PATCHES_PER_SIDE, PATCHES_PER_SIDE, 3)
     return patches[:, ::step, ::step].flatten(1, 2)
 
 
-def cells_loss(queries: Queries, seen: Tensor, wanted: Tensor) -> Tensor:
-    """Summed cross entropy of shape, color and size, averaged over cells."""
-    parts = queries.cell(seen).split(PARTS, dim=-1)
-    losses = [F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(parts)]
+def compute_cells_loss(queries: QFormerWithHeads, outputs: Tensor, cells: Tensor) -> Tensor:
+    """Sum the cross entropies of shape, color and size, each averaged over the cells."""
+    parts = queries.cell(outputs).split(PATCH_CLASSES, dim=-1)
+    losses = [F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten()) for index, part in enumerate(parts)]
     return torch.stack(losses).sum()

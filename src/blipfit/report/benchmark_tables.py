@@ -10,25 +10,25 @@ from blipfit.report import terminal
 
 
 def mme(record: Mapping[str, Any]) -> list[Any]:
-    """What `score mme` prints: a row a subtask, both totals, and what was not there or not read."""
+    """MME: one row per subtask, both totals, then missing subtasks and files that were not read."""
     table = Table(title=f"MME by the official rule, {record['questions']} questions", title_justify="left")
     table.add_column("subtask")
     for name in ("score", "acc", "acc+", "images", "truth yes: yes / no / other", "truth no: yes / no / other"):
         table.add_column(name, justify="right")
     for total, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        there = [subtask for subtask in subtasks if subtask in record["subtasks"]]
-        for subtask in there:
+        present = [subtask for subtask in subtasks if subtask in record["subtasks"]]
+        for subtask in present:
             _mme_row(table, subtask, record["subtasks"][subtask])
-        if there:
-            best = 200 * len(there)
-            part = "" if len(there) == len(subtasks) else f", {len(there)} of {len(subtasks)} subtasks"
+        if present:
+            best = 200 * len(present)
+            part = "" if len(present) == len(subtasks) else f", {len(present)} of {len(subtasks)} subtasks"
             name = f"{total} (of {best}{part})"
             table.add_row(name, f"{record[total]:.2f}", style="bold", end_section=True)
     lines: list[Any] = [table]
     if record["missing"]:
         lines.append(f"not in the totals, no answers: {', '.join(record['missing'])}")
     if record.get("ignored"):
-        lines.append(f"not read, named like no subtask: {', '.join(record['ignored'])}")
+        lines.append(f"not read, because no subtask has that name: {', '.join(record['ignored'])}")
     return lines
 
 
@@ -45,7 +45,7 @@ def _mme_row(table: Table, subtask: str, facts: Mapping[str, Any]) -> None:
 
 
 def rewardbench(record: Mapping[str, Any]) -> list[Any]:
-    """What `score rewardbench` prints: accuracies, then everything that the accuracies leave out."""
+    """VL-RewardBench: accuracies by category, then the pairs and judgments that they leave out."""
     table = Table(title="VL-RewardBench by the official rule", title_justify="left")
     table.add_column("category")
     for name in ("accuracy [95 %]", "strict", "pairs", "right", "wrong", "tie", "unparsed"):
@@ -58,26 +58,26 @@ def rewardbench(record: Mapping[str, Any]) -> list[Any]:
     lines: list[Any] = [table, "strict: ties and unparsed pairs count as wrong; accuracy leaves them out"]
     if record["macro"] is None:
         lines.append("no macro average: it needs decided pairs of all three categories")
-    return lines + _judged(record) + [f"{record['repeated_ids']} pairs share their id with an earlier pair"]
+    return lines + _judgment_notes(record) + [f"{record['repeated_ids']} pairs share their id with an earlier pair"]
 
 
-def _judged(record: Mapping[str, Any]) -> list[str]:
-    """How the pairs were judged: by likelihoods, or by judgements in words."""
+def _judgment_notes(record: Mapping[str, Any]) -> list[str]:
+    """How the preferred response was found: by likelihoods, or by judgments in words."""
     if "judgements" not in record:
         return [f"{record['rows']} rows, {record['repeated_rows']} of them repeat another and count once"]
     low, high = record["samples"]
-    chosen, orders = record["chosen"], record["both_orders"]
-    each = str(low) if low == high else f"{low}–{high}"
+    choices, orders = record["chosen"], record["both_orders"]
+    per_pair = str(low) if low == high else f"{low}–{high}"
     return [
-        f"{record['judgements']} judgements, {each} a pair; mean over judgements {_number(record['mean']['pooled'])}",
-        f"answer 1 chosen {chosen['answer_1']} times, answer 2 {chosen['answer_2']}, another {chosen['neither']}",
-        f"{orders['pairs']} pairs judged in both orders, {orders['steady']} of them alike",
+        f"{record['judgements']} judgments, {per_pair} per pair; their mean {_number(record['mean']['pooled'])}",
+        f"answer 1 chosen {choices['answer_1']} times, answer 2 {choices['answer_2']}, another {choices['neither']}",
+        f"{orders['pairs']} pairs judged in both orders, {orders['steady']} of them with the same result",
     ]
 
 
 def _rewardbench_cells(facts: Mapping[str, Any]) -> list[str]:
     counts = [str(facts[name]) for name in ("pairs", "right", "wrong", "tie", "unparsed")]
-    return [terminal.percent(facts), _number(facts["strict"]), *counts]
+    return [terminal.format_accuracy(facts), _number(facts["strict"]), *counts]
 
 
 def _number(value: float | None) -> str:

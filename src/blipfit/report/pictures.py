@@ -1,4 +1,4 @@
-"""Small pictures in a terminal and on a contact sheet."""
+"""Images in a terminal and on a contact sheet."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ _UPPER_HALF = "▀"
 
 
 def in_terminal(images: Sequence[Image.Image], side: int = 32, gap: int = 4) -> Text:
-    """Pictures side by side, two pixels a character cell: the upper as its color, the lower as its background."""
-    shown = [image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for image in images]
+    """Images side by side, two pixels per character: the upper one as its color, the lower one as its background."""
+    small_images = [image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for image in images]
     text = Text()
     for row in range(0, side, 2):
-        for number, image in enumerate(shown):
+        for number, image in enumerate(small_images):
             text.append(" " * (gap if number else 0))
             for column in range(side):
                 upper, lower = _hex(image, column, row), _hex(image, column, row + 1)
@@ -26,7 +26,7 @@ def in_terminal(images: Sequence[Image.Image], side: int = 32, gap: int = 4) -> 
 def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, side: int = 224
 ) -> Image.Image:
-    """Pictures in a grid with wrapped captions below them."""
+    """Images in a grid with wrapped captions below them."""
     font, line, width = ImageFont.load_default(13), 17, side + 24
     wrapped = [_wrap(caption, font, side) for caption in captions]
     below = line * max((len(lines) for lines in wrapped), default=0) + 20

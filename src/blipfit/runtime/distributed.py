@@ -1,7 +1,8 @@
-"""Several processes over one batch (`accelerate launch -m blipfit.cli train …`); one process is the ordinary case.
+"""Training and evaluation with several processes over the same batch (`accelerate launch -m blipfit.cli train …`).
 
-Each process holds the whole bank and takes a share of every batch's rows; gradients are summed, judgements gathered.
-Only the main process writes and prints.
+Each process holds the whole bank and computes its share of every batch's rows; gradients are summed over the
+processes, evaluation results are gathered. Only the main process writes files and prints. A single process is the
+ordinary case.
 """
 
 from collections.abc import Sequence
@@ -19,55 +20,59 @@ T = TypeVar("T")
 
 @lru_cache(maxsize=1)
 def state() -> Any:
-    """accelerate's view of this process: which of how many, on which device."""
+    """accelerate's `PartialState` of this process: its index, the number of processes, and its device."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def is_main() -> bool:
+    """Whether this is the main process, the only one that writes files and prints."""
     return state().is_main_process
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """This process's GPU, or the CPU where there is no GPU."""
     return state().device
 
 
-def chosen(name: str | None) -> torch.device:
-    """The device of that name (`cpu`, `cuda`, `cuda:1`), or this process's own."""
+def select_device(name: str | None) -> torch.device:
+    """The device with this name (`cpu`, `cuda`, `cuda:1`), or this process's own device if the name is None.
+
+    Raises UserError if the name is not a device, or if it names a GPU and no GPU is available.
+    """
     if name is None:
         return device()
     try:
-        named = torch.device(name)
+        selected_device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: write cpu, cuda or cuda:0") from None
-    if named.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible here; leave --device out to use the CPU")
-    return named
+        raise UserError(f"--device {name}: not a device; write cpu, cuda or cuda:0") from None
+    if selected_device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no GPU is available on this machine; omit --device to use the CPU")
+    return selected_device
 
 
 def device_name(device: torch.device) -> str:
-    """What a record says of it: the GPU's name, or the CPU with its threads."""
+    """Describe a device for a result file: the GPU's name, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def shard(rows: Sequence[T]) -> Sequence[T]:
-    """This process's rows of a batch."""
+    """Select this process's share of a batch's rows."""
     return rows[state().process_index :: state().num_processes]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sum a tensor of the same shape over all processes, in place; returns the tensor."""
     if state().num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def all_gather(items: list[T]) -> list[T]:
-    """All processes' items."""
+    """Gather the items of all processes into a list, in the order of the processes."""
     if state().num_processes == 1:
         return items
     from accelerate.utils import gather_object
@@ -76,9 +81,10 @@ def all_gather(items: list[T]) -> list[T]:
 
 
 def main_first() -> AbstractContextManager[None]:
-    """Within it the main process goes first, the others after it has left."""
+    """A context that the main process runs first; the others wait until it has left the context."""
     return state().main_process_first()
 
 
 def wait() -> None:
+    """Wait until all processes have reached this call."""
     state().wait_for_everyone()

@@ -1,8 +1,8 @@
-"""How the layers of a model run in training: as they are, compiled, or with their activations computed twice.
+"""How the layers of a model run in training: unchanged, compiled, or with activation checkpointing.
 
-Compiling is regional: `torch.compile` sees the forward pass of one layer, and all layers of a kind share what was
-compiled. That takes seconds where compiling the whole model takes minutes. Checkpointing stores only a layer's
-input and computes the rest again in the backward pass.
+Compilation is regional: `torch.compile` compiles the forward pass of a single layer, and all layers of the same class
+share the result. That takes seconds, where compiling the whole model takes minutes. Activation checkpointing stores
+only a layer's input and computes the rest again in the backward pass.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,44 +14,49 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 RECOMPILE_LIMIT = 64
-"""Variants of a layer's forward pass: first or later layer, with cross-attention or not, lengths, sizes of a bank."""
+"""Number of compiled variants of a layer's forward pass that torch may keep.
+
+Variants differ in the layer (first or later, with or without cross-attention), in sequence lengths and in the number
+of experiments in the bank.
+"""
 
 
 class LayerExecution:
-    """Layers that run compiled, checkpointed or both while it is installed; they must be called with gradients on."""
+    """Layers that run compiled, checkpointed or both while this is installed; call them with gradients enabled."""
 
     def __init__(self, compiled: Iterable[nn.Module] = (), checkpointed: Iterable[nn.Module] = ()):
         self._compiled, self._checkpointed = list(compiled), list(checkpointed)
 
     def install(self) -> None:
-        """Replace the forward pass of the layers, of these objects alone and not of their class."""
+        """Replace the forward pass of these layer objects; other layers of the same class stay unchanged."""
         for layer in dict.fromkeys([*self._compiled, *self._checkpointed]):
-            forward = partial(_compiled(type(layer)) if layer in self._compiled else type(layer).forward, layer)
-            layer.forward = partial(_checkpointed, forward) if layer in self._checkpointed else forward
+            layer_class = type(layer)
+            forward = partial(_compile_forward(layer_class) if layer in self._compiled else layer_class.forward, layer)
+            layer.forward = partial(_run_checkpointed, forward) if layer in self._checkpointed else forward
 
     def remove(self) -> None:
-        """Give the layers their own forward pass back; what was compiled is kept for the next time."""
+        """Restore the forward pass of the layers; the compiled code is kept for the next `install`."""
         for layer in {*self._compiled, *self._checkpointed}:
             layer.__dict__.pop("forward", None)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for the shapes that it meets; a dimension that varies becomes a variable of the code."""
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for the shapes of its inputs; a dimension that varies becomes a variable in the code."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function)
 
 
 _COMPILED: dict[type[nn.Module], Callable[..., Any]] = {}
-"""The compiled forward pass of every class of layers met so far."""
+"""The compiled forward pass of every class of layers that was compiled so far."""
 
 
-def _compiled(kind: type[nn.Module]) -> Callable[..., Any]:
-    if kind not in _COMPILED:
-        _COMPILED[kind] = compiled(kind.forward)
-    return _COMPILED[kind]
+def _compile_forward(layer_class: type[nn.Module]) -> Callable[..., Any]:
+    if layer_class not in _COMPILED:
+        _COMPILED[layer_class] = compile_function(layer_class.forward)
+    return _COMPILED[layer_class]
 
 
-def _checkpointed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+def _run_checkpointed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
     return checkpoint(partial(forward, **options), *inputs, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Resume state of one experiment: one file, so it is whole or absent; independent of the bank it was in."""
+"""Checkpoint of one experiment: one file, so that it is complete or absent; independent of its bank."""
 
 import json
 import math
@@ -18,21 +18,20 @@ _FILE = "state.safetensors"
 
 @dataclass
 class Progress:
-    """Where an experiment stands.
+    """The position of an experiment, its losses and its best epoch.
 
-    The data order, augmentation and dropout are functions of (seed, epoch, step), so a position is all there is to
-    remember of them.
+    Data order, augmentation and dropout are functions of (seed, epoch, step), so no random state has to be saved.
     """
 
     epoch: int = 0
     step: int = 0
-    """Optimiser steps done in this epoch."""
+    """Optimizer steps of this epoch that are done."""
     updates: int = 0
-    """Optimiser steps done in all."""
+    """Optimizer steps in all."""
     loss_sum: float = 0.0
     label_count: int = 0
     best_score: float = -math.inf
-    """Of the validation split, the better the higher."""
+    """Score of the validation split at the best epoch; higher is better."""
     best_epoch: int = -1
     bad_epochs: int = 0
     done: bool = False
@@ -41,14 +40,14 @@ class Progress:
 
 
 def save(folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Write the state; `tensors` groups (values, best, moments) of named tensors."""
+    """Write a checkpoint. `tensors`: groups (values, best values, moments) of named tensors."""
     flat = {f"{group}/{name}": t.cpu() for group, named in tensors.items() for name, t in named.items()}
     with run.replacing(folder / _FILE) as temporary:
         save_file(flat, temporary, {"progress": json.dumps(asdict(progress)), "format": "pt"})
 
 
 def load(folder: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
-    """Read the state back, or None where there is none."""
+    """Read a checkpoint, or return None if there is none. Raises UserError if it is damaged."""
     path = folder / _FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""What several banks of a sweep share: the loaded model, questions ready for it, its image features."""
+"""What several banks of a sweep share: the loaded model, the encoded questions, and the image features."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 
 from blipfit.data import encoded_split
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.evaluation.evaluate import evaluation_features
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
@@ -18,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 
 class ModelCache:
-    """Loads each thing once and keeps the latest model."""
+    """Loads each split and feature store once, and holds the latest model."""
 
     def __init__(
         self,
@@ -32,10 +31,11 @@ class ModelCache:
         self._image_features: dict[str, tuple[ImageFeatures, ImageFeatures]] = {}
 
     def backbone(self, recipe: Recipe) -> Backbone:
+        """The recipe's model, loaded if it is not the latest one. Raises UserError if it cannot be loaded."""
         training = recipe.training
         key = (recipe.model, training.precision, training.max_text_tokens, training.max_target_tokens)
         if self._backbone is None or self._backbone[0] != key:
-            self._backbone = None  # the old model goes before the new one comes
+            self._backbone = None  # frees the old model before the new one is loaded
             self._splits.clear()
             self._image_features.clear()
             loaded = loading.load(
@@ -45,6 +45,7 @@ class ModelCache:
         return self._backbone[1]
 
     def splits(self, recipe: Recipe, data: Path) -> dict[str, EncodedSplit]:
+        """All splits of the recipe's data set, encoded for its model. Raises UserError if the data cannot be read."""
         backbone = self.backbone(recipe)
         key = (recipe.data.name, recipe.data.prompt, recipe.data.limit, data)
         if key not in self._splits:
@@ -52,10 +53,10 @@ class ModelCache:
         return self._splits[key]
 
     def image_features(self, recipe: Recipe) -> tuple[ImageFeatures, ImageFeatures]:
-        """Where features come from in training and in judging."""
+        """Sources of the features for training and for evaluation."""
         backbone, mode = self.backbone(recipe), recipe.data.images
         if mode not in self._image_features:
-            judging = evaluation_features(backbone, recipe, self.store)
-            training = ImageFeatures.from_backbone(backbone, mode) if mode == "shared" else judging
-            self._image_features[mode] = (training, judging)
+            evaluation = ImageFeatures.for_evaluation(backbone, mode, self.store)
+            training = ImageFeatures.from_backbone(backbone, mode) if mode == "shared" else evaluation
+            self._image_features[mode] = (training, evaluation)
         return self._image_features[mode]

@@ -21,7 +21,7 @@ class BankAdamW:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(bank.values), torch.zeros_like(bank.values)
         self._decays_P = bank.decay_mask()
         self.recipes = list(recipes)
-        self._update = execution.compiled(self.update) if compiled else self.update
+        self._update = execution.compile_function(self.update) if compiled else self.update
         self._place_columns()
 
     def _place_columns(self) -> None:

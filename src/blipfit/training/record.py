@@ -1,4 +1,4 @@
-"""The record of a finished run: adapter, predictions, result."""
+"""The files of a finished run: adapter, predictions, result."""
 
 import shutil
 from collections.abc import Mapping
@@ -21,38 +21,39 @@ from blipfit.training.checkpoint import Progress
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An experiment that has left its bank, with its best epoch's tensors."""
+    """An experiment that has stopped, with the tensors of its best epoch."""
 
     run: Run
     recipe: Recipe
     progress: Progress
     state: dict[str, Tensor]
     counts: dict[str, int]
+    """Trained parameters by component."""
     ranks: dict[str, Any] | None = None
-    """AdaLoRA: the history of ranks, `Allocator.history`."""
+    """AdaLoRA's history of ranks, see `Allocator.history`."""
 
 
 def write(
     finished: Finished,
     backbone: Backbone,
     splits: Mapping[str, EncodedSplit],
-    judged: Mapping[str, SplitEvaluation],
+    evaluations: Mapping[str, SplitEvaluation],
     head_hash: str,
 ) -> dict[str, Any]:
-    """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json`, then `result.json`: the run is finished."""
+    """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json` and, last, `result.json`; returns the result."""
     folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
     counts, ranks = finished.counts, finished.ranks
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
     if ranks:
         run.write_json(folder.ranks_file, ranks)
-    lines = [{"split": split, **record} for split, part in judged.items() for record in part.records]
+    lines = [{"split": split, **record} for split, evaluation in evaluations.items() for record in evaluation.records]
     run.write_lines(folder.predictions_file, lines)
     total = sum(p.numel() for p in backbone.hf.parameters()) + added_parameters(backbone.hf, state)
     trained = sum(counts.values())
     result = {
         "experiment": recipe.experiment,
         "dataset": recipe.data.name,
-        "metrics": {split: part.metrics for split, part in judged.items()},
+        "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
         "best_epoch": progress.best_epoch + 1,
         "epochs": len(progress.history),
         "trained_parameters": trained,
@@ -74,25 +75,27 @@ def write(
         "recipe": recipe.model_dump(mode="json"),
     }
     run.write_json(folder.result_file, result)
-    shutil.rmtree(folder.checkpoint, ignore_errors=True)  # several times the adapter's size, and of no more use
+    shutil.rmtree(
+        folder.checkpoint, ignore_errors=True
+    )  # several times as large as the adapter, and not needed any more
     return result
 
 
 def added_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """How many numbers of an experiment are beside the model's own parameters."""
+    """How many of an experiment's trained values are added to the model's own parameters."""
     own = {name for name, _ in model.named_parameters()}
     return sum(tensor.numel() for name, tensor in state.items() if name not in own)
 
 
 def differences(recipe: Recipe) -> dict[str, Any] | None:
-    """Where a recipe differs from the grid's of its name: field → [the grid's, here]; None if it is no such.
+    """Fields where a recipe differs from the grid's of the same name: field → [the grid's value, this value].
 
-    Of fields that follow from the model, only the model itself is said.
+    Of fields that follow from the model, only the model is listed. None if the grid has no experiment of that name.
     """
     try:
         published = grid.recipe(recipe.data.name, recipe.experiment)
         here = grid.recipe(recipe.data.name, recipe.experiment, recipe.model.name)
     except UserError:
         return None
-    told = here.model_copy(update={"model": published.model})
-    return {path: list(pair) for path, pair in told.differences(recipe).items()}
+    expected = here.model_copy(update={"model": published.model})
+    return {path: list(pair) for path, pair in expected.differences(recipe).items()}

@@ -1,4 +1,7 @@
-"""One optimizer step of a bank: the place where forward, backward and update happen."""
+"""One optimizer step of a bank: forward pass, backward pass, update.
+
+`K` experiments.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from blipfit.adapters.adalora import Allocator
 from blipfit.adapters.bank import Bank
-from blipfit.data.batches import Encoded, TargetBatch
+from blipfit.data.batches import EncodedQuestion, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.runtime import distributed, memory
@@ -20,14 +23,14 @@ from blipfit.training.optimizer import BankAdamW, rate_at
 class Stepper:
     """A bank of K experiments with its optimizer, taking steps on one list of questions."""
 
-    def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[Encoded]):
+    def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[EncodedQuestion]):
         if backbone.device.type == "cpu":
-            memory.keep_freed()
+            memory.keep_freed_memory()
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training
         self.teacher = distillation.teacher(self.recipes[0], backbone)
-        # fp16's smallest gradients vanish in the backward pass through the language model; bf16 and fp32 have room.
+        # fp16 gradients underflow in the backward pass through the language model; those of bf16 and fp32 do not.
         self._loss_scale = 2.0**10 if backbone.autocast_dtype == torch.float16 else 1.0
         self._captured: CapturedFunction | None = None
         performance = self.recipes[0].performance
@@ -39,7 +42,7 @@ class Stepper:
         try:
             self.optimizer = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
             totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
-            self.allocator = Allocator(self.bank, totals) if self.bank.adaptive else None
+            self.allocator = Allocator(self.bank, totals) if self.bank.is_adalora else None
         except BaseException:  # out of memory, above all: the backbone goes back as it was
             self.bank.remove()
             raise
@@ -50,16 +53,16 @@ class Stepper:
         self.backbone.hf.vision_model.eval()
 
     def remove(self) -> None:
-        """Give the backbone back as it was."""
+        """Remove the bank and everything else from the backbone."""
         self._captured = None
         self.execution.remove()
         self.bank.remove()
 
     def step(self, batch: Sequence[int], features: Sequence[Tensor], epoch: int, step: int) -> tuple[Tensor, int]:
-        """One update from an effective batch (question indices) and its image features, one a micro-batch.
+        """One update from an effective batch (question indices) and its image features, one tensor per micro-batch.
 
-        Returns the summed losses (K) over this process's label tokens, still on the device, and the number of all
-        label tokens. The gradient is of the sum over that number, so it does not depend on how the batch was cut.
+        Returns the losses summed over this process's label tokens (K, on the device), and the number of all label
+        tokens. The gradient is that of the sum divided by this number, so it does not depend on the micro-batches.
         """
         micros = [distributed.shard(micro) for micro in plan.micro_batches(batch, self.training)]
         multiple = self.recipes[0].performance.pad_to_multiple_of
@@ -69,11 +72,11 @@ class Stepper:
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
         self.execution.install()
         try:
-            for number, (seen, target) in enumerate(zip(features, targets, strict=True)):
-                # Processes see other rows, so they draw other noise.
+            for number, (micro_features, target) in enumerate(zip(features, targets, strict=True)):
+                # Processes have different rows, so they need different noise.
                 noise_seed = plan.step_seed(self.training.seed, epoch, step, number)
                 torch.manual_seed(noise_seed + distributed.state().process_index)
-                total += self._run(seen, target.to(self.backbone.device), labels, labels / len(batch))
+                total += self._run(micro_features, target.to(self.backbone.device), labels, labels / len(batch))
         finally:
             self.execution.remove()
         distributed.all_reduce_sum(self.bank.grads)
@@ -87,7 +90,7 @@ class Stepper:
         return total, labels
 
     def _run(self, features: Tensor, target: TargetBatch, labels: int, labels_per_question: float) -> Tensor:
-        """Forward and backward pass of a micro-batch, captured where the recipe says so; returns its losses (K)."""
+        """Forward and backward pass of a micro-batch, as a CUDA graph if the recipe says so; returns its losses (K)."""
         if not self.recipes[0].performance.cuda_graphs or features.device.type != "cuda":
             return self._backward(features, target, labels, labels_per_question)
         if self._captured is None:
@@ -96,19 +99,19 @@ class Stepper:
         return self._captured(numbers.to(features.device, non_blocking=True), features, *target.tensors())
 
     def _backward_tensors(self, numbers: Tensor, features: Tensor, *target: Tensor) -> Tensor:
-        return self._backward(features, TargetBatch.of_tensors(target), *numbers.unbind())
+        return self._backward(features, TargetBatch.from_tensors(target), *numbers.unbind())
 
     def _backward(
         self, features: Tensor, target: TargetBatch, labels: int | Tensor, labels_per_question: float | Tensor
     ) -> Tensor:
-        learned_K, losses_K = self._losses(features, target, labels_per_question)
-        self.bank.backward(learned_K.sum() / labels * self._loss_scale)
+        objectives_K, losses_K = self._losses(features, target, labels_per_question)
+        self.bank.backward(objectives_K.sum() / labels * self._loss_scale)
         return losses_K.detach()
 
     def _losses(
         self, features: Tensor, target: TargetBatch, labels_per_question: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What is learned from, and the ordinary losses; the same but for distillation."""
+        """The training objectives and the ordinary losses (K each); they differ only with distillation."""
         visual = self.backbone.query(features, target)
         if self.teacher:
             return self.teacher.losses(self.backbone, visual, features, target, labels_per_question)
@@ -116,7 +119,7 @@ class Stepper:
         return losses_K, losses_K
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these experiments only."""
+        """Continue with these experiments only: bank, optimizer and AdaLoRA's allocator drop the others."""
         self._captured = None
         self.recipes = [self.recipes[k] for k in rows]
         self.bank.keep(rows)

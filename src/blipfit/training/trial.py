@@ -1,4 +1,4 @@
-"""Short trial steps: how long a step of a bank takes and how much memory it needs, measured before planning."""
+"""Trial steps, taken before a sweep is planned: how long a step of a bank takes, and how much memory it needs."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blipfit.adapters.bank import MATRICES
+from blipfit.adapters.bank import TRAINING_MATRICES
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import protocol
 from blipfit.model.backbone import Backbone
@@ -23,33 +23,34 @@ TIMED_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a bank of that size costs."""
+    """The measured cost of a bank of that many experiments."""
 
     experiments: int
     seconds: float
-    """Of one optimizer step of the whole bank, the median of a few."""
+    """Time of one optimizer step of the whole bank, the median of a few."""
     memory: int
-    """Bytes at the peak. On a GPU the allocator's; elsewhere the weights and the more of two: the bank with what
-    backward keeps, or (Linux) how far the process's resident memory rose."""
+    """Peak in bytes. On a GPU the allocator's; on a CPU the weights plus the larger of two: the bank with the
+    activations that backward needs, or (Linux) the rise of the process's resident memory."""
     evaluation_seconds: float
-    """Of judging one question after an epoch for the whole bank."""
+    """Time to evaluate one question for the whole bank."""
 
     @property
     def seconds_each(self) -> float:
+        """Time of one step per experiment."""
         return self.seconds / self.experiments
 
 
 def measure(
     backbone: Backbone, recipes: Sequence[Recipe], encoded_split: EncodedSplit, image_features: ImageFeatures
 ) -> Trial | None:
-    """Take a few steps with a bank of these recipes and put everything back; None where memory does not suffice."""
+    """Take a few steps with a bank of these recipes, and undo them; None if the memory is not enough."""
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
-    before = memory.forget_peak()
+    before = memory.reset_peak()
     try:
         stepper = Stepper(backbone, recipes, encoded_split.encoded)
-        return _measured(stepper, encoded_split, image_features, before)
+        return _take_steps(stepper, encoded_split, image_features, before)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -60,51 +61,51 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def _measured(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures, before: int) -> Trial:
+def _take_steps(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures, before: int) -> Trial:
     training = stepper.training
     batches = plan.effective_batches(encoded_split.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
     times = []
-    kept = _Kept(stepper)
-    best = stepper.bank.values.clone()  # as training has it
+    activations = _SavedActivations(stepper)
+    best = stepper.bank.values.clone()  # training has this copy too
     for number in range(TIMED_STEPS + 1):
         batch = batches[number % len(batches)]
         micros = plan.micro_batches(batch, training)
         questions = [[encoded_split.questions[i] for i in micro] for micro in micros]
-        features = [image_features.features(some) for some in questions]
-        if number == 0:  # warms up; slow from counting what backward keeps
-            with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
+        features = [image_features.features(rows) for rows in questions]
+        if number == 0:  # the warm-up; counting the saved tensors makes it slow
+            with torch.autograd.graph.saved_tensors_hooks(activations.count, lambda tensor: tensor):
                 stepper.step(batch, features, 0, number)
             continue
         _wait(stepper.backbone)
         started = time.perf_counter()
-        if stepper.recipes[0].data.images != "stored":  # then the ViT runs in every step
-            features = [image_features.features(some) for some in questions]
+        if stepper.recipes[0].data.images != "stored":  # the ViT runs in every step
+            features = [image_features.features(rows) for rows in questions]
         stepper.step(batch, features, 0, number)
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
-    taken = _memory(stepper, kept.bytes, memory.peak() - before if before else 0)
-    each = _evaluation_seconds(stepper, encoded_split, image_features)
-    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], taken, each)
+    peak_bytes = _peak_bytes(stepper, activations.bytes, memory.peak_bytes() - before if before else 0)
+    evaluation_seconds = _evaluation_seconds(stepper, encoded_split, image_features)
+    return Trial(stepper.bank.K, sorted(times)[len(times) // 2], peak_bytes, evaluation_seconds)
 
 
 def _evaluation_seconds(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures) -> float:
-    """Seconds of judging one question, from one batch."""
-    part = stepper.recipes[0].evaluation
-    some = encoded_split.longest(part.batch_size)  # judging sorts by length, so these will come together
-    features = image_features.features(some.questions)
+    """Seconds to evaluate one question, from the batch of the longest ones."""
+    config = stepper.recipes[0].evaluation
+    longest = encoded_split.longest(config.batch_size)  # evaluation sorts by length, so these share a batch
+    features = image_features.features(longest.questions)
     started = time.perf_counter()
-    protocol.validate(stepper.backbone, some, lambda questions: features[: len(questions)], part)
+    protocol.validate(stepper.backbone, longest, lambda questions: features[: len(questions)], config)
     _wait(stepper.backbone)
-    return (time.perf_counter() - started) / len(some)
+    return (time.perf_counter() - started) / len(longest)
 
 
-def _memory(stepper: Stepper, activations: int, risen: int) -> int:
+def _peak_bytes(stepper: Stepper, activations: int, resident_rise: int) -> int:
     if stepper.backbone.device.type == "cuda":
         return torch.cuda.max_memory_allocated(stepper.backbone.device)
     weights = sum(p.numel() * p.element_size() for p in stepper.backbone.hf.parameters())
-    return weights + max(MATRICES * stepper.bank.values.nbytes + activations, risen)
+    return weights + max(TRAINING_MATRICES * stepper.bank.values.nbytes + activations, resident_rise)
 
 
 def _wait(backbone: Backbone) -> None:
@@ -112,17 +113,17 @@ def _wait(backbone: Backbone) -> None:
         torch.cuda.synchronize(backbone.device)
 
 
-class _Kept:
-    """Counts the bytes that autograd keeps for backward: each storage once, weights not at all."""
+class _SavedActivations:
+    """Counts the bytes that autograd saves for backward: each storage once, weights not at all."""
 
     def __init__(self, stepper: Stepper) -> None:
         self.bytes = 0
-        held = [*stepper.backbone.hf.parameters(), stepper.bank.values]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in held}
+        weights = [*stepper.backbone.hf.parameters(), stepper.bank.values]
+        self._counted = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
     def count(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if storage.data_ptr() not in self._counted:
+            self._counted.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor

@@ -1,79 +1,89 @@
-"""Answers without seeing: what can be learned from the question, the options and their order alone."""
+"""Guessers that answer without the picture: they learn from the question, the choices and their order alone."""
 
 import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-Shown = tuple[str, tuple[str, ...], int]  # question, options, index of the right one
+Example = tuple[str, tuple[str, ...], int]  # question, choices, index of the right choice
 
 EPOCHS = 3
-RATE = 0.3
+LEARNING_RATE = 0.3
 
 
-def accuracy(learn: Sequence[Shown], fresh: Sequence[Shown]) -> float:
-    """The best share of fresh questions that any of the guessers below gets right after learning from others."""
-    return max(_by_counting(learn, fresh), _by_place(learn, fresh), _by_weights(learn, fresh))
+def best_accuracy(train: Sequence[Example], test: Sequence[Example]) -> float:
+    """Return the highest accuracy on `test` of the three guessers below after learning from `train`."""
+    return max(_score_counting(train, test), _score_position(train, test), _score_linear(train, test))
 
 
-def chance(fresh: Sequence[Shown]) -> float:
-    """The expected share of a blind draw among the options."""
-    return sum(1 / len(options) for _, options, _ in fresh) / len(fresh)
+def chance(test: Sequence[Example]) -> float:
+    """Return the expected accuracy of a uniformly random choice."""
+    return sum(1 / len(choices) for _, choices, _ in test) / len(test)
 
 
-def _by_counting(learn: Sequence[Shown], fresh: Sequence[Shown]) -> float:
-    """To every wording the option that was right most often when it was offered."""
+def _score_counting(train: Sequence[Example], test: Sequence[Example]) -> float:
+    """For every wording, choose the answer that was right most often when it was among the choices."""
     right: Counter[tuple[str, str]] = Counter()
-    offered: Counter[tuple[str, str]] = Counter()
-    for question, options, index in learn:
-        for where in (question, ""):
-            offered.update((where, option) for option in options)
-            right[where, options[index]] += 1
+    total: Counter[tuple[str, str]] = Counter()
+    for question, choices, index in train:
+        for wording in (question, ""):
+            total.update((wording, choice) for choice in choices)
+            right[wording, choices[index]] += 1
 
-    def liking(question: str, option: str) -> float:
-        prior = (right["", option] + 1) / (offered["", option] + 2)
-        return (right[question, option] + 2 * prior) / (offered[question, option] + 2)
+    def estimate(question: str, choice: str) -> float:
+        prior = (right["", choice] + 1) / (total["", choice] + 2)
+        return (right[question, choice] + 2 * prior) / (total[question, choice] + 2)
 
-    hits = sum(max(range(len(o)), key=lambda i: liking(q, o[i])) == index for q, o, index in fresh)
-    return hits / len(fresh)
-
-
-def _by_place(learn: Sequence[Shown], fresh: Sequence[Shown]) -> float:
-    """Always the place that was right most often among so many options."""
-    places = defaultdict(Counter)
-    for _, options, index in learn:
-        places[len(options)][index] += 1
-    return sum(places[len(o)].most_common(1)[0][0] == index for _, o, index in fresh) / len(fresh)
+    hits = sum(
+        max(range(len(choices)), key=lambda i: estimate(question, choices[i])) == index
+        for question, choices, index in test
+    )
+    return hits / len(test)
 
 
-def _by_weights(learn: Sequence[Shown], fresh: Sequence[Shown]) -> float:
-    """A softmax over options with one weight a clue, by stochastic gradients (Adagrad)."""
+def _score_position(train: Sequence[Example], test: Sequence[Example]) -> float:
+    """Choose the position that was right most often for that number of choices."""
+    positions = defaultdict(Counter)
+    for _, choices, index in train:
+        positions[len(choices)][index] += 1
+    return sum(positions[len(choices)].most_common(1)[0][0] == index for _, choices, index in test) / len(test)
+
+
+def _score_linear(train: Sequence[Example], test: Sequence[Example]) -> float:
+    """Train a softmax over the choices with one weight per text feature by stochastic gradient descent (Adagrad)."""
     weight: defaultdict[str, float] = defaultdict(float)
-    power: defaultdict[str, float] = defaultdict(lambda: 1e-8)
-    for question, options, index in itertools.chain.from_iterable([learn] * EPOCHS):
-        clues = [_clues(question, options, i) for i in range(len(options))]
-        scores = [math.exp(min(30.0, sum(weight[clue] for clue in its))) for its in clues]
-        for i, its in enumerate(clues):
-            slope = scores[i] / sum(scores) - (i == index)
-            for clue in its:
-                power[clue] += slope * slope
-                weight[clue] -= RATE * slope / math.sqrt(power[clue]) / len(its)
+    squares: defaultdict[str, float] = defaultdict(lambda: 1e-8)
+    for question, choices, index in itertools.chain.from_iterable([train] * EPOCHS):
+        features = [_extract_features(question, choices, i) for i in range(len(choices))]
+        scores = [math.exp(min(30.0, sum(weight[name] for name in names))) for names in features]
+        for i, names in enumerate(features):
+            gradient = scores[i] / sum(scores) - (i == index)
+            for name in names:
+                squares[name] += gradient * gradient
+                weight[name] -= LEARNING_RATE * gradient / math.sqrt(squares[name]) / len(names)
     hits = 0
-    for question, options, index in fresh:
-        scores = [sum(weight[clue] for clue in _clues(question, options, i)) for i in range(len(options))]
+    for question, choices, index in test:
+        scores = [sum(weight[name] for name in _extract_features(question, choices, i)) for i in range(len(choices))]
         hits += scores.index(max(scores)) == index
-    return hits / len(fresh)
+    return hits / len(test)
 
 
-def _clues(question: str, options: tuple[str, ...], i: int) -> list[str]:
-    """What a text-only reader might hold for an option: itself, its place, its company, the question's words."""
-    option, words = options[i], question.lower().strip("?.").split()
-    inside = option.lower().split()
-    number = sorted(options).index(option)
-    mention = next((n for n, word in enumerate(words) if word in inside), -1)
-    clues = [f"is {option}", f"place {i}/{len(options)}", f"rank {number}/{len(options)}", f"said {mention}"]
-    clues += [f"{question}|{option}", f"{question}|{number}/{len(options)}", f"length {len(inside)}"]
-    clues += [f"{word}>{option}" for word in words]
-    clues += [f"not {other} but {option}" for other in options if other != option]
-    clues += [f"word {word}" for word in inside]
-    return clues + [f"pair {a} {b}" for a, b in itertools.pairwise(inside)]
+def _extract_features(question: str, choices: tuple[str, ...], i: int) -> list[str]:
+    """Return the text features of choice `i`: its words, its position, the other choices, the question's words."""
+    choice, question_words = choices[i], question.lower().strip("?.").split()
+    words = choice.lower().split()
+    rank = sorted(choices).index(choice)
+    mention = next((n for n, word in enumerate(question_words) if word in words), -1)
+    features = [
+        f"is {choice}",
+        f"position {i}/{len(choices)}",
+        f"rank {rank}/{len(choices)}",
+        f"mention {mention}",
+        f"{question}|{choice}",
+        f"{question}|{rank}/{len(choices)}",
+        f"length {len(words)}",
+    ]
+    features += [f"{word}>{choice}" for word in question_words]
+    features += [f"not {other} but {choice}" for other in choices if other != choice]
+    features += [f"word {word}" for word in words]
+    return features + [f"pair {first} {second}" for first, second in itertools.pairwise(words)]

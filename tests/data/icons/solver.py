@@ -1,8 +1,8 @@
-"""Reads a picture back: what stands where, told from the pixels alone.
+"""A solver that answers questions about icons from the pixels alone.
 
-Knows neither the generator nor its sprites: the background is the most frequent color, what differs from it
-falls into connected pieces, the color of a piece is the nearest of seven names and its shape follows from how
-its mass lies in its bounding box.
+It does not use the generator's code. The background is the most frequent color. The other pixels form connected
+regions. The color of a region is the nearest of eight named colors, and its shape follows from how its pixels are
+distributed in its bounding box.
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-NAMED = {
+COLOR_RGB = {
     "red": (220, 30, 30),
     "orange": (255, 145, 20),
     "yellow": (250, 220, 30),
@@ -26,8 +26,8 @@ NAMED = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """One piece: its names and its bounding box in pixels (right and bottom are outside)."""
+class Detection:
+    """One icon: its names and its bounding box in pixels (right and bottom are exclusive)."""
 
     shape: str
     color: str
@@ -37,52 +37,57 @@ class Found:
     bottom: int
 
     @property
-    def middle(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
+        """x and y in pixels."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
 
-def read(image: Image.Image) -> list[Found]:
-    """All icons of a picture, row by row."""
-    return _read(image.tobytes(), image.width)
+
+def detect(image: Image.Image) -> list[Detection]:
+    """Detect all icons of a picture, row by row."""
+    return _detect(image.tobytes(), image.width)
 
 
 @lru_cache(maxsize=8)
-def _read(data: bytes, side: int) -> list[Found]:
+def _detect(data: bytes, side: int) -> list[Detection]:
     pixels = np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3).astype(int)
     colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    differs = np.abs(pixels - colors[counts.argmax()]).max(axis=-1)
-    found = [_piece(pixels, piece) for piece in _pieces(differs > 100)]
-    return sorted((icon for icon in found if icon.color != "sign"), key=lambda icon: (icon.top // 8, icon.left))
+    difference = np.abs(pixels - colors[counts.argmax()]).max(axis=-1)
+    icons = [_classify_region(pixels, region) for region in _find_regions(difference > 100)]
+    return sorted((icon for icon in icons if icon.color != "sign"), key=lambda icon: (icon.top // 8, icon.left))
 
 
-def _pieces(inside: np.ndarray) -> list[list[tuple[int, int]]]:
-    """The pixels of the connected pieces."""
-    left = set(zip(*map(np.ndarray.tolist, np.nonzero(inside)), strict=True))
-    pieces = []
-    while left:
-        piece, edge = [], [left.pop()]
-        while edge:
-            row, col = edge.pop()
-            piece.append((row, col))
-            near = {(row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1)} & left
-            left -= near
-            edge += near
-        pieces.append(piece)
-    return pieces
+def _find_regions(foreground: np.ndarray) -> list[list[tuple[int, int]]]:
+    """Return the pixels (row, column) of every connected region."""
+    remaining = set(zip(*map(np.ndarray.tolist, np.nonzero(foreground)), strict=True))
+    regions = []
+    while remaining:
+        region, queue = [], [remaining.pop()]
+        while queue:
+            row, col = queue.pop()
+            region.append((row, col))
+            neighbors = {(row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1)} & remaining
+            remaining -= neighbors
+            queue += neighbors
+        regions.append(region)
+    return regions
 
 
-def _piece(pixels: np.ndarray, piece: list[tuple[int, int]]) -> Found:
-    rows, cols = np.array(piece).T
+def _classify_region(pixels: np.ndarray, region: list[tuple[int, int]]) -> Detection:
+    rows, cols = np.array(region).T
     top, left = rows.min(), cols.min()
     box = np.zeros((rows.max() + 1 - top, cols.max() + 1 - left), dtype=bool)
     box[rows - top, cols - left] = True
-    distances = np.abs(pixels[rows, cols][:, None] - np.array(list(NAMED.values()))).sum(axis=-1)
-    color = list(NAMED)[np.bincount(distances.argmin(axis=1)).argmax()]
-    return Found(_shape(box), color, left, top, left + box.shape[1], top + box.shape[0])
+    distances = np.abs(pixels[rows, cols][:, None] - np.array(list(COLOR_RGB.values()))).sum(axis=-1)
+    color = list(COLOR_RGB)[np.bincount(distances.argmin(axis=1)).argmax()]
+    return Detection(_classify_shape(box), color, left, top, left + box.shape[1], top + box.shape[0])
 
 
-def _shape(box: np.ndarray) -> str:
-    """The shape of a piece cut out to its bounding box."""
+def _classify_shape(box: np.ndarray) -> str:
+    """Return the shape of a region from its mask, cropped to its bounding box."""
     height, width = box.shape
     fill = box.mean()
     upper, lower = box[: height // 2].mean(), box[(height + 1) // 2 :].mean()
@@ -104,212 +109,216 @@ def _shape(box: np.ndarray) -> str:
     return "circle" if abs(upper - lower) < 0.08 else "heart"
 
 
-def clock(image: Image.Image) -> str:
-    """The time on a clock face: the long hand is sought far from the middle, the short one near it."""
+def read_clock(image: Image.Image) -> str:
+    """Return the time on a clock: the long hand is searched far from the center, the short hand near it."""
     pixels = np.asarray(image.convert("RGB")).astype(int)
     rows, cols = np.nonzero(np.abs(pixels - pixels[0, 0]).max(axis=-1) > 100)
-    middle = (cols.min() + cols.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
+    center = (cols.min() + cols.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
     radius = (cols.max() + 1 - cols.min()) / 2
 
-    def paint(reach: float, hours: float) -> int:
-        """How far from white it is, `reach` radii from the middle towards that hour."""
-        turn = np.pi * hours / 6
-        x, y = middle[0] + reach * radius * np.sin(turn), middle[1] - reach * radius * np.cos(turn)
+    def darkness(distance: float, hour: float) -> int:
+        """How much darker than white the pixel is at `distance` radii from the center in the direction of an hour."""
+        angle = np.pi * hour / 6
+        x, y = center[0] + distance * radius * np.sin(angle), center[1] - distance * radius * np.cos(angle)
         return 255 - pixels[int(y), int(x)].min()
 
-    half = paint(0.55, 6) > paint(0.55, 0)
+    half = darkness(0.55, 6) > darkness(0.55, 0)
     hours = [hour + half / 2 for hour in range(12)]
-    seen = [max(paint(0.27, hour), paint(0.32, hour)) for hour in hours]
+    scores = [max(darkness(0.27, hour), darkness(0.32, hour)) for hour in hours]
     if not half:
-        seen[0] = 60  # the long hand lies there too: it is twelve only if no other hour is painted
-    return f"{int(np.argmax(seen)) or 12}:{'30' if half else '00'}"
+        scores[0] = 60  # the long hand points to twelve too: it is twelve only if no other hour is dark
+    return f"{int(np.argmax(scores)) or 12}:{'30' if half else '00'}"
 
 
-def scale(image: Image.Image) -> str:
-    """The number under the pointer: the pointer is the widest thing above the line from 0 to 10."""
+def read_number_line(image: Image.Image) -> str:
+    """Return the number at the pointer, which is the only thing above the line from 0 to 10."""
     pixels = np.asarray(image.convert("RGB")).astype(int)
-    differs = np.abs(pixels - pixels[0, 0]).max(axis=-1) > 100
-    line = int(differs.sum(axis=1).argmax())
-    ends = np.flatnonzero(differs[line])
-    above = np.flatnonzero(differs[: line - 1].any(axis=0))
-    share = ((above[0] + above[-1]) / 2 - ends[0]) / (ends[-1] - ends[0])
-    return str(round(10 * share))
+    foreground = np.abs(pixels - pixels[0, 0]).max(axis=-1) > 100
+    line = int(foreground.sum(axis=1).argmax())
+    ends = np.flatnonzero(foreground[line])
+    pointer = np.flatnonzero(foreground[: line - 1].any(axis=0))
+    fraction = ((pointer[0] + pointer[-1]) / 2 - ends[0]) / (ends[-1] - ends[0])
+    return str(round(10 * fraction))
 
 
 def answer(question: str, image: Image.Image) -> str:
-    """The answer to any question of the world of icons, by looking."""
+    """Answer any question about icons from the picture."""
     if question == "What time does the clock show?":
-        return clock(image)
+        return read_clock(image)
     if question == "What number is the arrow at?":
-        return scale(image)
-    icons = read(image)
+        return read_number_line(image)
+    icons = detect(image)
     for form, solve in FORMS:
         if match := re.fullmatch(form, question):
             return solve(icons, image.width, *match.groups())
     raise ValueError(f"no rule for: {question}")
 
 
-def named(icons: list[Found], name: str) -> list[Found]:
-    """The icons that a name of any number fits: 'star', 'red shapes', 'red crosses'."""
+def select(icons: list[Detection], name: str) -> list[Detection]:
+    """Return the icons that a name in the singular or plural fits: 'star', 'red shapes', 'red crosses'."""
     words = [word.removesuffix("es") if word.startswith("cross") else word.removesuffix("s") for word in name.split()]
     return [icon for icon in icons if all(word in ("shape", icon.shape, icon.color) for word in words)]
 
 
-def only(icons: list[Found], name: str) -> Found:
-    (icon,) = named(icons, name)
+def select_single(icons: list[Detection], name: str) -> Detection:
+    """Return the only icon that a name fits."""
+    (icon,) = select(icons, name)
     return icon
 
 
-def _single(values: list[str], many: bool = False) -> str:
+def _get_common(values: list[str], plural: bool = False) -> str:
+    """Return the value that all list elements share."""
     (value,) = set(values)
-    return value + ("es" if value == "cross" else "s") if many else value
+    return value + ("es" if value == "cross" else "s") if plural else value
 
 
-def _quarter(icon: Found, side: int) -> str:
-    x, y = icon.middle
+def _find_quarter(icon: Detection, side: int) -> str:
+    x, y = icon.center
     return f"{'top' if y < side / 2 else 'bottom'} {'left' if x < side / 2 else 'right'}"
 
 
-def _side(icons: list[Found], side: int, first: str, ways: str, second: str) -> str:
-    (x, y), (to_x, to_y) = only(icons, first).middle, only(icons, second).middle
-    if ways.startswith("left"):
-        return "left" if x < to_x else "right"
-    return "above" if y < to_y else "below"
+def _solve_relation(icons: list[Detection], side: int, first: str, directions: str, second: str) -> str:
+    (first_x, first_y), (second_x, second_y) = (select_single(icons, name).center for name in (first, second))
+    if directions.startswith("left"):
+        return "left" if first_x < second_x else "right"
+    return "above" if first_y < second_y else "below"
 
 
-def _beside(icons: list[Found], side: int, way: str, name: str) -> str:
-    x, y = only(icons, name).middle
-    right, down = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[way]
-    to_x, to_y = x + right * side / 4, y + down * side / 4
-    (found,) = (i for i in icons if max(abs(i.middle[0] - to_x), abs(i.middle[1] - to_y)) < side / 8)
-    return found.shape
+def _solve_beside(icons: list[Detection], side: int, direction: str, name: str) -> str:
+    x, y = select_single(icons, name).center
+    right, down = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[direction]
+    target_x, target_y = x + right * side / 4, y + down * side / 4
+    (neighbor,) = (
+        icon for icon in icons if max(abs(icon.center[0] - target_x), abs(icon.center[1] - target_y)) < side / 8
+    )
+    return neighbor.shape
 
 
-def _extreme(icons: list[Found], side: int, which: str, first: str, second: str) -> str:
-    sizes = {name: only(icons, name).bottom - only(icons, name).top for name in (first, second)}
-    return (max if which == "bigger" else min)(sizes, key=lambda name: sizes[name])
+def _solve_bigger(icons: list[Detection], side: int, comparative: str, first: str, second: str) -> str:
+    heights = {name: select_single(icons, name).height for name in (first, second)}
+    return (max if comparative == "bigger" else min)(heights, key=lambda name: heights[name])
 
 
-def _next(icons: list[Found], side: int, noun: str) -> str:
-    """Continue with the shortest unit that explains all that is there, repeated at least once."""
-    seen = [getattr(icon, noun) for icon in icons]
-    fits = (n for n in (2, 3, 4) if all(a == b for a, b in zip(seen, seen[n:], strict=False)))
-    return seen[len(seen) - next(fits)]
+def _solve_pattern(icons: list[Detection], side: int, noun: str) -> str:
+    """Continue the sequence with its shortest period, which must repeat at least once."""
+    names = [getattr(icon, noun) for icon in icons]
+    periods = (n for n in (2, 3, 4) if all(a == b for a, b in zip(names, names[n:], strict=False)))
+    return names[len(names) - next(periods)]
 
 
-def _rank(icons: list[Found], side: int, rank: str, end: str) -> str:
+def _solve_ordinal(icons: list[Detection], side: int, ordinal: str, end: str) -> str:
     line = sorted(icons, key=lambda icon: icon.left, reverse=end == "right")
-    return line[("first", "second", "third", "fourth").index(rank)].shape
+    return line[("first", "second", "third", "fourth").index(ordinal)].shape
 
 
-def _more(icons: list[Found], side: int, first: str, second: str) -> str:
-    return max((first, second), key=lambda name: len(named(icons, name)))
+def _solve_compare(icons: list[Detection], side: int, first: str, second: str) -> str:
+    return max((first, second), key=lambda name: len(select(icons, name)))
 
 
-def _times(icons: list[Found], side: int, noun: str, number: str) -> str:
-    (value,) = (name for name, n in Counter(getattr(icon, noun) for icon in icons).items() if n == int(number))
-    return value
+def _solve_times(icons: list[Detection], side: int, noun: str, number: str) -> str:
+    (name,) = (name for name, n in Counter(getattr(icon, noun) for icon in icons).items() if n == int(number))
+    return name
 
 
-def _beyond(icons: list[Found], side: int, way: str, name: str) -> str:
-    at = only(icons, name).middle[0]
-    return str(sum(icon.middle[0] < at if way == "left" else icon.middle[0] > at for icon in icons))
+def _solve_side(icons: list[Detection], side: int, direction: str, name: str) -> str:
+    x = select_single(icons, name).center[0]
+    return str(sum(icon.center[0] < x if direction == "left" else icon.center[0] > x for icon in icons))
 
 
-def _flank(icons: list[Found], side: int, number: str, way: str) -> str:
-    line = sorted(icons, key=lambda icon: icon.left, reverse=way == "right")
+def _solve_flank(icons: list[Detection], side: int, number: str, direction: str) -> str:
+    line = sorted(icons, key=lambda icon: icon.left, reverse=direction == "right")
     return line[int(number)].shape
 
 
-def _all(icons: list[Found], side: int, name: str) -> str:
-    return "yes" if len(named(icons, name)) == len(icons) else "no"
+def _solve_all(icons: list[Detection], side: int, name: str) -> str:
+    return "yes" if len(select(icons, name)) == len(icons) else "no"
 
 
-def _rare(icons: list[Found], side: int, noun: str) -> str:
-    (value,) = (name for name, number in Counter(getattr(icon, noun) for icon in icons).items() if number == 1)
-    return value
+def _solve_odd(icons: list[Detection], side: int, noun: str) -> str:
+    (name,) = (name for name, number in Counter(getattr(icon, noun) for icon in icons).items() if number == 1)
+    return name
 
 
 FORMS = (
-    (r"How many (.*) are there\?", lambda icons, _, name: str(len(named(icons, name)))),
+    (r"How many (.*) are there\?", lambda icons, _, name: str(len(select(icons, name)))),
     (
         r"What color (?:is|are) the (\w+)\?",
-        lambda icons, _, name: _single([i.color for i in named(icons, name)]),
+        lambda icons, _, name: _get_common([icon.color for icon in select(icons, name)]),
     ),
-    (r"Which shape is (\w+)\?", lambda icons, _, name: only(icons, f"{name} shape").shape),
+    (r"Which shape is (\w+)\?", lambda icons, _, name: select_single(icons, f"{name} shape").shape),
     (
         r"Which shapes are (\w+)\?",
-        lambda icons, _, name: _single([i.shape for i in icons if i.color == name], True),
+        lambda icons, _, name: _get_common([icon.shape for icon in icons if icon.color == name], plural=True),
     ),
-    (r"Is there an? (.*)\?", lambda icons, _, name: "yes" if named(icons, name) else "no"),
-    (r"Is the (.*) (left or right of|above or below) the (.*)\?", _side),
-    (r"Which shape is (bigger|smaller), the (\w+) or the (\w+)\?", _extreme),
+    (r"Is there an? (.*)\?", lambda icons, _, name: "yes" if select(icons, name) else "no"),
+    (r"Is the (.*) (left or right of|above or below) the (.*)\?", _solve_relation),
+    (r"Which shape is (bigger|smaller), the (\w+) or the (\w+)\?", _solve_bigger),
     (
         r"Is the (.*) big or small\?",
-        lambda icons, side, name: "big" if only(icons, name).bottom - only(icons, name).top > side / 4 else "small",
+        lambda icons, side, name: "big" if select_single(icons, name).height > side / 4 else "small",
     ),
-    (r"Where is the (.*)\?", lambda icons, side, name: _quarter(only(icons, name), side)),
+    (r"Where is the (.*)\?", lambda icons, side, name: _find_quarter(select_single(icons, name), side)),
     (
         r"Which shape is in the (\w+ \w+)\?",
-        lambda icons, side, where: _single([i.shape for i in icons if _quarter(i, side) == where]),
+        lambda icons, side, quarter: _get_common([i.shape for i in icons if _find_quarter(i, side) == quarter]),
     ),
     (
         r"What color is the shape in the (.*)\?",
-        lambda icons, side, where: _single([i.color for i in icons if _quarter(i, side) == where]),
+        lambda icons, side, quarter: _get_common([i.color for i in icons if _find_quarter(i, side) == quarter]),
     ),
     (
         r"Which (shape|color) is just (left of|above) the question mark\?",
-        lambda icons, _, noun, way: getattr(icons[-1 if way == "left of" else -4], noun),  # lines of four
+        lambda icons, _, noun, direction: getattr(icons[-1 if direction == "left of" else -4], noun),  # rows of four
     ),
-    (r"Which shape is just (left of|right of|above|below) the (.*)\?", _beside),
-    (r"Which shape is at the (left|right) end\?", lambda icons, side, end: _rank(icons, side, "first", end)),
-    (r"Which shape has (\d) shapes? on its (left|right)\?", _flank),
-    (r"How many shapes are (left|right) of the (.*)\?", _beyond),
-    (r"Which (shape|color) is there (\d) times?\?", _times),
-    (r"Are all shapes (\w+)\?", _all),
-    (r"Are there more (\w+) or (\w+) shapes\?", _more),
-    (r"Are there more (\w+) or (\w+)\?", _more),
-    (r"Which (shape|color) comes next\?", _next),
-    (r"Which shape is (\w+) from the (left|right)\?", _rank),
-    (r"Which (shape|color) is different from the others\?", _rare),
+    (r"Which shape is just (left of|right of|above|below) the (.*)\?", _solve_beside),
+    (r"Which shape is at the (left|right) end\?", lambda icons, side, end: _solve_ordinal(icons, side, "first", end)),
+    (r"Which shape has (\d) shapes? on its (left|right)\?", _solve_flank),
+    (r"How many shapes are (left|right) of the (.*)\?", _solve_side),
+    (r"Which (shape|color) is there (\d) times?\?", _solve_times),
+    (r"Are all shapes (\w+)\?", _solve_all),
+    (r"Are there more (\w+) or (\w+) shapes\?", _solve_compare),
+    (r"Are there more (\w+) or (\w+)\?", _solve_compare),
+    (r"Which (shape|color) comes next\?", _solve_pattern),
+    (r"Which shape is (\w+) from the (left|right)\?", _solve_ordinal),
+    (r"Which (shape|color) is different from the others\?", _solve_odd),
 )
 
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def holds(statement: str, image: Image.Image) -> bool:
-    """Whether a caption, a description or a yes/no question of the world of icons is true of the picture."""
-    said = statement.removesuffix(" Please answer yes or no.").rstrip(".?")
-    said = re.sub(r"^(The image shows|There (is|are)|(Is|Are) there( only| a total of)?) ", "", said)
-    said = re.sub(r" (in|of) (this|the) (image|picture)$", "", said)
-    said = re.sub(r"^Is (.*?) (above|below|on the)", r"\1 is \2", said)
-    if "clock" in said or "number line" in said:
-        return _instrument(said, image)
-    icons = read(image)
-    parts = re.split(r"; |, | and ", said)
+def is_true(statement: str, image: Image.Image) -> bool:
+    """Return whether a caption, a description or a yes/no question is true of the picture."""
+    text = statement.removesuffix(" Please answer yes or no.").rstrip(".?")
+    text = re.sub(r"^(The image shows|There (is|are)|(Is|Are) there( only| a total of)?) ", "", text)
+    text = re.sub(r" (in|of) (this|the) (image|picture)$", "", text)
+    text = re.sub(r"^Is (.*?) (above|below|on the)", r"\1 is \2", text)
+    if "clock" in text or "number line" in text:
+        return _is_instrument_true(text, image)
+    icons = detect(image)
+    parts = re.split(r"; |, | and ", text)
     if all(re.fullmatch(r"(an?|\w+) [\w ]+", part) for part in parts):
-        return all(_told(icons, image.width, part) for part in parts)
+        return all(_is_part_true(icons, image.width, part) for part in parts)
     raise ValueError(f"no rule for: {statement}")
 
 
-def _instrument(said: str, image: Image.Image) -> bool:
-    kind, _, reading = re.fullmatch(r"a (clock|number line)( showing | at | with the arrow at |)(.*)", said).groups()
-    return not reading or reading == (clock(image) if kind == "clock" else scale(image))
+def _is_instrument_true(text: str, image: Image.Image) -> bool:
+    kind, _, value = re.fullmatch(r"a (clock|number line)( showing | at | with the arrow at |)(.*)", text).groups()
+    return not value or value == (read_clock(image) if kind == "clock" else read_number_line(image))
 
 
-def _told(icons: list[Found], side: int, part: str) -> bool:
+def _is_part_true(icons: list[Detection], side: int, part: str) -> bool:
     if match := re.fullmatch(r"(?:the|an?) (.*?) (?:is )?(?:in the|on the) (top|bottom) (left|right)", part):
-        return any(_quarter(icon, side) == f"{match[2]} {match[3]}" for icon in named(icons, match[1]))
+        return any(_find_quarter(icon, side) == f"{match[2]} {match[3]}" for icon in select(icons, match[1]))
     if match := re.fullmatch(r"the (.*) is on the (left|right|top|bottom) side", part):
-        return match[2] in _quarter(only(icons, match[1]), side)
+        return match[2] in _find_quarter(select_single(icons, match[1]), side)
     if match := re.fullmatch(r"the (.*) is (?:on the )?(left|right|above|below)(?: of)? the (.*)", part):
-        first, second = only(icons, match[1]).middle, only(icons, match[3]).middle
+        first, second = select_single(icons, match[1]).center, select_single(icons, match[3]).center
         axis, sign = {"left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1)}[match[2]]
         return sign * first[axis] < sign * second[axis]
     number, name = part.split(" ", 1)
     if number in ("a", "an"):
-        span = {"small": (0, side / 4), "big": (side / 4, side)}.get(name.split()[0], (0, side))
-        fitting = named(icons, name.removeprefix("small ").removeprefix("big "))
-        return any(span[0] < icon.bottom - icon.top <= span[1] for icon in fitting)
-    return len(named(icons, name)) == NUMBERS.index(number)
+        low, high = {"small": (0, side / 4), "big": (side / 4, side)}.get(name.split()[0], (0, side))
+        candidates = select(icons, name.removeprefix("small ").removeprefix("big "))
+        return any(low < icon.height <= high for icon in candidates)
+    return len(select(icons, name)) == NUMBERS.index(number)

@@ -1,4 +1,4 @@
-"""Scenes: one fixed endless series, fair lots, nothing on top of anything."""
+"""Scenes: one fixed endless series, uniform sampling, no overlapping icons."""
 
 import os
 import subprocess
@@ -9,101 +9,104 @@ import pytest
 
 from blipfit.data import icons
 
-# Raise write.VERSION with this digest: prepared folders and trained files refer to the series.
-SERIES = "275366dfcaec417492f2a8135ae55895eac0d7e9ce300c8acd2ce25ceb468aed"
-DIGEST = """
+# When this digest changes, increase write.VERSION: prepared folders and trained models depend on the series.
+SERIES_DIGEST = "96fbc97c06c583bf825db678fc89ba203e9b64c30c5f63843afa32fc913c2093"
+DIGEST_SCRIPT = """
 import hashlib
+from dataclasses import astuple
 from blipfit.data import icons
-told = hashlib.sha256()
+digest = hashlib.sha256()
 for index in range(400):
-    scene = icons.scene(3, index)
-    told.update(repr((scene, icons.questions(scene), icons.captions(scene))).encode())
-    told.update(repr((icons.yes_no(scene), icons.preference(scene))).encode())
-print(told.hexdigest())
+    scene = icons.make_scene(3, index)
+    records = [scene, *icons.make_questions(scene), *icons.make_yes_no_pairs(scene)]
+    if preference := icons.make_preference(scene):
+        records.append(preference)
+    digest.update(repr((list(map(astuple, records)), icons.make_captions(scene))).encode())
+print(digest.hexdigest())
 """
 
 
-def uneven(counts: Counter, cells: int) -> float:
-    """Chi-square of counts against equal shares, in standard deviations from its mean."""
+def deviation_from_uniform(counts: Counter, values: int) -> float:
+    """Chi-square statistic of the counts of `values` values, in standard deviations from its mean."""
     total = sum(counts.values())
-    missing = (cells - len(counts)) * total / cells
-    square = sum((seen - total / cells) ** 2 for seen in counts.values()) * cells / total + missing
-    return (square - (cells - 1)) / (2 * (cells - 1)) ** 0.5
+    missing = (values - len(counts)) * total / values
+    square = sum((count - total / values) ** 2 for count in counts.values()) * values / total + missing
+    return (square - (values - 1)) / (2 * (values - 1)) ** 0.5
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
-def test_every_process_sees_the_same_series(hash_seed):
-    done = subprocess.run(
-        [sys.executable, "-c", DIGEST],
+def test_every_process_makes_the_same_series(hash_seed):
+    process = subprocess.run(
+        [sys.executable, "-c", DIGEST_SCRIPT],
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == SERIES
+    assert process.stdout.strip() == SERIES_DIGEST
 
 
 def test_a_scene_does_not_depend_on_those_before_it():
-    late = icons.scene(5, 99)
+    scene = icons.make_scene(5, 99)
     for index in range(10):
-        icons.scene(5, index)
-    assert icons.scene(5, 99) == late
-    assert icons.scene(6, 99) != late
-    assert icons.scene(5, 98) != late
+        icons.make_scene(5, index)
+    assert icons.make_scene(5, 99) == scene
+    assert icons.make_scene(6, 99) != scene
+    assert icons.make_scene(5, 98) != scene
 
 
 @pytest.mark.parametrize("plan", icons.PLANS)
 def test_a_series_rarely_repeats_a_picture(plan):
-    pictures = {icons.scene(1, index, plan=plan).picture for index in range(1000)}
-    assert len(pictures) > (700 if plan == "total" else 850)  # one icon alone has few places
+    keys = {icons.make_scene(1, index, plan=plan).picture_key for index in range(1000)}
+    assert len(keys) > (700 if plan == "total" else 850)  # a single icon has few possible positions
 
 
-def test_icons_stay_on_the_board_and_apart():
+def test_icons_stay_on_the_board_and_do_not_overlap():
     for index in range(1500):
-        of = icons.scene(2, index)
-        cells = [cell for icon in of.icons for cell in icon.cells]
+        scene = icons.make_scene(2, index)
+        cells = [cell for icon in scene.icons for cell in icon.cells]
         assert len(cells) == len(set(cells))
-        assert all(0 <= at < 4 for cell in cells for at in cell)
-        assert bool(of.icons) == (of.value is None)
+        assert all(0 <= coordinate < 4 for cell in cells for coordinate in cell)
+        assert bool(scene.icons) == (scene.value is None)
 
 
-def test_plans_and_kinds_narrow_the_draw():
-    for plan, (kind, _, _) in icons.PLANS.items():
-        of = icons.scene(1, 7, plan=plan)
-        assert (of.plan, of.kind) == (plan, kind)
+def test_a_plan_or_a_kind_restricts_the_scenes():
+    for name, plan in icons.PLANS.items():
+        scene = icons.make_scene(1, 7, plan=name)
+        assert (scene.plan, scene.kind) == (name, plan.kind)
     for kind in icons.KINDS:
-        assert {icons.scene(1, index, kind=kind).kind for index in range(20)} == {kind}
-    assert {icons.scene(1, index).plan for index in range(300)} == set(icons.PLANS)
+        assert {icons.make_scene(1, index, kind=kind).kind for index in range(20)} == {kind}
+    assert {icons.make_scene(1, index).plan for index in range(300)} == set(icons.PLANS)
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no kind of scene 'circus'"):
-        icons.scene(1, 1, kind="circus")
-    with pytest.raises(ValueError, match="no plan 'plot'"):
-        icons.scene(1, 1, plan="plot")
+    with pytest.raises(ValueError, match="unknown scene kind 'circus'; expected one of scatter, "):
+        icons.make_scene(1, 1, kind="circus")
+    with pytest.raises(ValueError, match="unknown scene plan 'plot'; expected one of total, "):
+        icons.make_scene(1, 1, plan="plot")
 
 
 @pytest.mark.parametrize(
-    ("plan", "fixed", "cells"),
+    ("plan", "get_answer", "values"),
     [
-        ("total", lambda of: len(of.icons), 6),
-        ("scale", lambda of: of.value, 11),
-        ("clock", lambda of: of.value, 24),
-        ("few", lambda of: of.icons[0].shape, 8),
-        ("few", lambda of: of.icons[0].color, 7),
+        ("total", lambda scene: len(scene.icons), 6),
+        ("scale", lambda scene: scene.value, 11),
+        ("clock", lambda scene: scene.value, 24),
+        ("few", lambda scene: scene.icons[0].shape, 8),
+        ("few", lambda scene: scene.icons[0].color, 7),
     ],
 )
-def test_what_is_asked_is_drawn_evenly(plan, fixed, cells):
-    counts = Counter(fixed(icons.scene(4, index, plan=plan)) for index in range(3000))
-    assert uneven(counts, cells) < 4
+def test_answers_are_sampled_uniformly(plan, get_answer, values):
+    counts = Counter(get_answer(icons.make_scene(4, index, plan=plan)) for index in range(3000))
+    assert deviation_from_uniform(counts, values) < 4
 
 
-def test_the_two_sides_of_a_comparison_are_alike():
+def test_each_name_of_a_comparison_is_the_more_frequent_one_half_of_the_time():
     first_wins = 0
     for index in range(2000):
-        of = icons.scene(8, index, plan="pair")
-        seen = [name for icon in of.icons for name in (icon.shape, icon.color)]
-        first, second = (seen.count(name) for name in of.focus)
+        scene = icons.make_scene(8, index, plan="pair")
+        names = [name for icon in scene.icons for name in (icon.shape, icon.color)]
+        first, second = (names.count(name) for name in scene.focus)
         assert first != second
         first_wins += first > second
     assert abs(first_wins - 1000) < 100

@@ -1,9 +1,17 @@
-"""The world of icons: an endless, deterministic data set of small pictures with questions about them."""
+"""Icons: an endless, deterministic data set of small generated pictures with questions about them."""
 
 from blipfit.data.icons.draw import draw
-from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, scene
-from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS, Ask, asked, questions
-from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, captions, preference, yes_no
+from blipfit.data.icons.questions import SceneQuestion, iterate_questions, make_questions
+from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, make_scene
+from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS
+from blipfit.data.icons.statements import (
+    SUBTASKS,
+    Preference,
+    YesNoPair,
+    make_captions,
+    make_preference,
+    make_yes_no_pairs,
+)
 from blipfit.data.icons.write import VERSION, load, prepare, write_mme, write_preferences
 
 __all__ = [
@@ -17,20 +25,20 @@ __all__ = [
     "SKILLS",
     "SUBTASKS",
     "VERSION",
-    "Ask",
     "Icon",
     "Preference",
     "Scene",
-    "YesNo",
-    "asked",
-    "captions",
+    "SceneQuestion",
+    "YesNoPair",
     "draw",
+    "iterate_questions",
     "load",
-    "preference",
+    "make_captions",
+    "make_preference",
+    "make_questions",
+    "make_scene",
+    "make_yes_no_pairs",
     "prepare",
-    "questions",
-    "scene",
     "write_mme",
     "write_preferences",
-    "yes_no",
 ]

@@ -1,7 +1,7 @@
-"""The world of icons on disk: IconQA's official layout, MME's files and VL-RewardBench's rows.
+"""Write and load icons on disk: IconQA's official layout, MME's files and VL-RewardBench's rows.
 
-Every folder appears whole or not at all. `icons.json` in it says how it was made: the same call again finds
-its work done, another call is refused.
+Every folder is written completely or not at all. Its file `icons.json` records the settings: a second call with the
+same settings leaves the folder as it is, and a call with other settings is refused.
 """
 
 import json
@@ -14,16 +14,17 @@ from typing import Any
 
 from blipfit.data import prepared, records
 from blipfit.data.icons.draw import draw
-from blipfit.data.icons.scene import Scene, scene
-from blipfit.data.icons.skills import HELD_OUT, Ask, asked, chosen
-from blipfit.data.icons.words import SUBTASKS, Preference, YesNo, preference, yes_no
-from blipfit.data.prepared import Folder, PrepareReport
+from blipfit.data.icons.questions import SceneQuestion, check_skills, iterate_questions
+from blipfit.data.icons.scene import Scene, make_scene
+from blipfit.data.icons.skills import HELD_OUT
+from blipfit.data.icons.statements import SUBTASKS, Preference, YesNoPair, make_preference, make_yes_no_pairs
+from blipfit.data.prepared import OutputFolder, PrepareReport
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 
-SETTINGS = "icons.json"
-TYPE = "choose_txt"  # the one of IconQA's three question types that this world has
-VERSION = 3  # raise it when the same seed gives other pictures or questions than before
+SETTINGS_FILE = "icons.json"
+QUESTION_TYPE = "choose_txt"  # IconQA has three types of questions; icons have only this one
+VERSION = 3  # increase it when the same seed no longer gives the same pictures and questions
 
 
 def prepare(
@@ -35,176 +36,198 @@ def prepare(
     skills: Iterable[str] | None = HELD_OUT,
     size: int = 64,
 ) -> PrepareReport:
-    """Write a data set of that many questions a split in IconQA's official layout, and its annotations.
+    """Write a data set in IconQA's official layout, with annotations, into the folder `to`.
 
-    The skills (names in `SKILLS`; None: all) take turns. No picture occurs twice with the same question, in
-    one split or in two. Written are `problems.json`, `pid_splits.json`, `annotations/SPLIT.json` (a list of
-    the records with their `id`) and `SPLIT/choose_txt/PID/` with `image.png` and `data.json`. A record's key
-    `skill` is ours.
+    `train`, `val` and `test` are the numbers of questions. `skills` are keys of `SKILLS`, which take turns; None
+    stands for all. `size` is the side of the pictures in pixels. No pair of picture and question occurs twice, neither
+    within a split nor across splits.
+
+    The folder contains `problems.json`, `pid_splits.json`, `annotations/SPLIT.json` (a list of the records with their
+    `id`) and `SPLIT/choose_txt/PID/` with `image.png` and `data.json`. The key `skill` of a record is not in IconQA.
+
+    Raises ValueError if a skill is unknown, and UserError if `to` holds other files or other settings.
     """
-    names = chosen(skills)
+    skill_names = check_skills(skills)
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
     to = Path(to)
-    with _folder(to, {"data": "icons", **counts, "seed": seed, "skills": list(names), "size": size}) as folder:
+    settings = {"data": "icons", **counts, "seed": seed, "skills": list(skill_names), "size": size}
+    with _open_output(to, settings) as folder:
         if folder is not None:
-            _write_problems(folder, counts, _unrepeated(asked(seed, names)), size)
-    images = folder.placed if folder is not None else Counter(kept=sum(counts.values()))
+            _write_problems(folder, counts, _drop_repeated(iterate_questions(seed, skill_names)), size)
+    images = folder.image_counts if folder is not None else Counter({"kept": sum(counts.values())})
     return PrepareReport("icons", to, counts, images=images)
 
 
-def _write_problems(folder: Folder, counts: Mapping[str, int], drawn: Iterator[tuple[Scene, Ask]], size: int) -> None:
+def _write_problems(
+    folder: OutputFolder, counts: Mapping[str, int], pairs: Iterator[tuple[Scene, SceneQuestion]], size: int
+) -> None:
+    """Write `counts[split]` of the pairs for every split, in order, in IconQA's official layout."""
     problems: dict[str, dict[str, Any]] = {}
-    members: dict[str, list[str]] = {split: [] for split in counts}
+    split_pids: dict[str, list[str]] = {split: [] for split in counts}
     for split, count in counts.items():
         for _ in range(count):
-            of, ask = next(drawn)
+            scene, question = next(pairs)
             pid = str(len(problems) + 1)
-            record = _record(ask)
-            folder.write_image(_png(of, size), f"{split}/{TYPE}/{pid}/image.png")
-            folder.write_json(record, f"{split}/{TYPE}/{pid}/data.json", indent=2)
+            record = _make_record(question)
+            folder.write_image(_encode_png(scene, size), f"{split}/{QUESTION_TYPE}/{pid}/image.png")
+            folder.write_json(record, f"{split}/{QUESTION_TYPE}/{pid}/data.json", indent=2)
             problems[pid] = {**record, "split": split}
-            members[split].append(pid)
-        annotations = [{"id": pid, **problems[pid]} for pid in members[split]]
+            split_pids[split].append(pid)
+        annotations = [{"id": pid, **problems[pid]} for pid in split_pids[split]]
         folder.write_json(annotations, f"annotations/{split}.json", indent=2)
     folder.write_json(problems, "problems.json", indent=2)
-    folder.write_json({f"{TYPE}_{split}": pids for split, pids in members.items()}, "pid_splits.json")
+    folder.write_json({f"{QUESTION_TYPE}_{split}": pids for split, pids in split_pids.items()}, "pid_splits.json")
 
 
-def _png(of: Scene, size: int) -> bytes:
-    file = BytesIO()
-    draw(of, size).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+def _encode_png(scene: Scene, size: int) -> bytes:
+    buffer = BytesIO()
+    draw(scene, size).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
-def _record(ask: Ask) -> dict[str, Any]:
-    """A question with the field names of IconQA; `grade` and `label`, places in a curriculum, are empty."""
+def _make_record(question: SceneQuestion) -> dict[str, Any]:
+    """Make a record with IconQA's field names; its school grade and topic (`label`) stay empty."""
     return {
-        "question": ask.question,
-        "choices": list(ask.choices),
-        "answer": ask.answer_index,
-        "ques_type": TYPE,
+        "question": question.question,
+        "choices": list(question.choices),
+        "answer": question.answer_index,
+        "ques_type": QUESTION_TYPE,
         "grade": "",
         "label": "",
-        "skill": ask.skill,
+        "skill": question.skill,
     }
 
 
-def _unrepeated(pairs: Iterator[tuple[Scene, Ask]]) -> Iterator[tuple[Scene, Ask]]:
-    """Leave out a question about a picture that has been asked about the same picture before."""
-    seen = set()
-    for of, ask in pairs:
-        key = (of.picture, ask.question)
-        if key not in seen:
-            seen.add(key)
-            yield of, ask
+def _drop_repeated(pairs: Iterator[tuple[Scene, SceneQuestion]]) -> Iterator[tuple[Scene, SceneQuestion]]:
+    """Yield every pair of picture and question text only the first time."""
+    known_keys = set()
+    for scene, question in pairs:
+        key = (scene.picture_key, question.question)
+        if key not in known_keys:
+            known_keys.add(key)
+            yield scene, question
 
 
 @contextmanager
-def _folder(to: Path, settings: Mapping[str, Any]) -> Iterator[Folder | None]:
-    """Yield a folder in the making that becomes `to` at the end, or None if `to` holds just that already."""
+def _open_output(to: Path, settings: Mapping[str, Any]) -> Iterator[OutputFolder | None]:
+    """Yield a temporary folder that becomes `to` at the end, or None if `to` was written with the same settings.
+
+    Raises UserError if `to` was written with other settings or holds other files.
+    """
     settings = {"version": VERSION, **settings}
-    if (to / SETTINGS).is_file():
-        there = records.read_json(to / SETTINGS)
-        if there != settings:
-            raise UserError(f"{to} holds icons made otherwise ({there}); delete it or choose another folder")
+    if (to / SETTINGS_FILE).is_file():
+        previous = records.read_json(to / SETTINGS_FILE)
+        if previous != settings:
+            raise UserError(
+                f"{to} was written with other settings ({previous}, now {settings}); delete it or choose another folder"
+            )
         yield None
         return
-    with prepared.folder(to, ours=()) as folder:
+    with prepared.output_folder(to, known_names=()) as folder:
         yield folder
-        folder.write_json(settings, SETTINGS)
+        folder.write_json(settings, SETTINGS_FILE)
 
 
 def load(folder: Path | str, split: str) -> list[Question]:
-    """The questions of one split of a folder that `prepare` wrote, in order; tags: skill.
+    """Load one split of a folder written by `prepare`, in order; every question has the tag `skill`.
 
-    A split, file, picture or field that is missing is a `UserError` with its name.
+    Raises UserError, with the name of the file and the record, if the split is unknown or if a file, a picture or a
+    field is missing or invalid.
     """
     folder = Path(folder)
     if split not in SPLITS:
-        raise UserError(f"there is no split '{split}'; choose one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split '{split}' of {folder}; expected one of {', '.join(SPLITS)}")
     file = folder / "annotations" / f"{split}.json"
-    listed = records.listed(records.read_json(file), str(file))
-    return [_question(folder, split, record, f"{file}: record {at}") for at, record in enumerate(listed)]
+    annotations = records.require_list(records.read_json(file), str(file))
+    return [_load_question(folder, split, record, f"{file}: record {i}") for i, record in enumerate(annotations)]
 
 
-def _question(folder: Path, split: str, value: Any, where: str) -> Question:
-    record = records.mapping(value, where)
-    pid = records.text(record, "id", where)
-    choices = records.choices(record, where)
-    right = records.index(record, choices, where)
-    image = records.find_image(
-        [folder / split / TYPE / pid / "image.png"], where, f"delete {folder} and prepare it again"
-    )
-    tags = {"skill": records.text(record, "skill", where)}
-    return Question(pid, image, records.text(record, "question", where), choices[right], choices, right, tags=tags)
+def _load_question(folder: Path, split: str, value: Any, where: str) -> Question:
+    """Convert one record of an annotation file; `where` names the record in error messages."""
+    record = records.require_object(value, where)
+    pid = records.require_text(record, "id", where)
+    choices = records.require_choices(record, where)
+    index = records.require_answer_index(record, choices, where)
+    file = folder / split / QUESTION_TYPE / pid / "image.png"
+    image = records.find_image([file], where, f"delete {folder} and prepare it again")
+    tags = {"skill": records.require_text(record, "skill", where)}
+    text = records.require_text(record, "question", where)
+    return Question(pid, image, text, choices[index], choices, index, tags=tags)
 
 
 def write_mme(folder: Path | str, n: int = 50, seed: int = 42, size: int = 64) -> Path:
-    """Write `n` pictures with two questions each for existence, count, position and color, as MME has them.
+    """Write yes/no questions in MME's layout: `n` pictures with two questions each for every subtask.
 
-    `SUBTASK.txt` has lines `image \\t question \\t Yes|No`, two consecutive ones a picture, the true one
-    first; the pictures are `SUBTASK/NUMBER.png`. No picture occurs twice in a subtask.
+    The subtasks are existence, count, position and color. `SUBTASK.txt` has lines `image \\t question \\t Yes|No`, two
+    per picture, with the answer yes first; the pictures are `SUBTASK/NUMBER.png` with `size` pixels per side. No
+    picture occurs twice in a subtask. The return value is `folder`.
+
+    Raises UserError if `folder` holds other files or other settings.
     """
     folder = Path(folder)
-    with _folder(folder, {"data": "mme", "n": n, "seed": seed, "size": size}) as making:
-        if making is not None:
+    with _open_output(folder, {"data": "mme", "n": n, "seed": seed, "size": size}) as output:
+        if output is not None:
             for subtask in SUBTASKS:
                 lines = []
-                for number, (of, pair) in zip(range(n), _pairs(subtask, seed), strict=False):
+                for number, (scene, pair) in zip(range(n), _iterate_pairs(subtask, seed), strict=False):
                     name = f"{number:06d}.png"
-                    making.write_image(_png(of, size), f"{subtask}/{name}")
+                    output.write_image(_encode_png(scene, size), f"{subtask}/{name}")
                     lines += [f"{name}\t{pair.yes}\tYes\n", f"{name}\t{pair.no}\tNo\n"]
-                making.write_text("".join(lines), f"{subtask}.txt")
+                output.write_text("".join(lines), f"{subtask}.txt")
     return folder
 
 
-def _scenes(seed: int) -> Iterator[Scene]:
-    """The endless series of that seed without its repetitions."""
-    seen, index = set(), 0
+def _iterate_scenes(seed: int) -> Iterator[Scene]:
+    """Yield the endless series of a seed without scenes whose picture occurred before."""
+    known_keys, index = set(), 0
     while True:
-        of = scene(seed, index)
+        scene = make_scene(seed, index)
         index += 1
-        if of.picture not in seen:
-            seen.add(of.picture)
-            yield of
+        if scene.picture_key not in known_keys:
+            known_keys.add(scene.picture_key)
+            yield scene
 
 
-def _pairs(subtask: str, seed: int) -> Iterator[tuple[Scene, YesNo]]:
-    for of in _scenes(seed):
-        for pair in yes_no(of):
+def _iterate_pairs(subtask: str, seed: int) -> Iterator[tuple[Scene, YesNoPair]]:
+    """Yield the scenes of a seed that allow yes/no questions of a subtask, with these questions."""
+    for scene in _iterate_scenes(seed):
+        for pair in make_yes_no_pairs(scene):
             if pair.subtask == subtask:
-                yield of, pair
+                yield scene, pair
 
 
 def write_preferences(folder: Path | str, n: int = 200, seed: int = 42, size: int = 64) -> Path:
-    """Write `n` pairs of descriptions, one true and one with a planted error, with VL-RewardBench's fields.
+    """Write `n` pairs of descriptions, one true and one with an error, with VL-RewardBench's fields.
 
-    `test.jsonl` has one row a line; `image` is a path below the folder. The true one stands first or second
-    by lot, and `human_ranking` is [0, 1] where the first is the better one. By their ids the rows belong to
-    its category hallucination.
+    `test.jsonl` has one row per line; `image` is a path relative to the folder, and the pictures have `size` pixels per
+    side. The order of the two descriptions is random; `human_ranking` is [0, 1] if the first is the better one. The
+    ids of the rows put them into VL-RewardBench's category hallucination. The return value is `folder`.
+
+    Raises UserError if `folder` holds other files or other settings.
     """
     folder = Path(folder)
-    with _folder(folder, {"data": "preferences", "n": n, "seed": seed, "size": size}) as making:
-        if making is not None:
-            rows = []
-            fair = ((of, pair) for of in _scenes(seed) if (pair := preference(of)) is not None)
-            for number, (of, pair) in zip(range(n), fair, strict=False):
-                row = _row(number, of, pair)
-                making.write_image(_png(of, size), row["image"])
-                rows.append(json.dumps(row) + "\n")
-            making.write_text("".join(rows), "test.jsonl")
+    with _open_output(folder, {"data": "preferences", "n": n, "seed": seed, "size": size}) as output:
+        if output is not None:
+            lines = []
+            pairs = ((scene, pair) for scene in _iterate_scenes(seed) if (pair := make_preference(scene)) is not None)
+            for number, (scene, pair) in zip(range(n), pairs, strict=False):
+                row = _make_row(number, scene, pair)
+                output.write_image(_encode_png(scene, size), row["image"])
+                lines.append(json.dumps(row) + "\n")
+            output.write_text("".join(lines), "test.jsonl")
     return folder
 
 
-def _row(number: int, of: Scene, pair: Preference) -> dict[str, Any]:
-    first = of.lot("order").randrange(2)  # the place of the true description
+def _make_row(number: int, scene: Scene, pair: Preference) -> dict[str, Any]:
+    """Make a row of VL-RewardBench."""
+    good_index = scene.make_rng("order").randrange(2)
     name = f"hallucination_pair-{number}"
     return {
         "id": name,
         "query": pair.query,
         "image": f"images/{name}.png",
-        "response": [pair.good, pair.bad] if first == 0 else [pair.bad, pair.good],
-        "human_ranking": [0, 1] if first == 0 else [1, 0],
+        "response": [pair.good, pair.bad] if good_index == 0 else [pair.bad, pair.good],
+        "human_ranking": [0, 1] if good_index == 0 else [1, 0],
         "models": ["icons", "icons"],
         "judge": "icons",
         "rationale": f"planted error: {pair.error}",

@@ -1,4 +1,4 @@
-"""The published models without weights: their configurations ship with blipfit, so their shapes need no download."""
+"""Models without weights, for their shapes: blipfit ships the published configurations, so nothing is downloaded."""
 
 import json
 from functools import lru_cache
@@ -10,12 +10,18 @@ import torch
 from blipfit.recipe import Family
 
 _FOLDER = Path(__file__).parent
+"""Folder of the published configurations."""
 PUBLISHED = {f"Salesforce/{file.stem}": file for file in sorted(_FOLDER.glob("*.json"))}
+"""Hub name → configuration file."""
 
 
 @lru_cache(maxsize=2)
 def on_meta(name: str) -> Any:
-    """The model of a published name or of a local folder on the meta device: modules and shapes, no memory."""
+    """Create a model on the meta device, which has modules and shapes but no memory.
+
+    `name`: a published model, a miniature, a local folder, or another hub name. Raises UserError if there is no such
+    model.
+    """
     from transformers import InstructBlipConfig
 
     from blipfit.model import loading
@@ -27,33 +33,33 @@ def on_meta(name: str) -> Any:
 
         folder, revision = loading.locate(ModelConfig(name=name))
         config = InstructBlipConfig.from_pretrained(folder, revision=revision)
-    return of_config(config)
+    return from_config(config)
 
 
-def of_config(config: Any) -> Any:
-    """The model of a configuration on the meta device."""
+def from_config(config: Any) -> Any:
+    """Create the model of an `InstructBlipConfig` on the meta device."""
     from blipfit.model import loading
 
     with torch.device("meta"), loading.quiet():
-        return untrained(config)
+        return initialize(config)
 
 
-def untrained(config: Any) -> Any:
-    """The model of a configuration as transformers begins it, on torch's current device and in its default type."""
+def initialize(config: Any) -> Any:
+    """Create a model with transformers' initial weights, on torch's current device and in its default dtype."""
     from transformers import InstructBlipForConditionalGeneration
 
     from blipfit.model import loading
 
     model = InstructBlipForConditionalGeneration(config)
     if loading.family_of(config) == "t5":
-        # Flan-T5's head is a matrix of its own; transformers builds it on the input embedding.
+        # Flan-T5's head is a separate matrix; transformers ties it to the input embedding.
         language: Any = model.language_model
         language.lm_head.weight = torch.nn.Parameter(torch.zeros_like(language.shared.weight))
     return model
 
 
 def family(name: str) -> Family:
-    """The language-model family of a model's configuration."""
+    """Return the family of a model's language model; raises UserError if it is unknown or not supported."""
     from blipfit.model import loading
 
     return loading.family_of(on_meta(name).config)

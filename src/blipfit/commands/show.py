@@ -1,0 +1,86 @@
+"""`blipfit show`: an experiment before it runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from blipfit import methods
+from blipfit import recipe as recipes
+from blipfit.adapters import count, placement
+from blipfit.model import shapes
+from blipfit.recipe import DistillationConfig, PerformanceConfig, Recipe
+from blipfit.report import terminal
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """The recipe, adapted modules, parameters by component, and estimated memory. Needs no weights."""
+    model = shapes.on_meta(recipe.model.name)
+    family = shapes.family(recipe.model.name)
+    placed = placement.resolve(model, family, recipe.adapter)
+    trained, total = count.trained_parameters(model, family, recipe.adapter), count.all_parameters(model)
+    training = recipe.training
+    memory = count.estimate_memory(
+        model, trained, 1, training.max_text_tokens, training.batch_size, recipe.performance.checkpointing
+    )
+    unread = placement.no_gradient_pattern(model)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "modules": {"lora": list(placed.lora), "full": [placement.QUERY_TOKENS, *placed.full]},
+        "without_gradient": [name for name in placed.lora if unread.match(name)],
+        "trained": trained,
+        "total": total,
+        "trained_parameters": sum(trained.values()),
+        "total_parameters": sum(total.values()),
+        "estimated_bytes": memory,
+    }
+
+
+def render(record: Mapping[str, Any]) -> list[Any]:
+    """The fields of the recipe that matter here, then parameters and memory."""
+    recipe = recipes.from_mapping(record["recipe"])
+    lora, full = record["modules"]["lora"], record["modules"]["full"]
+    share = 100 * record["trained_parameters"] / record["total_parameters"]
+    memory = record["estimated_bytes"]
+    parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in memory.items())
+    lines = [
+        yaml.safe_dump(relevant_fields(recipe), sort_keys=False, allow_unicode=True),
+        terminal.components_table(record["trained"], record["total"]),
+        f"{record['trained_parameters']:,} of the model's {record['total_parameters']:,} parameters are trained "
+        f"({share:.2f} %)",
+    ]
+    if lora:
+        lines.append(f"{methods.title(recipe.adapter.method)} in {len(lora)} layers, {lora[0]} … {lora[-1]}")
+    lines.append(f"trained in full: {len(full)} modules, {', '.join(full[:3])}" + (" …" if len(full) > 3 else ""))
+    lines.append(f"memory on a GPU, estimated: {sum(memory.values()) / 2**30:.1f} GiB ({parts})")
+    if record["without_gradient"]:
+        lines.append(
+            f"{len(record['without_gradient'])} of the adapted layers never get a gradient: nothing reads the text "
+            "branch of the Q-Former's last feed-forward. The published counts include them."
+        )
+    return lines
+
+
+def relevant_fields(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without sections and fields that this experiment does not read."""
+    values = recipe.model_dump(mode="json")
+    adapter, evaluation = values["adapter"], values["evaluation"]
+    if recipe.adapter.method != "adalora":
+        del adapter["adalora"]
+    if recipe.adapter.qformer in ("full", ()) and not recipe.adapter.llm:
+        for name in ("method", "rank", "alpha"):
+            del adapter[name]
+    elif not methods.ranked(recipe.adapter.method):
+        del adapter["rank"], adapter["alpha"]
+    if recipe.adapter.llm_layers is None:
+        del adapter["llm_layers"]
+    if recipe.evaluation.method == "ranking":
+        del evaluation["decoding"]
+    if recipe.distillation == DistillationConfig():
+        del values["distillation"]
+    if recipe.performance == PerformanceConfig():
+        del values["performance"]
+    for section, name in (("model", "revision"), ("data", "limit")):
+        if values[section][name] is None:
+            del values[section][name]
+    return values

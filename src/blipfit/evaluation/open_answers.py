@@ -1,0 +1,31 @@
+"""Evaluate generated answers: ROUGE, exact match and, with a CLIP model, the CLIP score."""
+
+from blipfit.data.encoded_split import EncodedSplit
+from blipfit.evaluation import clip_score, protocol, text
+from blipfit.evaluation.protocol import FeatureFunction
+from blipfit.evaluation.tasks import Settings, TaskResult, percent_values
+from blipfit.model.backbone import Backbone
+from blipfit.recipe import EvaluationConfig
+
+
+def evaluate_open_answers(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, settings: Settings
+) -> TaskResult:
+    """Generate an answer to every question and compare it with the reference answer and, with a CLIP, the image."""
+    config = EvaluationConfig(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
+    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, config)
+    records, metrics = evaluation.records, evaluation.metrics
+    values = {"rougeL": percent_values(records, "rougeL"), "exact": percent_values(records, "correct")}
+    if settings.clip is not None:
+        images = [question.image for question in encoded_split.questions]
+        predictions = [record["prediction"] for record in records]
+        scores = clip_score.score(settings.clip, images, predictions, settings.batch_size)
+        values["clip_score"] = list(scores.values)
+        metrics["clip_score"] = {
+            "clip": settings.clip.name,
+            "cut": scores.truncated_texts,
+            **text.mean(scores.values),
+        }
+        for record, value in zip(records, scores.values, strict=True):
+            record["clip_score"] = round(value, 4)
+    return TaskResult(records, metrics, values)

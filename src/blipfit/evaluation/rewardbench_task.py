@@ -1,0 +1,79 @@
+"""Evaluate the model on VL-RewardBench: likelihoods of both responses, its own answers, and generated judgments."""
+
+from dataclasses import replace
+from typing import Any
+
+from blipfit.data.prompts import PromptedQuestion, clean_prompt
+from blipfit.data.rewardbench import Pair
+from blipfit.evaluation import generation, ranking, rewardbench
+from blipfit.evaluation.open_answers import evaluate_open_answers
+from blipfit.evaluation.protocol import FeatureFunction, build_feature_lookup
+from blipfit.evaluation.tasks import EvaluationTask, Settings, TaskResult
+from blipfit.model.backbone import Backbone
+
+
+def evaluate_rewardbench(
+    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+) -> TaskResult:
+    """Compare the likelihoods of the two responses of every pair, and evaluate the model's own answer to the query.
+
+    With `settings.samples` the model also judges every pair in words, in both orders.
+    """
+    pairs = task.pairs
+    answers = evaluate_open_answers(backbone, task.encoded_split, get_features, settings)
+    (ranked,) = ranking.rank(
+        backbone,
+        task.encoded_split.encoded,
+        build_feature_lookup(task.encoded_split, get_features),
+        settings.batch_size,
+    )
+    sums = [(scores.sums[0], scores.sums[1]) for scores in ranked]
+    means = [(scores.means[0], scores.means[1]) for scores in ranked]
+    responses = [response for pair in pairs for response in pair.responses]
+    metrics: dict[str, Any] = {
+        "judge": "rewardbench",
+        "likelihood_sum": rewardbench.pairwise_accuracy(pairs, sums),
+        "likelihood_mean": rewardbench.pairwise_accuracy(pairs, means),
+        "cut_responses": backbone.text.count_truncated_answers(responses),
+        "answers": answers.metrics,
+    }
+    values = {
+        "pairwise_sum": [_pair_value(pair, scores) for pair, scores in zip(pairs, sums, strict=True)],
+        "pairwise_mean": [_pair_value(pair, scores) for pair, scores in zip(pairs, means, strict=True)],
+        **answers.values,
+    }
+    for record, pair, pair_sums, pair_means in zip(answers.records, pairs, sums, means, strict=True):
+        record |= {"category": pair.category, "best": pair.best, "sums": pair_sums, "means": pair_means}
+    judgments: list[dict[str, Any]] = []
+    if settings.samples:
+        metrics["judgements"], judgments = _generate_judgments(backbone, task, get_features, settings)
+    return TaskResult(answers.records, metrics, values, judgments)
+
+
+def _pair_value(pair: Pair, scores: tuple[float, float]) -> float:
+    """Return 100 if the preferred response has the higher score, 50 if both scores are equal, else 0."""
+    preferred, rejected = scores[pair.best], scores[1 - pair.best]
+    return 100.0 if preferred > rejected else 50.0 if preferred == rejected else 0.0
+
+
+def _generate_judgments(
+    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Generate `settings.samples` judgments of every pair in each order; return their score and their records."""
+    judgments, records = [], []
+    preset_name = "sampling" if settings.samples > 1 else "greedy"
+    for sample in range(settings.samples):
+        decoding = replace(generation.PRESETS[preset_name], seed=sample)
+        for swapped in (False, True):
+            prompts = [clean_prompt(rewardbench.judge_prompt(pair, swapped)) for pair in task.pairs]
+            (texts,) = generation.generate(
+                backbone,
+                backbone.text.encode([PromptedQuestion(prompt, "", ()) for prompt in prompts]),
+                build_feature_lookup(task.encoded_split, get_features),
+                decoding,
+                settings.batch_size,
+            )
+            for pair, text in zip(task.pairs, texts, strict=True):
+                judgments.append(rewardbench.Judgment(pair.id, pair.key, pair.best, swapped, text))
+                records.append(rewardbench.judgment_record(pair, swapped, text))
+    return {**rewardbench.score_judgments(judgments), "decoding": preset_name}, records

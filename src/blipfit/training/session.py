@@ -1,0 +1,265 @@
+"""A bank in training: K experiments from their current position until each has stopped.
+
+`K` experiments of the bank, `P` trained values of one.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from blipfit.adapters.bank import Bank
+from blipfit.data.encoded_split import EncodedSplit
+from blipfit.evaluation import protocol
+from blipfit.evaluation.protocol import ValidationResult
+from blipfit.model.backbone import Backbone
+from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import Recipe
+from blipfit.run import Run
+from blipfit.runtime import distributed
+from blipfit.training import checkpoint, events, plan, record
+from blipfit.training.events import Listener
+from blipfit.training.member import Member
+from blipfit.training.optimizer import rate_at
+from blipfit.training.record import Finished
+from blipfit.training.step import Stepper
+
+CHECK_EVERY = 10
+"""Steps from one reading of the losses to the next; until then the device is not waited for."""
+SAVE_SECONDS = 300.0
+"""Time from one checkpoint within an epoch to the next."""
+
+
+def fail_run(run: Run, recipe: Recipe, subject: str, listener: Listener) -> None:
+    """Record that an experiment had to stop because `subject` (a loss, a score) was NaN or infinite."""
+    reason = f"non-finite {subject}; lower training.learning_rate or use precision fp32"
+    run.fail(reason)
+    listener(events.RunFailed(run, recipe, reason))
+
+
+class BankSession:
+    """K experiments from their current position to the end; `finished` collects the ones that stopped."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        members: Sequence[Member],
+        splits: Mapping[str, EncodedSplit],
+        image_features: tuple[ImageFeatures, ImageFeatures],
+        listener: Listener,
+    ):
+        self.backbone, self.splits, self.listener = backbone, splits, listener
+        self.training_features, self.evaluation_features = image_features
+        self.members = list(members)
+        self.training = self.members[0].recipe.training
+        self.finished: list[Finished] = []
+        self.saved_at = time.monotonic()
+        self._unread_losses: list[tuple[list[str], Tensor]] = []
+        """Question ids and losses (K) of steps that were not read from the device yet."""
+        self.stepper = Stepper(backbone, [member.recipe for member in members], splits["train"].encoded)
+        try:
+            self.best_KP = self.bank.values.clone()
+            for k, member in enumerate(self.members):
+                self._restore(k, member)
+        except BaseException:  # out of memory, above all: the backbone goes back as it was
+            self.stepper.remove()
+            raise
+
+    @property
+    def bank(self) -> Bank:
+        return self.stepper.bank
+
+    def release(self) -> None:
+        """Give the backbone back as it was, and free the memory of training before the test needs some."""
+        self.stepper.remove()
+        self.backbone.hf.eval()
+        del self.stepper, self.best_KP
+
+    def run(self) -> None:
+        """Train until every experiment has stopped."""
+        self._finish([k for k, member in enumerate(self.members) if member.progress.done])
+        if self.members:
+            self.listener(self._started())
+        while self.members:
+            self._train_epoch()
+            if self.members:
+                self._validate()
+
+    def _train_epoch(self) -> None:
+        """The rest of the current epoch, from its current step."""
+        epoch, first = self.members[0].progress.epoch, self.members[0].progress.step
+        batches = plan.effective_batches(self.splits["train"].lengths, self.training, epoch)
+        features = self._prefetch_features(batches[first:], epoch)
+        self.stepper.train_mode()
+        for step in range(first, len(batches)):
+            self._step(batches[step], features, epoch, step)
+            is_last = step + 1 == len(batches)
+            if (step + 1) % CHECK_EVERY == 0 or is_last:
+                self._read_losses()
+                if time.monotonic() - self.saved_at > SAVE_SECONDS and not is_last:
+                    self._save()
+            if not self.members:
+                break
+        self.backbone.hf.eval()
+
+    def _prefetch_features(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Tensor]:
+        """Image features of one micro-batch after the other, read ahead of their use."""
+        questions = self.splits["train"].questions
+        micro_batches = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
+        view = (self.training.seed, epoch) if self.members[0].recipe.data.images == "shared" else None
+        own_questions = [[questions[i] for i in distributed.shard(micro)] for micro in micro_batches]
+        return self.training_features.prefetch(own_questions, view)
+
+    def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
+        started = time.perf_counter()
+        batch_features = [next(features) for _ in plan.micro_batches(batch, self.training)]
+        losses_K, labels = self.stepper.step(batch, batch_features, epoch, step)
+        self._unread_losses.append(([self.splits["train"].questions[i].id for i in batch], losses_K))
+        for member in self.members:
+            progress = member.progress
+            progress.step, progress.updates = step + 1, progress.updates + 1
+            progress.label_count += labels
+            progress.seconds += (time.perf_counter() - started) / self.bank.K
+
+    def _read_losses(self) -> None:
+        """Read the losses of the last steps from the device at once; drop experiments with a non-finite loss."""
+        if not self._unread_losses:
+            return
+        losses = distributed.all_reduce_sum(torch.stack([losses_K for _, losses_K in self._unread_losses])).tolist()
+        failed: dict[int, list[str]] = {}
+        for (question_ids, _), row in zip(self._unread_losses, losses, strict=True):
+            for k, loss in enumerate(row):
+                if math.isfinite(loss):
+                    self.members[k].progress.loss_sum += loss
+                else:
+                    failed.setdefault(k, question_ids)
+        self._unread_losses.clear()
+        first = self.members[0].progress
+        means = [member.progress.loss_sum / member.progress.label_count for member in self.members]
+        self.listener(events.StepsDone(first.epoch, first.step, means))
+        for k, question_ids in failed.items():
+            names = ", ".join(question_ids[:8]) + (", …" if len(question_ids) > 8 else "")
+            self._fail(k, f"loss in epoch {first.epoch + 1}, in the batch of questions {names}")
+        self._drop(list(failed))
+
+    def _fail(self, k: int, subject: str) -> None:
+        fail_run(self.members[k].run, self.members[k].recipe, subject, self.listener)
+
+    def _validate(self) -> None:
+        """Evaluate the validation split, remember the best values, write a log line each, save, finish what is done."""
+        started = time.perf_counter()
+        validations = protocol.validate(
+            self.backbone,
+            self.splits["val"],
+            self.evaluation_features.features,
+            self.members[0].recipe.evaluation,
+        )
+        seconds = (time.perf_counter() - started) / self.bank.K
+        # The last update of an epoch may have gone wrong without a loss to show it.
+        failed = [k for k, validation in enumerate(validations) if not validation.finite]
+        for k in failed:
+            self._fail(k, f"scores in the validation of epoch {self.members[k].progress.epoch + 1}")
+        self._drop(failed)
+        validations = [validation for validation in validations if validation.finite]
+        if not self.members:
+            return
+        for k, validation in enumerate(validations):
+            self._record_epoch(k, validation, seconds)
+        results = [
+            events.EpochResult(member.recipe.experiment, member.progress.history[-1], member.progress.done)
+            for member in self.members
+        ]
+        self.listener(events.EpochDone(self.members[0].progress.epoch, results))
+        self._save()
+        self._finish([k for k, member in enumerate(self.members) if member.progress.done])
+
+    def _record_epoch(self, k: int, validation: ValidationResult, seconds: float) -> None:
+        """Update experiment k's progress after a validation, and append its log line."""
+        member, allocator = self.members[k], self.stepper.allocator
+        recipe, progress = member.recipe, member.progress
+        if allocator and not allocator.has_final_ranks(k, progress.updates):
+            pass  # AdaLoRA still has more ranks than its budget: neither the best epoch nor a bad one
+        elif validation.score > progress.best_score:
+            progress.best_score, progress.best_epoch, progress.bad_epochs = validation.score, progress.epoch, 0
+            self.best_KP[k] = self.bank.values[k]
+        else:
+            progress.bad_epochs += 1
+        progress.seconds += seconds
+        line = {
+            "epoch": progress.epoch + 1,
+            "loss": progress.loss_sum / progress.label_count,
+            validation.measure: validation.value,
+            "learning_rate": rate_at(recipe.training, progress.epoch),
+            "seconds": round(progress.seconds, 3),
+            **({"ranks_kept": sum(allocator.ranks(k).values())} if allocator else {}),
+        }
+        progress.history.append(line)
+        member.run.log(line)
+        progress.epoch, progress.step, progress.loss_sum, progress.label_count = progress.epoch + 1, 0, 0.0, 0
+        out_of_patience = progress.bad_epochs >= recipe.training.patience
+        progress.done = out_of_patience or progress.epoch >= recipe.training.max_epochs
+
+    def _finish(self, indices: Sequence[int]) -> None:
+        """Keep the best values of these experiments for the test, and drop them from the bank."""
+        for k in indices:
+            member, allocator = self.members[k], self.stepper.allocator
+            state = {name: tensor.cpu() for name, tensor in self.bank.state(k, self.best_KP).items()}
+            ranks = allocator.history(k) if allocator else None
+            parameters = self.bank.trained_parameters(k)
+            self.finished.append(Finished(member.run, member.recipe, member.progress, state, parameters, ranks))
+        self._drop(indices)
+
+    def _drop(self, indices: Sequence[int]) -> None:
+        """Go on without these experiments."""
+        remaining = [k for k in range(len(self.members)) if k not in set(indices)]
+        if len(remaining) == len(self.members):
+            return
+        if remaining:
+            self.stepper.keep(remaining)
+            self.best_KP = self.best_KP[remaining].clone()
+        self.members = [self.members[k] for k in remaining]
+
+    def _save(self) -> None:
+        """Write every experiment's checkpoint."""
+        self._read_losses()
+        for k, member in enumerate(self.members):
+            groups = {
+                "values": self.bank.state(k),
+                "best": self.bank.state(k, self.best_KP),
+                **self.stepper.optimizer.state(k),
+                **(self.stepper.allocator.state(k) if self.stepper.allocator else {}),
+            }
+            checkpoint.save(member.run.checkpoint, member.progress, groups)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, k: int, member: Member) -> None:
+        """Continue from the member's checkpoint, if it has one; log lines that will be written again are dropped."""
+        tensors, member.checkpoint = member.checkpoint, None
+        if tensors is not None:
+            self.bank.load_state(k, tensors["values"])
+            self.bank.load_state(k, tensors["best"], self.best_KP)
+            self.stepper.optimizer.load_state(k, tensors, member.progress.updates)
+            if self.stepper.allocator:
+                self.stepper.allocator.load_state(k, tensors)
+        last_epoch = member.progress.epoch
+        member.run.truncate_log(lambda line: line["epoch"] <= last_epoch)
+
+    def _started(self) -> events.TrainingStarted:
+        first = self.splits["train"].prompted[0]
+        progress = self.members[0].progress
+        recipes = [member.recipe for member in self.members]
+        return events.TrainingStarted(
+            recipes=recipes,
+            runs=[member.run for member in self.members],
+            steps_per_epoch=len(plan.effective_batches(self.splits["train"].lengths, self.training, 0)),
+            epoch=progress.epoch,
+            step=progress.step,
+            prompt=first.prompt,
+            target=first.target,
+            question_counts={split: len(questions) for split, questions in self.splits.items()},
+            trained_parameters=[self.bank.trained_parameters(k) for k in range(self.bank.K)],
+            differences_from_grid=[record.differences(recipe) for recipe in recipes],
+            device=str(self.backbone.device),
+        )
