@@ -135,7 +135,7 @@ def test_what_cannot_be_used(tmp_path):
         model.caption(Image.new("RGB", (8, 8)), "captions")
     with pytest.raises(UserError, match="is missing"):
         model.ask(tmp_path / "none.png", "What is it?")
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="not an adapter folder"):
         blipfit.load("tiny", tmp_path)
 
 

@@ -52,6 +52,6 @@ def test_it_runs(file, tmp_path, monkeypatch):
     if file.stem == "evaluation":
         assert there["record"]["difference"]["rougeL"]["interval"][0] > 0
     if file.stem == "mme":
-        assert there["again"]["perception"] == there["record"]["base"]["perception"] > 400
+        assert there["mme_scores"]["perception"] == there["record"]["base"]["perception"] > 400
     if file.stem == "finetuning_lora":
-        assert there["judged"]["tuned"]["questions"] == 160
+        assert there["metrics_by_variant"]["tuned"]["questions"] == 160

@@ -152,7 +152,7 @@ class AdapterConfig(Config):
     def _peft_reads_all_fields(self) -> "AdapterConfig":
         if self.method not in methods.PEFT:
             return self
-        if self.qformer in ("full", ()) and not self.llm:
+        if not self.has_lora:
             raise ValueError(f"{self.method} has no layer to adapt; choose sublayers in adapter.qformer or llm")
         for name in [name for name in methods.RANKED if name not in methods.PEFT[self.method].reads]:
             value, untouched = getattr(self, name), type(self).model_fields[name].default
@@ -162,6 +162,11 @@ class AdapterConfig(Config):
                     f"leave it at {untouched} (--set adapter.{name}={untouched})"
                 )
         return self
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether a layer is adapted, by whichever method; a fully trained Q-Former alone has none."""
+        return bool(self.llm) or self.qformer not in ("full", ())
 
     @property
     def mean_rank(self) -> float:

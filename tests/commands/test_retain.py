@@ -45,7 +45,7 @@ def test_a_candidate_beside_its_original(small, smaller, family, iconqa, tmp_pat
     # A random model is not above chance: nothing is kept for sure.
     assert one["misses"] == ["iconqa", "mme"]
     text = printed(record)
-    assert "interval is below 70 % on iconqa, mme" in text
+    assert "on iconqa, mme the lower end of the 95 % confidence interval is below 70 %" in text
     assert "interval is not above chance" in text
     retain.write_figure(record, tmp_path / "figures" / "kept.png")
     assert (tmp_path / "figures" / "kept.png").read_bytes()[1:4] == b"PNG"
@@ -73,7 +73,7 @@ def test_what_keeps_all_and_what_does_not(taught):
     assert ruin["on"]["icons"]["raw"]["ratio"] > ruin["retention"]
     text = printed(record)
     assert f"{names[0]} retains at least 90 % on every data set" in text
-    assert f"{names[1]}: the lower end of the 95 % confidence interval is below 90 % on icons" in text
+    assert f"{names[1]}: on icons the lower end of the 95 % confidence interval is below 90 %" in text
     retain.write_figure(record, taught / "kept.svg")
     assert "icons" in (taught / "kept.svg").read_text()
 

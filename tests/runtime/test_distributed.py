@@ -18,10 +18,10 @@ def test_two_processes_equal_a_single_process(tmp_path: Path) -> None:
     icons.prepare(tmp_path / "data", train=32, val=10, test=10)
     results = {}
     for name, launcher in (
-        ("single", [sys.executable, "-m", "blipfit.cli"]),
+        ("single", [sys.executable, "-m", "blipfit"]),
         (
             "double",
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "blipfit.cli"],
+            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "blipfit"],
         ),
     ):
         folders = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / name)]

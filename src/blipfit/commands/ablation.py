@@ -111,14 +111,13 @@ def read_experiments(folder: Path) -> list[Experiment]:
 def divide_recipe(recipe: Recipe, accuracy: float) -> Experiment:
     """The factors, the fixed and the tuned fields of an experiment; `accuracy` in percent."""
     adapter, training = recipe.adapter, recipe.training
-    adapted = bool(adapter.llm) or adapter.qformer not in ("full", ())
-    ranked = adapted and methods.ranked(adapter.method)
+    ranked = adapter.has_lora and methods.ranked(adapter.method)
     factors = {
         "qformer": "full" if adapter.qformer == "full" else frozenset(adapter.qformer),
         "llm": frozenset(adapter.llm),
         "rank": adapter.rank if ranked else None,
         "alpha": adapter.alpha if ranked else None,
-        "method": adapter.method if adapted else None,
+        "method": adapter.method if adapter.has_lora else None,
         "model": (recipe.model.name, recipe.model.revision),
     }
     fixed = recipe.model_dump(exclude={"experiment": True, "model": {"name", "revision"}, "training": set(TUNED)})
@@ -240,9 +239,10 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for record in records:
         pairs = sum(effect["pairs"] for effect in record["effects"])
         same = sum(effect["same_settings"] for effect in record["effects"])
+        others = "; in the others learning rate, batch or epochs differ too" if same < pairs else ""
         yield (
-            f"{record['dataset']}: {record['experiments']} experiments; {same} of the {pairs} comparisons are between "
-            "runs with equal training settings, in the others learning rate, batch or epochs differ too"
+            f"{record['dataset']}: {record['experiments']} experiments; {same} of {pairs} comparisons are between runs "
+            f"with equal training settings{others}"
         )
         missing = [effect["what"] for effect in record["effects"] if effect["kind"] == "added" and not effect["pairs"]]
         if missing:

@@ -28,7 +28,7 @@ def run(
     UserError if the subject does not exist or, for a run folder, is not finished.
     """
     recipe, run = _resolve(subject, experiment, model)
-    name = recipe.model.name if recipe else model or subject
+    name = recipe.model.name if recipe else grid.model_name("t5", model or subject)
     hf = shapes.on_meta(name)
     trained = count.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
     stored = _stored_parameters(run) if run else trained if recipe else count.all_parameters(hf)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from blipfit import data
+from blipfit import data, grid
 from blipfit.commands import arguments
 from blipfit.data import feature_stores, features
 from blipfit.data.question import SPLITS
@@ -54,8 +54,9 @@ def _with_model(
 ) -> dict[str, Any]:
     screen = terminal.console(stderr=True)
     source = arguments.data_folder(dataset, folder)
-    questions = [question for split in SPLITS for question in data.load(dataset, source, split)]
-    backbone = loading.load(ModelConfig(name=model), device=device or "cpu")
+    splits = ("test",) if dataset == "mme" else SPLITS
+    questions = [question for split in splits for question in data.load(dataset, source, split)]
+    backbone = loading.load(ModelConfig(name=grid.model_name("t5", model)), device=device or "cpu")
     image_features = ImageFeatures.from_backbone(
         backbone, "stored", home, lambda text: screen.print(text, soft_wrap=True)
     )

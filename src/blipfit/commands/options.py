@@ -72,4 +72,7 @@ ShowExperiment = Annotated[
 FeaturesModel = Annotated[
     str, typer.Option(help="Checkpoint whose vision tower computes the features, for build and check.")
 ]
-FeaturesStore = Annotated[Path | None, typer.Option(help="Folder of the stores. Default: $BLIPFIT_CACHE or ~/.cache.")]
+FeaturesStore = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the stores. Default: $BLIPFIT_CACHE/features or ~/.cache/blipfit/features."),
+]

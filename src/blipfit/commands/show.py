@@ -67,7 +67,7 @@ def relevant_fields(recipe: Recipe) -> dict[str, Any]:
     adapter, evaluation = values["adapter"], values["evaluation"]
     if recipe.adapter.method != "adalora":
         del adapter["adalora"]
-    if recipe.adapter.qformer in ("full", ()) and not recipe.adapter.llm:
+    if not recipe.adapter.has_lora:
         for name in ("method", "rank", "alpha"):
             del adapter[name]
     elif not methods.ranked(recipe.adapter.method):

@@ -90,8 +90,9 @@ def plan_record(plan: sweep.Plan) -> dict[str, Any]:
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Banks with their measured step, memory and longest time."""
     banks = plan["banks"]
+    experiments = sum(len(bank["experiments"]) for bank in banks)
     table = Table(
-        title=f"{sum(len(bank['experiments']) for bank in banks)} experiments in {len(banks)} banks, "
+        title=f"{terminal.format_count(experiments, 'experiment')} in {terminal.format_count(len(banks), 'bank')}, "
         f"{len(plan['finished'])} finished already; at most {terminal.format_duration(plan['seconds'])}",
         title_justify="left",
     )

@@ -78,7 +78,8 @@ class TrainingDisplay:
             recipes, event.trained_parameters, event.differences_from_grid, strict=True
         ):
             parts = ", ".join(f"{part} {number:,}" for part, number in trained.items())
-            rank = f", rank {recipe.adapter.rank}" if methods.ranked(recipe.adapter.method) else ""
+            has_rank = recipe.adapter.has_lora and methods.ranked(recipe.adapter.method)
+            rank = f", rank {recipe.adapter.rank}" if has_rank else ""
             placement = terminal.format_placement(recipe.adapter)
             self._print(f"{recipe.title} on {recipe.model.name} ({placement}{rank})")
             self._print(f"  trains {sum(trained.values()):,} parameters: {parts}")

@@ -91,6 +91,11 @@ def format_interval(value: float | None, ends: Sequence[float | None] | None, fa
     return f"{factor * value:.1f} [{low}–{high}]"
 
 
+def format_count(count: int, noun: str) -> str:
+    """`1 bank`, `2 banks`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def format_duration(seconds: float) -> str:
     """`42 s`, `12 min` or `3.5 h`."""
     if seconds < 100:

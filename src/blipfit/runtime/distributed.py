@@ -1,4 +1,4 @@
-"""Training and evaluation with several processes over the same batch (`accelerate launch -m blipfit.cli train …`).
+"""Training and evaluation with several processes over the same batch (`accelerate launch -m blipfit train …`).
 
 Each process holds the whole bank and computes its share of every batch's rows; gradients are summed over the
 processes, evaluation results are gathered. Only the main process writes files and prints. A single process is the
