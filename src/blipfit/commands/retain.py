@@ -153,8 +153,8 @@ def _format_verdict(candidate: Mapping[str, Any], at_least: float) -> str:
     if candidate["misses"]:
         datasets = ", ".join(candidate["misses"])
         return (
-            f"{candidate['name']}: on {datasets} the lower end of the 95 % confidence interval is below {share}, or there "
-            "is no retention to compare"
+            f"{candidate['name']}: on {datasets} the lower end of the 95 % confidence interval is below {share}, "
+            "or there is no retention to compare"
         )
     return f"{candidate['name']} retains at least {share} on every data set (lower ends of the 95 % intervals)"
 
