@@ -121,7 +121,6 @@ class Model:
         """
         return self._generate(images, _prompted(CAPTION_PROMPT), decoding, batch_size)
 
-    @torch.no_grad()
     def rank(
         self,
         image: ImageSource,
@@ -143,7 +142,6 @@ class Model:
         ranked = [RankedChoice(c, value, math.exp(value - total)) for c, value in zip(choices, sums, strict=True)]
         return sorted(ranked, key=lambda choice: -choice.log_likelihood)
 
-    @torch.no_grad()
     def search(
         self,
         images: str | Path | Sequence[str | Path],
@@ -200,6 +198,7 @@ class Model:
         if isinstance(decoding, str):
             decoding = generation.get_preset(decoding)
         encoded = self.backbone.text.encode([prompted]) * len(images)
+        texts: list[str]
         (texts,) = generation.generate(
             self.backbone, encoded, lambda rows: self._see([images[i] for i in rows]), decoding, batch_size
         )
@@ -209,7 +208,8 @@ class Model:
         """Log-likelihoods `B × M` of the same candidates for every image."""
         B = len(features_BPD)
         batch = self.backbone.text.candidates(self.backbone.text.encode([prompted]) * B).to(self.backbone.device)
-        return self.backbone.score(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
+        with torch.no_grad():
+            return self.backbone.score(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
 
 
 def wordings(text: str) -> tuple[str, ...]:

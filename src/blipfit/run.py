@@ -112,7 +112,8 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The result of a finished run. Raises UserError if it is missing or damaged."""
-        return read_json(self.result_file)
+        result: dict[str, Any] = read_json(self.result_file)
+        return result
 
     @contextmanager
     def lock(self) -> Iterator[None]:

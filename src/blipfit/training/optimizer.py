@@ -54,7 +54,7 @@ class BankAdamW:
         )
 
     @staticmethod
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def update(
         values_KP: Tensor,
         grads_KP: Tensor,

@@ -103,9 +103,9 @@ def _evaluation_seconds(stepper: Stepper, encoded_split: EncodedSplit, image_fea
 
 def _peak_bytes(stepper: Stepper, activations: int, resident_rise: int) -> int:
     if stepper.backbone.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(stepper.backbone.device)
+        return int(torch.cuda.max_memory_allocated(stepper.backbone.device))
     weights = sum(p.numel() * p.element_size() for p in stepper.backbone.hf.parameters())
-    return weights + max(TRAINING_MATRICES * stepper.bank.values.nbytes + activations, resident_rise)
+    return int(weights + max(TRAINING_MATRICES * stepper.bank.values.nbytes + activations, resident_rise))
 
 
 def _wait(backbone: Backbone) -> None:
