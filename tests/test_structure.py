@@ -1,12 +1,15 @@
 """Imports point downwards only: a room never imports one above it."""
 
 import ast
+import graphlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import blipfit
+from blipfit import cli
 
 SOURCE = Path(blipfit.__file__).parent
 # docs/design.md: from the top to the ground. A room is a file or a folder of blipfit.
@@ -72,6 +75,25 @@ def test_imports_point_downwards(file: Path):
     assert upward(file.read_text(encoding="utf-8"), _path(file)) == []
 
 
+def test_no_two_files_import_each_other():
+    """Neither directly nor through others, imports inside functions included."""
+    modules = {".".join(_path(file)).removesuffix(".__init__"): file for file in FILES}
+    imports: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        paths = [".".join(path) for path in imported(file.read_text(encoding="utf-8"), _path(file)[:-1])]
+        names = {path if path in modules else path.rpartition(".")[0] for path in paths}
+        imports[name] = {other for other in names if other in modules and other != name}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the cycle
+
+
+def test_every_command_has_a_module_that_runs_and_renders():
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    for command in commands:
+        module = importlib.import_module(f"blipfit.commands.{command.replace('-', '_')}")
+        assert callable(module.run), command
+        assert callable(module.render), command
+
+
 def test_importing_the_package_imports_no_room():
     """What it does import stands inside a function, so `import blipfit` costs nothing."""
     tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
@@ -117,3 +139,8 @@ def test_one_file_knows_the_names_in_a_run_folder():
     names = ('"recipe.yaml"', '"result.json"', '"predictions.jsonl"')
     knows = {"/".join(_path(f)) for f in FILES for name in names if name in f.read_text(encoding="utf-8")}
     assert knows == {"run"}
+
+
+def test_adapters_are_put_into_a_model_in_one_place():
+    installs = {"/".join(_path(f)) for f in FILES if "peft_format.install(" in f.read_text(encoding="utf-8")}
+    assert installs == {"adapters/opening"}
