@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from blipfit.model import loading, tiny
+from blipfit.model import loading, tiny, tokenizer_files
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import ModelConfig
 
@@ -43,6 +43,7 @@ def real_tokenizers(family: str) -> tuple[Any, Any]:
     else:
         stop = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
         language = LlamaTokenizer.from_pretrained(TOKENIZERS / "llama", **stop, pad_token="[PAD]")
+        tokenizer_files.follow_sentencepiece(language, TOKENIZERS / "llama" / "tokenizer.model")
     language.add_tokens(["<image>"], special_tokens=True)
     qformer = BertTokenizer.from_pretrained(TOKENIZERS / "bert", bos_token="[DEC]", truncation_side="left")
     return language, qformer

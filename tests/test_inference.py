@@ -2,9 +2,12 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import blipfit
@@ -12,6 +15,7 @@ from blipfit import grid
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
 from blipfit.data import icons
+from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.inference import Model, wordings
 from blipfit.recipe import AdapterConfig
@@ -108,6 +112,26 @@ def test_ranking_gives_shares_of_all_choices(model):
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="../shared/data/photos is not here")
+def test_choices_that_cannot_be_lettered_or_read_are_refused(model):
+    picture = Image.new("RGB", (64, 64), "red")
+    with pytest.raises(UserError, match="27 choices: at most 26 can be lettered"):
+        model.rank(picture, "Which?", [str(n) for n in range(27)])
+    with pytest.raises(UserError, match=r"a prompt has [\d,]+ tokens, more than the limit of 2,048"):
+        model.rank(picture, "Which?", ["x" * 100_000, "y"])
+    with pytest.raises(UserError, match=r"a prompt has [\d,]+ tokens, more than the limit of 2,048"):
+        model.ask(picture, "x" * 100_000)
+    for prompt in ("instruction-v1", "caption-v1"):  # prompts without the choices
+        with pytest.raises(UserError, match="a choice or text is longer than 256 tokens"):
+            model.rank(picture, "Which?", ["x " * 50_000, "y"], prompt=prompt)
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    model = blipfit.load("tiny-t5")
+    model.backbone.hf.language_projection.bias.data.fill_(math.nan)
+    with pytest.raises(UserError, match="the model's scores are NaN or infinite"):
+        model.rank(Image.new("RGB", (64, 64), "red"), "Which?", ["a", "b"])
+
+
 def test_photographs_do_no_harm(model):
     photos = sorted(PHOTOS.iterdir())
     assert all(model.captions(photos))
@@ -137,6 +161,69 @@ def test_what_cannot_be_used(tmp_path):
         model.ask(tmp_path / "none.png", "What is it?")
     with pytest.raises(UserError, match="not an adapter folder"):
         blipfit.load("tiny", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def photo_files(tmp_path_factory) -> dict[str, Path]:
+    """Images that a plain conversion shows wrongly: turned by EXIF data, 16 bits, transparent."""
+    folder = tmp_path_factory.mktemp("photos")
+    ramp = np.arange(64 * 48 * 3, dtype=np.uint32).reshape(48, 64, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((ramp % 251).astype(np.uint8)).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray((ramp[..., 0] * 7).astype(np.uint16)).save(folder / "deep.png")
+    transparent = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    transparent.paste((0, 0, 0, 255), (20, 20, 40, 40))
+    transparent.save(folder / "transparent.png")
+    return {file.stem: file for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["turned", "deep", "transparent"])
+def test_an_image_in_memory_is_seen_as_its_file(photo_files, name):
+    model = blipfit.load("tiny")
+    file = photo_files[name]
+    expected = model._see([file])
+    sources = [str(file), file.read_bytes(), Image.open(file)]
+    if name != "turned":
+        sources.append(np.asarray(Image.open(file)))
+    for source in sources:
+        assert torch.equal(model._see([source]), expected)
+    question = Question("", file, "", "")
+    stored = model._stored_features().features([question])
+    assert torch.equal(stored, expected.to(stored.dtype))
+    if name == "transparent":
+        dropped = replace(question, transparency="dropped")
+        assert not torch.equal(model._stored_features().features([dropped]), stored)
+
+
+def test_arguments_of_wrong_types(photo_files):
+    model, file = blipfit.load("tiny"), photo_files["deep"]
+    for choices in ("red", ["red", 3]):
+        with pytest.raises(UserError, match="must be a"):
+            model.rank(file, "Which?", choices)
+    for image in (["a.png"], None, 3, np.zeros((2, 2, 5), np.uint8), np.zeros((2, 2)), np.zeros((0, 2), np.uint8)):
+        with pytest.raises(UserError, match="image"):
+            model.ask(image, "What?")
+    for address in ("http://example.org/a.jpg", "data:image/png;base64,AAAA"):
+        with pytest.raises(UserError, match=r"the image (is an address|holds an image)"):
+            model.ask(address, "What?")
+    for question in (None, "caf\udce9?"):
+        with pytest.raises(UserError, match="the question"):
+            model.ask(file, question)
+    with pytest.raises(UserError, match="the text holds half a character"):
+        model.search(file.parent, "caf\udce9")
+    assert model.captions(path for path in [file]) == model.captions(file) == [model.caption(file)]
+
+
+def test_a_search_in_a_list_warns_of_what_it_leaves_out(photo_files, tmp_path):
+    model = blipfit.load("tiny")
+    (tmp_path / "page.jpg").write_text("<html></html>")
+    files = [tmp_path / "page.jpg", photo_files["deep"]]
+    with pytest.warns(UserWarning, match=r"left out: .*page\.jpg is a web page"):
+        assert len(model.search(files, "a star")) == 1
+    names = []
+    model.search(files, "a star", skip=lambda file, error: names.append(file.name))
+    assert names == ["page.jpg"]
 
 
 def test_a_runs_adapter_is_used(small, family, iconqa, tmp_path):

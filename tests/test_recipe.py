@@ -305,3 +305,15 @@ def test_recipes_of_version_0_1_are_read(tmp_path):
     changed = MINE.override(["judging.method=generation"])
     assert changed == MINE.override(["evaluation.method=generation"])
     assert "judging" not in changed.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "name"), [('experiment="28"', "28"), ("experiment=28", "28"), ('experiment="1e3"', "1e3")]
+)
+def test_a_quoted_value_stays_text(assignment, name):
+    assert grid.recipe("icons", 13, "tiny").override([assignment]).experiment == name
+
+
+@pytest.mark.parametrize("value", ["1e-4", "1E-4", "1.e-4", "0.0001", "+1e-4"])
+def test_a_number_with_an_exponent_is_a_number(value):
+    assert grid.recipe("icons", 13, "tiny").override([f"training.learning_rate={value}"]).training.learning_rate == 1e-4

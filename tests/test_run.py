@@ -25,9 +25,10 @@ def test_its_place_and_states(tmp_path: Path):
     assert mine.claim(RECIPE, "questions") == mine.state() == "started"
     assert mine.failure() == "not finished"
     assert run.find(tmp_path) == []
-    run.write_json(mine.result_file, {"accuracy": 1})
+    result = {"metrics": {}, "adapter_sha256": "0"}
+    run.write_json(mine.result_file, result)
     assert mine.claim(RECIPE, "questions") == mine.state() == "finished"
-    assert mine.result() == {"accuracy": 1}
+    assert mine.result() == result
     assert run.find(tmp_path) == [mine]
 
 

@@ -44,12 +44,15 @@ def prepare(
     questions: options.PrepareQuestions = None,
     skills: options.PrepareSkills = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of data that is drawn. Default: 42.")] = None,
+    allow_outside: options.PrepareAllowOutside = False,
+    skip_bad: options.PrepareSkipBad = False,
     as_json: options.Json = False,
 ) -> None:
     """Read a data set in its official layout, check every image, and write its annotation files."""
     from blipfit.commands import prepare as command
 
-    _print(command.run(dataset, source, to, questions, skills, seed), as_json, command.render)
+    report = command.run(dataset, source, to, questions, skills, seed, allow_outside, skip_bad)
+    _print(report, as_json, command.render)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -64,7 +67,7 @@ def train(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Train, evaluate and record experiments. The same command again continues what was interrupted."""
+    """Train, evaluate and record experiments. Run it again to continue an interrupted training."""
     from blipfit.commands import arguments
     from blipfit.commands import train as command
 
@@ -89,7 +92,7 @@ def sweep(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Train many experiments: several share one pass over the frozen model (a bank), as many as is fastest."""
+    """Train many experiments in banks: several share each pass over the frozen model. Measures the fastest size."""
     from blipfit.commands import sweep as command
 
     recipes, folders = command.load_recipes(datasets, ids, model, sets or [], data)
@@ -124,18 +127,19 @@ def evaluate(
     decoding: Annotated[str, typer.Option(help="With --on: decoding of open answers.")] = "greedy",
     samples: options.EvaluateSamples = 0,
     clip: options.EvaluateClip = None,
+    model: options.BaseModel = None,
     results: options.Results = Path("results"),
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Evaluate a finished run again; with --on, a run or a model on other data sets, base model and adapter."""
+    """Evaluate a finished run again. With --on: a run (with and without its adapter) or a model on other data sets."""
     from blipfit.commands import evaluate as command
 
     torch_device = _device(device)
     if on is None:
-        _print(command.run(Path(subject), data, split, torch_device, base), as_json, command.render)
+        _print(command.run(Path(subject), data, split, torch_device, base, model), as_json, command.render)
         return
-    on_options = command.OnOptions(data, split, limit, decoding, samples, clip, results)
+    on_options = command.OnOptions(data, split, limit, decoding, samples, clip, results, model)
     _print(command.run_on(subject, on, torch_device, on_options), as_json, command.render_on)
 
 
@@ -184,7 +188,7 @@ def ask(
 
 @app.command(rich_help_panel=USE)
 def caption(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, or folders of them.")],
     model: options.Model = None,
     adapter: options.Adapter = None,
     decoding: Annotated[str, typer.Option(help="caption, greedy, published, sampling.")] = "caption",

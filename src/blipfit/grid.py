@@ -98,6 +98,15 @@ def locate(experiment: int) -> tuple[Family, Row, int]:
     return ("t5", "vicuna")[half], ROWS[row], RANKS[rank]
 
 
+def family(experiment: str) -> Family | None:
+    """Language-model family of an experiment of the grid, a baseline or an exploration; None for any other name."""
+    if experiment in BASELINES:
+        return BASELINES[experiment]
+    if experiment in EXPLORATIONS:
+        return EXPLORATIONS[experiment][0]
+    return locate(int(experiment))[0] if experiment.isdecimal() and int(experiment) in IDS else None
+
+
 def trainable() -> list[str]:
     """Data sets that the grid has recipes for."""
     return [name for name, data_set in DATA_SETS.items() if data_set.trains]

@@ -4,30 +4,38 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from blipfit import grid
 from blipfit.adapters import opening
+from blipfit.data import features, file_kinds, records
 from blipfit.data import images as image_files
+from blipfit.data.image_hashes import hash_image
 from blipfit.data.prompts import PromptedQuestion, get_prompt
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import generation
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import ModelConfig
 from blipfit.runtime import distributed
 
-ImageSource = str | Path | Image.Image
-"""An image file, or an image in memory."""
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""An image file or its content, or an image in memory (an array: height × width, or × 3 or 4 channels, of 8 bits)."""
+Skip = Callable[[Path, UserError], None]
+"""Receives every image that is left out, with the reason."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_PROMPT = "caption-v1"
 OPEN_PROMPTS = ("vqa-v1", "instruction-v1")
 """Prompts for questions without choices."""
@@ -54,7 +62,7 @@ class Match:
 
 
 def load(
-    model: str | None = None,
+    model: str | Path | None = None,
     adapter: str | Path | None = None,
     *,
     device: str | torch.device | None = None,
@@ -64,30 +72,42 @@ def load(
     """Load a model, with the adapter of a finished run or of an adapter folder.
 
     `model` is a hub name, a local folder, or a miniature (`tiny` is `tiny-t5`); if absent, the model that the adapter
-    was trained on, and without an adapter the published Flan-T5-XL. `announce` receives a sentence before a long build
-    of image features. Raises UserError if a model or adapter cannot be used, or if they do not fit each other.
+    was trained on, and without an adapter the published Flan-T5-XL. `precision`: auto, fp32, bf16 or fp16. `announce`
+    receives a sentence before a long build of image features, and `Model.warnings`: the adapter was trained on other
+    base weights than those of `model`. Raises UserError if an argument has the wrong type, if a model or adapter cannot
+    be used, or if they do not fit each other.
     """
-    base = None if model is None else ModelConfig(name=grid.model_name("t5", model))
+    for name, value in (("model", model), ("adapter", adapter)):
+        if not isinstance(value, str | Path | None):
+            raise UserError(f"{name} must be a name or a path, not {type(value).__name__}")
+    torch_device = distributed.select_device(device)
+    loading.low_precision_dtype(precision, torch_device)
     if adapter is None:
-        source = opening.locate(base or ModelConfig(name=grid.MODELS["t5"]))
+        source = opening.locate(ModelConfig(name=grid.model_name("t5", None if model is None else str(model))))
     else:
-        source = opening.locate_adapter(Path(adapter), base)
-    torch_device = distributed.select_device(device) if isinstance(device, str | None) else device
+        source = opening.locate_adapter(Path(adapter), None if model is None else ModelConfig(name=str(model)))
     opened = opening.load(source, torch_device, precision)
     opened.install_adapter()
-    return Model(opened.backbone, None if source.recipe is None else source.recipe.data.prompt, announce)
+    for warning in opened.source.warnings:
+        announce(warning)
+    prompt = None if source.recipe is None else source.recipe.data.prompt
+    return Model(opened.backbone, prompt, announce, opened.source.warnings)
 
 
 class Model:
-    """A loaded InstructBLIP; `prompt_name` is the prompt that its adapter was trained with, if any."""
+    """A loaded InstructBLIP; `prompt_name` is the prompt that its adapter was trained with, if any.
+
+    `warnings`: sentences that belong to every answer, see `adapters.opening.Source`.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
         prompt_name: str | None = None,
         announce: Callable[[str], None] = lambda sentence: None,
+        warnings: Sequence[str] = (),
     ):
-        self.backbone, self.announce = backbone, announce
+        self.backbone, self.announce, self.warnings = backbone, announce, tuple(warnings)
         self.prompt_name = prompt_name or OPEN_PROMPTS[0]
         self._store: ImageFeatures | None = None
 
@@ -113,13 +133,14 @@ class Model:
         return self.captions([image], decoding)[0]
 
     def captions(
-        self, images: Sequence[ImageSource], decoding: str | generation.Decoding = "caption", batch_size: int = 16
+        self, images: Iterable[ImageSource], decoding: str | generation.Decoding = "caption", batch_size: int = 16
     ) -> list[str]:
         """Describe every image in one sentence; `batch_size` images at once give the same sentences as one by one.
 
         Raises UserError if an image cannot be read, or if the decoding is unknown.
         """
-        return self._generate(images, _prompted(CAPTION_PROMPT), decoding, batch_size)
+        sources = [images] if isinstance(images, ImageSource) else list(images)
+        return self._generate(sources, _prompted(CAPTION_PROMPT), decoding, batch_size)
 
     def rank(
         self,
@@ -134,6 +155,8 @@ class Model:
 
         Raises UserError if there are fewer than two choices, or if the image or prompt cannot be used.
         """
+        if isinstance(choices, str):
+            raise UserError("choices must be a list of texts, not a text")
         if len(choices) < 2:
             raise UserError("ranking needs two choices at least")
         prompted = _prompted(prompt or self.prompt_name, question, tuple(choices), context)
@@ -149,16 +172,17 @@ class Model:
         top: int = 9,
         batch_size: int = 32,
         advance: Callable[[int], None] = lambda done: None,
+        skip: Skip | None = None,
     ) -> list[Match]:
         """The `top` images, in a folder and its subfolders or in a list, for which the text is the likeliest caption.
 
         Image features go to the feature store, so that the next search in these images is fast. `advance` receives the
-        number of images as they are computed. Raises UserError if there are no images or one cannot be read, or if
-        `text` is empty.
+        number of images as they are computed. An image that cannot be read is left out: `skip` receives it, by default
+        as a Python warning. Raises UserError if there are no images that can be read, or if `text` is empty.
         """
-        files = _image_files(images)
         prompted = PromptedQuestion(_prompted(CAPTION_PROMPT).prompt, text, wordings(text))
         image_features = self._stored_features()
+        files = self._usable_files(find_images(images), skip or _warn)
         questions = [Question(str(file), file, "", "") for file in files]
         image_features.prepare(questions, advance)
         (gray_score,) = self._score_candidates(self._see_gray(), prompted).logsumexp(1).tolist()
@@ -170,6 +194,22 @@ class Model:
             matches += [Match(file, score - gray_score) for file, score in batch]
         return sorted(matches, key=lambda match: -match.score)[:top]
 
+    def _usable_files(self, files: Sequence[Path], skip: Skip) -> list[Path]:
+        """Return the files that can be decoded; those whose features are stored are not decoded again."""
+        store = self._stored_features().store
+        assert store is not None
+
+        def check(file: Path) -> UserError | None:
+            try:
+                if store.missing([hash_image(file, "white")]):
+                    image_files.open_image(file)
+            except UserError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(features.thread_count()) as pool:
+            return select_usable(files, pool.map(check, files), skip)
+
     def _stored_features(self) -> ImageFeatures:
         if self._store is None:
             self._store = ImageFeatures.from_backbone(self.backbone, "stored", announce=self.announce)
@@ -177,11 +217,9 @@ class Model:
 
     def _see(self, images: Sequence[ImageSource]) -> Tensor:
         """Image features `B × P × D`."""
-        opened = [
-            image.convert("RGB") if isinstance(image, Image.Image) else image_files.open_image(Path(image))
-            for image in images
-        ]
-        return self.backbone.see(image_files.to_pixels(opened, self.backbone.image_size).to(self.backbone.device))
+        size = self.backbone.image_size
+        opened = [image_files.resize(open_source(image), size) for image in images]
+        return self.backbone.see(image_files.to_pixels(opened, size).to(self.backbone.device))
 
     def _see_gray(self) -> Tensor:
         """Features `1 × P × D` of a plain gray image."""
@@ -207,9 +245,20 @@ class Model:
     def _score_candidates(self, features_BPD: Tensor, prompted: PromptedQuestion) -> Tensor:
         """Log-likelihoods `B × M` of the same candidates for every image."""
         B = len(features_BPD)
-        batch = self.backbone.text.candidates(self.backbone.text.encode([prompted]) * B).to(self.backbone.device)
+        encoded = self.backbone.text.encode([prompted])
+        if encoded[0].cut_candidates:
+            raise UserError(
+                f"a choice or text is longer than {self.backbone.text.max_target} tokens, of which only the beginning "
+                "would be scored; shorten it"
+            )
+        batch = self.backbone.text.candidates(encoded * B).to(self.backbone.device)
         with torch.no_grad():
-            return self.backbone.score(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
+            sums_BM = self.backbone.score(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
+        if not sums_BM.isfinite().all():
+            raise UserError(
+                "the model's scores are NaN or infinite; check the weights of model and adapter, or use precision fp32"
+            )
+        return sums_BM
 
 
 def wordings(text: str) -> tuple[str, ...]:
@@ -218,6 +267,7 @@ def wordings(text: str) -> tuple[str, ...]:
     People search for `red star`, and captions say `a red star`; the sum of both likelihoods finds the images that
     either finds (measured on drawn images). Raises UserError if the text is empty.
     """
+    records.require_whole_characters(text, "the text")
     words = text.split()
     if not words:
         raise UserError("say what to search for")
@@ -228,16 +278,79 @@ def wordings(text: str) -> tuple[str, ...]:
 
 
 def _prompted(name: str, question: str = "", choices: tuple[str, ...] = (), context: str = "") -> PromptedQuestion:
+    for what, text in (("the question", question), ("the context", context), *(("a choice", c) for c in choices)):
+        if not isinstance(text, str):
+            raise UserError(f"{what} must be a text, but is of the type {type(text).__name__}")
+        records.require_whole_characters(text, what)
     return get_prompt(name)(Question("", Path(), question, "", choices, None, context))
 
 
-def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
+def open_source(source: ImageSource) -> Image.Image:
+    """Return an image in RGB, from a file, its content, or an image in memory; transparency is shown on white.
+
+    All of them give the same pixels. Raises UserError if the image cannot be used.
+    """
+    if isinstance(source, Image.Image):
+        return image_files.convert_image(source)
+    if isinstance(source, bytes):
+        return image_files.decode_image(source, "the image")
+    if isinstance(source, np.ndarray):
+        return image_files.convert_image(_array_image(source))
+    if not isinstance(source, str | Path):
+        raise UserError(f"an image must be a file, a PIL image or an array, but is of the type {type(source).__name__}")
+    if isinstance(source, str) and (reason := file_kinds.explain_no_path(source)):
+        raise UserError(f"the image {reason}")
+    return image_files.open_image(Path(source))
+
+
+def _array_image(array: np.ndarray) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype not in (np.uint8, np.uint16) or not is_image or (array.dtype == np.uint16 and array.ndim == 3):
+        raise UserError(
+            f"an image array must be height x width, or height x width x 3 or 4 channels, of the type uint8, but is "
+            f"{' x '.join(map(str, array.shape))} of the type {array.dtype}"
+        )
+    if not array.size:
+        raise UserError("the image array is empty")
+    return Image.fromarray(array)
+
+
+def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Return the image files in a folder and its subfolders, by their suffix; of a list, the files in the list.
+
+    Files and folders whose names begin with a dot are passed over. Raises UserError if there are none.
+    """
     if not isinstance(images, str | Path):
-        return [Path(image) for image in images]
+        files = [Path(image) for image in images]
+        if not files:
+            raise UserError("the list of images is empty")
+        return files
     folder = Path(images)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and not file.is_dir()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return files
+
+
+def select_usable(files: Sequence[Path], errors: Iterable[UserError | None], skip: Skip) -> list[Path]:
+    """Return the files without an error, and give the others to `skip`; raises UserError if none is left."""
+    failed = {file: error for file, error in zip(files, errors, strict=True) if error is not None}
+    usable = [file for file in files if file not in failed]
+    if failed and not usable:
+        first = next(iter(failed.values()))
+        raise first if len(failed) == 1 else UserError(f"none of {len(failed)} images can be used; the first: {first}")
+    for file, error in failed.items():
+        skip(file, error)
+    return usable
+
+
+def _warn(file: Path, error: UserError) -> None:
+    warnings.warn(f"left out: {error}", stacklevel=2)

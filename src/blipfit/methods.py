@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OWN = {"lora": "LoRA", "adalora": "AdaLoRA"}
-"""Methods that blipfit's bank carries out for several experiments at once, with their written names."""
+"""Methods of blipfit's own bank, which trains several experiments at once, with their written names."""
 RANKED = {"rank": "r", "alpha": "lora_alpha"}
-"""Fields of the recipe's adapter that a method of the LoRA family reads, and peft's names of them."""
+"""Fields of the recipe's adapter that methods of the LoRA family use, with peft's names for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftMethod:
-    """What a method is to peft; one experiment at a time, for a layer of peft holds one."""
+    """How peft is configured for a method.
+
+    A layer of peft holds one adapter, so these methods train one experiment at a time.
+    """
 
     title: str
     """Its written name."""
@@ -21,15 +24,15 @@ class PeftMethod:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fixed arguments of that class."""
     reads: Mapping[str, str] = field(default_factory=lambda: RANKED)
-    """Of the recipe's rank and alpha those that it reads, and peft's names of them."""
+    """Which of the recipe's rank and alpha the method uses, with peft's names for them."""
     feedforward: str | None = None
-    """Argument that lists the feed-forward layers, where they are adapted in another way."""
+    """Argument that lists the feed-forward layers, if the method adapts them in another way."""
     spectral: bool = False
-    """Whether it starts from the weights' singular vectors and takes them out of the frozen weights."""
+    """Whether the adapter starts from singular vectors of the weights, which are subtracted from the frozen weights."""
     quantization: tuple[str, ...] = ("8bit", "4bit")
-    """Quantized weights that it can stand beside."""
+    """Quantized weights that the method works with."""
     decays: bool = True
-    """Whether AdamW decays its matrices; not where a tensor that does nothing is not zero."""
+    """Whether AdamW decays its matrices; False for (IA)³, whose neutral value is 1."""
 
 
 PEFT: Mapping[str, PeftMethod] = {

@@ -300,8 +300,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _can_name_a_folder(self) -> "Recipe":
-        if not self.experiment or any(c in self.experiment for c in "/\\") or self.experiment.startswith("."):
-            raise ValueError(f"experiment {self.experiment!r} cannot name a folder")
+        name = self.experiment
+        # Not printable: zero bytes, line ends, half characters.
+        if not name or name.startswith(".") or not name.isprintable() or any(c in name for c in "/\\"):
+            raise ValueError(f"experiment {name!r} cannot name a folder")
         return self
 
     @model_validator(mode="after")
@@ -343,7 +345,9 @@ class Recipe(Config):
             path, equals, text = assignment.partition("=")
             if not equals:
                 raise UserError(f"--set {assignment}: write it as section.field=value")
-            recipe_parsing.assign(values, Recipe, _current_path(path.strip()), recipe_parsing.parse(assignment, text))
+            recipe_parsing.assign(
+                values, Recipe, _current_path(path.strip()), recipe_parsing.parse_value(assignment, text)
+            )
         return from_mapping(values)
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,7 @@
 """Text to values of a recipe: `--set` assignments, and validation errors explained in one sentence."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,18 @@ from pydantic import BaseModel
 
 from blipfit.errors import UserError
 
+_EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""Numbers such as 1e-4, which YAML 1.1 reads as text."""
 
-def parse(assignment: str, text: str) -> Any:
-    """The value in an assignment. Raises UserError if it is not YAML."""
+
+def parse_value(assignment: str, text: str) -> Any:
+    """The value of an assignment, `text` after its equals sign. Raises UserError if it is not YAML."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {assignment}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as text; everybody means the number.
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and _EXPONENT_NUMBER.fullmatch(text.strip()):
+        return float(value)
     return value
 
 

@@ -77,7 +77,7 @@ class Run:
 
     @property
     def data_file(self) -> Path:
-        """Hash of the questions that it is trained and evaluated on."""
+        """Hashes of the questions that it is trained and evaluated on, and of the base weights."""
         return self.folder / "data.json"
 
     @property
@@ -112,7 +112,13 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The result of a finished run. Raises UserError if it is missing or damaged."""
-        result: dict[str, Any] = read_json(self.result_file)
+        result = read_json(self.result_file)
+        expected = {"metrics": dict, "adapter_sha256": str}
+        if not isinstance(result, dict) or any(not isinstance(result.get(k), t) for k, t in expected.items()):
+            raise UserError(
+                f"{self.result_file} is damaged: it must be an object with {', '.join(expected)}; "
+                "copy the run folder again or train it again"
+            )
         return result
 
     @contextmanager
@@ -134,22 +140,24 @@ class Run:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
-    def claim(self, recipe: Recipe, data: str) -> State:
-        """Create the folder for this recipe on these questions (`data`: their hash).
+    def claim(self, recipe: Recipe, data: str, base: str | None = None) -> State:
+        """Create the folder for this recipe on these questions (`data`: their hash) and base weights (`base`: their
+        digest, if known).
 
-        Raises UserError if it holds results of another recipe or of other questions.
+        Raises UserError if it holds results of another recipe, of other questions or of other base weights.
         """
-        self.refuse_other(recipe, data)
+        self.refuse_other(recipe, data, base)
         state = self.state()
         if state == "new":
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe.to_yaml())
-            write_json(self.data_file, {"sha256": data})
+            write_json(self.data_file, {"sha256": data, **({} if base is None else {"base_sha256": base})})
         self.tidy()
         return state
 
-    def refuse_other(self, recipe: Recipe, data: str) -> None:
-        """Raise UserError if the folder holds results of another recipe or of other questions (`data`: their hash)."""
+    def refuse_other(self, recipe: Recipe, data: str, base: str | None = None) -> None:
+        """Raise UserError if the folder holds results of another recipe, of other questions (`data`: their hash) or of
+        other base weights (`base`: their digest, if known)."""
         if self.state() == "new":
             return
         contents = "results" if self.state() == "finished" else "an unfinished run"
@@ -157,8 +165,18 @@ class Run:
         if differences := self.recipe().differences(recipe):
             listed = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
             raise UserError(f"{self.folder} holds {contents} of another recipe ({listed}); {fix}")
-        if self.data_file.exists() and read_json(self.data_file)["sha256"] != data:
+        if not self.data_file.exists():
+            return
+        recorded = read_json(self.data_file)
+        if not isinstance(recorded, dict) or "sha256" not in recorded:
+            raise UserError(f"{self.data_file} is damaged: it must be an object with sha256; {fix}")
+        if recorded["sha256"] != data:
             raise UserError(f"{self.folder} holds {contents} on other questions than --data has now; {fix}")
+        if base is not None and recorded.get("base_sha256", base) != base:
+            raise UserError(
+                f"{self.folder} holds {contents} with other weights of {recipe.model.name} than it has now; restore "
+                f"them, or {fix}"
+            )
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to `log.jsonl`, in one call, so that a killed run leaves whole lines."""

@@ -1,7 +1,7 @@
-"""Sublayers that can be adapted: their names in recipes, and where transformers keeps them. The one table of them.
+"""The table of sublayers that can be adapted: their names in recipes, and patterns of transformers' module names.
 
-A line here is all that a new placement takes. A pattern matches whole module names of linear layers; where two of a
-tower match, parameters are counted with the first. (Source of the names: the original experiments.)
+To add a sublayer, add a line. A pattern matches the whole module name of a linear layer; if two patterns match, its
+parameters are counted for the first. (The names are those of the published experiments.)
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ QFORMER: Mapping[str, str] = {
     # Both branches, query and text.
     "ffn": _LAYER + r"(intermediate|intermediate_query|output|output_query)\.dense",
 }
-"""The Q-Former's; the self-attention's output dense was never adapted."""
+"""The Q-Former's sublayers. The output dense of the self-attention is not adapted, as in the published experiments."""
 
 LANGUAGE: Mapping[str, Mapping[str, str]] = {
     "attn": {
@@ -26,4 +26,4 @@ LANGUAGE: Mapping[str, Mapping[str, str]] = {
         "vicuna": r"language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)",
     },
 }
-"""The language model's; every name has a pattern for each family."""
+"""The language model's sublayers, with a pattern per family."""

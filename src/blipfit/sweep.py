@@ -21,8 +21,8 @@ from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
 from blipfit.training.trial import Trial
 
-SLOWER = 1.05
-"""Larger banks are not tried once a step takes so many times the least time per experiment."""
+MAX_SLOWDOWN = 1.05
+"""Larger banks are not tried once a step takes 1.05 times the lowest time per experiment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def make_plan(
     groups: dict[Any, list[Recipe]] = {}
     finished = []
     recipes = sorted(_distinct(recipes), key=lambda recipe: _first_use(recipes, recipe))
-    hashes = _check_inputs(recipes, data)
+    hashes = _hash_questions_by_title(recipes, data)
     for recipe in recipes:
         run = Run.of(results, recipe)
         run.refuse_other(recipe, hashes[recipe.title])
@@ -128,7 +128,7 @@ def _first_use(recipes: Sequence[Recipe], recipe: Recipe) -> int:
     return next(i for i, other in enumerate(recipes) if other.model == recipe.model)
 
 
-def _check_inputs(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
+def _hash_questions_by_title(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
     """Check all inputs, and return the hash of each experiment's questions by its title."""
     hashes: dict[str, str] = {}
     for name in dict.fromkeys(recipe.data.name for recipe in recipes):
@@ -154,7 +154,7 @@ def measure_trials(
         if latest is None:
             break
         trials.append(latest)
-        if latest.seconds_each > SLOWER * min(t.seconds_each for t in trials):
+        if latest.seconds_each > MAX_SLOWDOWN * min(t.seconds_each for t in trials):
             break
     if not trials:
         raise UserError(

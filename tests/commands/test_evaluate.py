@@ -65,6 +65,25 @@ def test_base_and_adapter_in_one_table():
     assert "no CLIP score" not in printed
 
 
+def test_what_the_numbers_leave_out_is_said_below_them():
+    texts = _texts(0.0)
+    texts["rouge_unread"] = {"references": {"texts": 4, "unread": 3, "partly_read": 1, "empty": 0}}
+    texts["clip_score"]["clamped_mean"] = 12.5
+    counts = {"questions": 4, "cut_qformer_prompts": 2, "choices": 8, "cut_choices": 0, "empty_questions": 1}
+    facts = {"max_text_tokens": 128, "max_target_tokens": 256, "test": counts | {"equal_choices": 0}}
+    totals = {"judge": "mme", "perception": 1.0, "cognition": 0.0, "missing": [], "subtasks": {"count": {"score": 1.0}}}
+    mme = totals | {"deviations": ["number of questions: count 2 of 60"]}
+    records = [_record("own", texts, texts, {}, texts=facts), _record("mme", mme, mme, {})]
+    printed = _printed(evaluate.render_on(records))
+    assert "own: ROUGE cannot read 3 of 4 references" in printed
+    assert "own: ROUGE cannot read letters other than a–z and 0–9 in 1 of 4 references" in printed
+    assert "own: CLIP score is mean_of_clamped" in printed
+    assert "clamped_mean, which torchmetrics computes, is 12.5" in printed.replace("\n", " ")
+    assert "own: 2 of 4 prompts are longer than 128 tokens of the Q-Former" in printed
+    assert "own: 1 of 4 questions are empty" in printed
+    assert "mme: not the MME benchmark: number of questions: count 2 of 60" in printed
+
+
 def test_a_model_alone_has_no_second_column():
     record = _record("icons", _accuracy(50.0), None, None)
     del record["tuned"], record["difference"]

@@ -52,6 +52,7 @@ def test_prepared_folder_holds_the_same_questions_and_pictures(tree: Path, tmp_p
     report = mme.prepare(tree, tmp_path / "mme")
     assert report.counts == {"test": 6}
     assert "part of the whole set, which has 2374 test" in str(report)
+    assert "note: not the MME benchmark: number of questions: artwork 2 of 400, code_reasoning 4 of 40" in str(report)
     prepared = data.load("mme", tmp_path / "mme", "test")
     assert fields(prepared) == EXPECTED
     for before, after in zip(mme.read_questions(tree), prepared, strict=True):
@@ -111,6 +112,19 @@ def test_hub_rows_become_pairs(hub_rows: list[dict], tmp_path: Path):
     report = mme.prepare(write_parquet(tmp_path / "download", hub_rows), tmp_path / "mme")
     assert fields(data.load("mme", tmp_path / "mme", "test")) == EXPECTED
     assert report.images == {"written": 3}
+    assert report.notes == mme.prepare(tmp_path / "mme", tmp_path / "again").notes
+    assert len(report.notes) == 2
+
+
+def test_equal_truths_are_said_by_prepare(tree: Path, tmp_path: Path):
+    (tree / "code_reasoning" / "0001.txt").write_text("Is it C?\tNo\nIs it Python?\tNo\n")
+    report = mme.prepare(tree, tmp_path / "mme")
+    assert "not the MME benchmark: code_reasoning: images with two equal truths: 1, first 0001.png" in str(report)
+
+
+def test_the_published_counts_add_up():
+    assert tuple(mme.PUBLISHED_COUNTS) == mme.SUBTASKS
+    assert sum(mme.PUBLISHED_COUNTS.values()) == mme.PUBLISHED["test"]
 
 
 def test_an_invalid_hub_row_is_an_error_and_writes_nothing(hub_rows: list[dict], tmp_path: Path):
@@ -156,12 +170,15 @@ def test_mistakes_are_errors_that_name_the_line(tree: Path, tmp_path: Path):
 
 def test_real_questions_have_two_lines_per_image(shared: Path):
     total = 0
+    questions = {}
     for subtask in mme.SUBTASKS:
         file = shared / "mme" / "questions" / f"{subtask}.txt"
         lines = list(mme.read_columns(file, ("image", "question", "Yes|No")))
         mme.check_pairs([fields[0] for _, fields in lines], str(file))
         total += len(lines)
+        questions[subtask] = [(image, text, truth.lower()) for _, (image, text, truth) in lines]
     assert total == mme.PUBLISHED["test"]
+    assert mme.find_deviations(questions) == []
 
 
 @pytest.mark.hub

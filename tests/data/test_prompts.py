@@ -75,6 +75,14 @@ def test_options_are_lettered_to_the_end_of_the_alphabet():
     assert format_choices([str(n) for n in range(26)])[25] == "(z) 25"
 
 
+def test_more_choices_than_letters_are_refused_by_every_prompt():
+    with pytest.raises(UserError, match=r"27 choices: at most 26 can be lettered \(a to z\)"):
+        format_choices([str(n) for n in range(27)])
+    for write_prompt in PROMPTS.values():
+        with pytest.raises(UserError, match="100 choices: at most 26"):
+            write_prompt(question(choices=tuple(map(str, range(100))), answer="1"))
+
+
 def test_every_prompt_has_a_version():
     assert all(name.rpartition("-v")[2].isdigit() for name in PROMPTS)
 

@@ -203,6 +203,18 @@ def test_prepared_folder_is_training_data(tmp_path: Path):
     assert pairs[0].extra_fields == {"query_source": "COCO"}
 
 
+def test_pairs_without_a_clear_answer_are_counted(tmp_path: Path):
+    rows = [row(number) for number in range(30)]
+    rows[3] |= {"query": "<image>\n "}
+    rows[5] |= {"response": ["same", "same"]}
+    for number, entry in enumerate(rows):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+        entry["image"] = f"{number}.png"
+    report = rewardbench.prepare(write_jsonl(tmp_path / "test.jsonl", rows), tmp_path / "out")
+    assert f"note: 1 pairs with an empty query, first {rows[3]['id']}" in str(report)
+    assert f"note: 1 pairs with two equal responses, first {rows[5]['id']}" in str(report)
+
+
 def test_preparing_again_gives_the_same_folder(tmp_path: Path):
     icons.write_preferences(tmp_path / "icons", n=30)
     rewardbench.prepare(tmp_path / "icons", tmp_path / "one")

@@ -9,6 +9,7 @@ import pytest
 
 from blipfit.data import scienceqa
 from blipfit.errors import UserError
+from blipfit.evaluation import metrics
 
 PUBLISHED_TRAIN = (
     '[{"image": "scienceqa/images/train/3/image.png", "question": "Question 3?", "answer": "(a) alpha", '
@@ -198,6 +199,55 @@ BROKEN = {
         lambda root: edit_json(root / "problems.json", lambda p: p.pop("4")),
         r"pid_splits\.json: val names problem 4, which is not in .*problems\.json",
     ),
+    "problem twice in a split": (
+        lambda root: edit_json(root / "pid_splits.json", lambda s: s["test"].append("7")),
+        r"pid_splits\.json: test names problem 7 twice; ",
+    ),
+    "problem twice, once as a number": (
+        lambda root: edit_json(root / "pid_splits.json", lambda s: s["val"].append(4)),
+        r"pid_splits\.json: val names problem 4 twice; ",
+    ),
+    "problem in two splits": (
+        lambda root: edit_json(root / "pid_splits.json", lambda s: s["test"].append("1")),
+        r"pid_splits\.json: train and test both name problem 1; ",
+    ),
+    "problem without an image in two splits": (
+        lambda root: edit_json(root / "pid_splits.json", lambda s: s["val"].append("2")),
+        r"pid_splits\.json: train and val both name problem 2; ",
+    ),
+    "grade no number": (
+        lambda root: edit_json(root / "problems.json", lambda p: p["4"].update(grade="g")),
+        r"problem 4: 'grade' must be grade1 to grade12 but is 'g'",
+    ),
+    "grade without its number": (
+        lambda root: edit_json(root / "problems.json", lambda p: p["4"].update(grade="grade")),
+        r"problem 4: 'grade' must be grade1 to grade12 but is 'grade'",
+    ),
+    "grade not written in ASCII": (
+        lambda root: edit_json(root / "problems.json", lambda p: p["4"].update(grade="grade٤")),
+        r"problem 4: 'grade' must be grade1 to grade12",
+    ),
+    "grade of no school": (
+        lambda root: edit_json(root / "problems.json", lambda p: p["4"].update(grade="grade13")),
+        r"problem 4: 'grade' must be grade1 to grade12 but is 'grade13'",
+    ),
+    "grade a list": (
+        lambda root: edit_json(root / "problems.json", lambda p: p["4"].update(grade=["grade4"])),
+        r"problem 4: 'grade' must be grade1 to grade12",
+    ),
+    "problem twice in the official file": (
+        lambda root: (root / "problems.json").write_text(
+            (root / "problems.json")
+            .read_text()
+            .replace('{"1":', '{"4": {}, "1":', 1)
+            .replace('{"3":', '{"4": {}, "3":', 1)
+        ),
+        r"problems\.json: an object names '4' twice; remove one",
+    ),
+    "split named twice": (
+        lambda root: (root / "pid_splits.json").write_text('{"train": ["1"], "val": ["4"], "test": [], "val": []}'),
+        r"pid_splits\.json: an object names 'val' twice",
+    ),
     "split gone": (
         lambda root: edit_json(root / "pid_splits.json", lambda s: s.pop("val")),
         r"pid_splits\.json: val: expected a list",
@@ -278,6 +328,60 @@ def test_load_refuses_a_wrong_entry(prepared: Path, change: dict, sentence: str)
     edit_json(prepared / "scienceqa_train.json", lambda entries: entries[0].update(change))
     with pytest.raises(UserError, match=sentence):
         scienceqa.load(prepared, "train")
+
+
+@pytest.mark.parametrize("grade", ["grade1", "grade12", "4", 4, "", None])
+def test_grades_that_prepare_accepts(official_scienceqa: Path, tmp_path: Path, grade):
+    edit_json(official_scienceqa / "problems.json", lambda problems: problems["4"].update(grade=grade))
+    scienceqa.prepare(official_scienceqa, tmp_path / "sqa")
+    questions = scienceqa.load(tmp_path / "sqa", "val")
+    assert questions[0].tags.get("grade") == (str(grade) if grade else None)
+    metrics.leaderboard(questions, [True, False])  # the last step of a training
+
+
+def test_empty_questions_and_equal_choices_are_counted_by_prepare(official_scienceqa: Path, tmp_path: Path):
+    assert scienceqa.prepare(official_scienceqa, tmp_path / "good").notes == []
+    edit_json(official_scienceqa / "problems.json", lambda problems: problems["4"].update(question=" "))
+    edit_json(official_scienceqa / "problems.json", lambda problems: problems["6"].update(choices=["a", "b", "a"]))
+    report = str(scienceqa.prepare(official_scienceqa, tmp_path / "sqa"))
+    assert "note: 1 problems with an empty question, first 4" in report
+    assert "note: 1 problems with two equal choices, first 6" in report
+
+
+def test_load_refuses_an_id_that_occurs_twice(prepared: Path):
+    file = prepared / "scienceqa_test.json"
+    before = file.read_text()
+    edit_json(file, lambda entries: entries.append(entries[0]))
+    with pytest.raises(UserError, match=r"scienceqa_test\.json: entries 1 and 4 both have question_id 6; remove one"):
+        scienceqa.load(prepared, "test")
+    file.write_text(before)
+    edit_json(file, lambda entries: entries[1].update(question_id=1))  # a number here, a text in train
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"question_id 1 is in scienceqa_\w+\.json and in scienceqa_\w+\.json"):
+            scienceqa.load(prepared, split)
+    assert len(scienceqa.load(prepared, "val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("tags", "sentence"),
+    [
+        ({"grade": "g"}, r"scienceqa_facts\.json: problem 3: 'grade' must be grade1 to grade12 but is 'g'"),
+        ({"grade": 4}, r"scienceqa_facts\.json: problem 3: every tag must be text"),
+        ("tags", r"scienceqa_facts\.json: problem 3: expected an object"),
+    ],
+)
+def test_load_refuses_wrong_tags(prepared: Path, tags, sentence: str):
+    edit_json(prepared / scienceqa.TAGS_FILE, lambda all_tags: all_tags.update({"3": tags}))
+    with pytest.raises(UserError, match=sentence):
+        scienceqa.load(prepared, "train")
+
+
+def test_load_refuses_a_wrong_grade_in_the_official_file(prepared: Path, official_scienceqa: Path):
+    (prepared / scienceqa.TAGS_FILE).unlink()
+    shutil.copy(official_scienceqa / "problems.json", prepared)
+    edit_json(prepared / "problems.json", lambda problems: problems["8"].update(grade="eight"))
+    with pytest.raises(UserError, match=r"problems\.json: problem 8: 'grade' must be grade1 to grade12"):
+        scienceqa.load(prepared, "val")
 
 
 def write_parquet(root: Path, official: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -150,6 +151,29 @@ def test_equals_torchmetrics(checkpoint: Path, pairs):
         assert scores.values[0] == pytest.approx(expected.item(), abs=1e-4)
         compared += 1
     assert compared > 20
+
+
+def test_both_means_are_offered_by_name(checkpoint: Path, pairs):
+    """Some cosines are negative, so clamping every pair and clamping the mean differ."""
+    clip_model = clip.load(str(checkpoint))
+    scores = clip_score.score(clip_model, *pairs)
+    assert min(scores.cosines) < 0
+    assert scores.values == tuple(max(cosine, 0.0) for cosine in scores.cosines)
+    assert scores.mean_of_clamped == pytest.approx(np.mean(scores.values))
+    assert scores.clamped_mean == pytest.approx(max(np.mean(scores.cosines), 0))
+    assert scores.mean_of_clamped > scores.clamped_mean
+    negative = clip_score.ClipScores((0.0, 0.0), 0, (-1.0, -3.0))
+    assert (negative.mean_of_clamped, negative.clamped_mean) == (0, 0)
+    empty = clip_score.ClipScores((), 0)
+    assert (empty.mean_of_clamped, empty.clamped_mean) == (None, None)
+
+
+def test_a_score_that_is_not_finite_is_an_error(pairs):
+    clip_model = clip.load("tiny-clip")
+    with torch.no_grad():
+        clip_model.model.text_projection.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"the CLIP score of pair 1 \('a star'\) is nan"):
+        clip_score.score(clip_model, pairs[0][:2], ["a star", "b"])
 
 
 def test_a_text_of_77_tokens_is_read_whole_and_one_of_78_is_truncated(checkpoint: Path, pairs):

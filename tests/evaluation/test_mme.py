@@ -44,7 +44,8 @@ def test_real_answers_score_as_the_official_tool_scores_them(lavin: Path):
     assert (record["perception"], record["cognition"]) == (963.61, 249.64)
     assert {subtask: facts["score"] for subtask, facts in record["subtasks"].items()} == OFFICIAL
     assert record["questions"] == 2374
-    assert record["missing"] == record["ignored"] == []
+    assert record["missing"] == record["ignored"] == record["deviations"] == []
+    assert record["benchmark"] is True
     for facts in record["subtasks"].values():
         assert (
             sum(sum(row.values()) for row in facts["confusion"].values()) == facts["questions"] == 2 * facts["images"]
@@ -94,9 +95,9 @@ RESPONSES = [
 RESPONSES += ["y\x0bes", "İyes", "unknown", "The answer is no", "yes\x85", "nO", "nonsense", "noy", "1. yes"]
 
 
-def independent(file: Path) -> tuple[Fraction, Fraction] | int | None:
+def independent(content: bytes) -> tuple[Fraction, Fraction] | int | None:
     """A second implementation: acc and acc+, or the number of the invalid line, or None if the pairing is invalid."""
-    lines = re.findall(rb"[^\n]*\n|[^\n]+$", file.read_bytes()) or [b""]
+    lines = re.findall(rb"[^\n]*\n|[^\n]+$", content) or [b""]
     correct, images = [], []
     for number, raw in enumerate(lines, 1):
         match = re.fullmatch(r"([^\t]*)\t([^\t]*)\t(yes|no)\t([^\t]*)", raw.decode().lower(), re.DOTALL)
@@ -138,30 +139,53 @@ def random_file(generator: random.Random) -> str:
     return "\n".join(lines) + generator.choice(["\n", ""])
 
 
-def test_a_second_implementation_agrees_on_1000_files(tmp_path: Path):
+def test_a_second_implementation_agrees_on_10000_files():
     generator = random.Random(11)
     kinds = {"scored": 0, "line": 0, "pairing": 0}
-    for _ in range(1000):
-        subtask = generator.choice(SUBTASKS)
-        folder = tmp_path / "answers"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{subtask}.txt"
-        file.write_text(random_file(generator), encoding="utf-8")
-        expected = independent(file)
+    for _ in range(10_000):
+        subtask, content = generator.choice(SUBTASKS), random_file(generator)
+        expected = independent(content.encode())
         if isinstance(expected, tuple):
             kinds["scored"] += 1
             acc, acc_plus = expected
-            facts = mme.score_mme(folder)["subtasks"][subtask]
+            record = mme.score_answers({subtask: mme.parse_answers(content, "FILE")})
+            facts = record["subtasks"][subtask]
             assert Fraction(facts["right"], facts["questions"]) == acc
             assert Fraction(facts["both_right"], facts["images"]) == acc_plus
             assert facts["score"] == round(float(100 * (acc + acc_plus)), 2)
+            assert facts["score"] == record["perception"] + record["cognition"]
         else:
             kinds["pairing" if expected is None else "line"] += 1
-            message = re.escape(str(file)) + (r"[: ]" if expected is None else f":{expected}: ")
-            with pytest.raises(UserError, match=message):
-                mme.score_mme(folder)
-        file.unlink()
-    assert min(kinds.values()) > 50, kinds
+            with pytest.raises(UserError, match=r"FILE[: ]" if expected is None else f"FILE:{expected}: "):
+                mme.parse_answers(content, "FILE")
+    assert min(kinds.values()) > 500, kinds
+
+
+def test_totals_of_whole_benchmarks_equal_those_of_a_second_implementation():
+    """All 14 subtasks at once: the totals are sums of the unrounded scores of ten and of four subtasks."""
+    generator = random.Random(12)
+    for _ in range(100):
+        contents = {subtask: valid_file(generator) for subtask in SUBTASKS}
+        record = mme.score_answers({s: mme.parse_answers(content, s) for s, content in contents.items()})
+        scores = {s: 100 * sum(independent(content.encode())) for s, content in contents.items()}  # type: ignore[arg-type]
+        perception = sum(scores[s] for s in list(SUBTASKS)[:10])
+        assert record["perception"] == round(float(perception), 2)
+        assert record["cognition"] == round(float(sum(scores.values()) - perception), 2)
+
+
+def valid_file(generator: random.Random) -> str:
+    while True:
+        content = random_file(generator)
+        if isinstance(independent(content.encode()), tuple):
+            return content
+
+
+def test_a_file_is_read_as_its_text(tmp_path: Path):
+    generator = random.Random(13)
+    for _ in range(50):
+        content = valid_file(generator)
+        (tmp_path / "count.txt").write_text(content, encoding="utf-8")
+        assert mme.read_answers(tmp_path) == {"count": mme.parse_answers(content, "")}
 
 
 def lines(*responses: str) -> str:
@@ -184,6 +208,11 @@ def test_two_subtasks_calculated_by_hand(tmp_path: Path):
         "no": {"yes": 0, "no": 1, "other": 1},
     }
     assert len(record["missing"]) == 12
+    assert record["benchmark"] is False
+    assert record["deviations"][:2] == [
+        "12 of 14 subtasks have no questions",
+        "number of questions: count 4 of 60, text_translation 2 of 40",
+    ]
     assert record["ignored"] == ["notes.txt"]
 
 
@@ -216,6 +245,40 @@ def test_invalid_files_are_refused_with_the_line(tmp_path: Path):
         mme.score_mme(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         mme.score_mme(tmp_path / "nowhere")
+
+
+def benchmark_lines(lavin: Path, subtask: str) -> list[str]:
+    return (lavin / f"{subtask}.txt").read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda lines: lines[:-2], r"number of questions: count 58 of 60"),
+        (lambda lines: lines + lines[:2], r"number of questions: count 62 of 60"),
+        (lambda lines: lines[:-2] + lines[:2], r"count: questions that occur more than once: 2, first 'Is there"),
+        (lambda lines: [lines[0], lines[0], *lines[2:]], r"count: questions that occur more than once: 1, first"),
+        (
+            lambda lines: [*lines[:2], *(line.replace("?", "??") for line in lines[:2]), *lines[4:]],
+            r"count: images with more than two questions: 1, first \S+\.jpg",
+        ),
+        (
+            lambda lines: [re.sub(r"\t(Yes|No)\t", "\tYes\t", line) for line in lines[:4]] + lines[4:],
+            r"count: images with two equal truths: 2, first \S+\.jpg",
+        ),
+        (lambda lines: [re.sub(r"\t.*?\t", "\t \t", lines[0], count=1), *lines[1:]], r"count: empty questions: 1"),
+        (lambda lines: None, r"1 of 14 subtasks have no questions"),
+    ],
+)
+def test_what_is_not_the_benchmark_is_not_reported_as_mme(lavin: Path, tmp_path: Path, change, sentence: str):
+    for subtask in SUBTASKS:
+        lines = benchmark_lines(lavin, subtask)
+        changed = change(lines) if subtask == "count" else lines
+        if changed is not None:
+            (tmp_path / f"{subtask}.txt").write_text("".join(changed))
+    record = mme.score_mme(tmp_path)
+    assert record["benchmark"] is False
+    assert any(re.search(sentence, deviation) for deviation in record["deviations"]), record["deviations"]
 
 
 def questions(*places: tuple[str, str]) -> list[Question]:

@@ -58,6 +58,47 @@ def test_a_higher_validation_score_means_a_lower_loss(backbone, encoded_split):
     assert results[0].value != results[1].value
     assert (results[0].score > results[1].score) == (results[0].value < results[1].value)
     assert [result.finite for result in results] == [True, True, False]
+    assert [result.non_finite_question for result in results] == [None, None, "0"]
+
+
+def _bank_with_nan(backbone):
+    bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 2, [0, 0])
+    bank.tensor(1, "language_projection.bias").add_(math.nan)
+    return bank
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_its_question(backbone, encoded_split, value):
+    """Only the image features of question 4 are damaged."""
+    original = _features_of(backbone, encoded_split)
+
+    def get_features(questions):
+        features = original(questions).clone()
+        for row, question in enumerate(questions):
+            if question.id == "4":
+                features[row] = value
+        return features
+
+    (result,) = protocol.validate(backbone, encoded_split, get_features, OPEN)
+    assert (result.finite, result.non_finite_question) == (False, "4")
+    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, OPEN)
+    assert not evaluation.finite
+    with pytest.raises(UserError, match="question 4: the model's score is NaN or infinite"):
+        evaluation.require_finite()
+
+
+def test_a_ranking_that_is_not_finite_names_its_question(backbone, encoded_split):
+    prompted = [PromptedQuestion(p.prompt, "(b) y", ("(a) x", "(b) y")) for p in encoded_split.prompted]
+    split = EncodedSplit(encoded_split.questions, prompted, backbone.text.encode(prompted))
+    _bank_with_nan(backbone)
+    config = EvaluationConfig(batch_size=3)
+    results = protocol.validate(backbone, split, _features_of(backbone, split), config)
+    assert [(result.finite, result.non_finite_question) for result in results] == [(True, None), (False, "0")]
+    good, bad = protocol.evaluate_split(backbone, split, _features_of(backbone, split), config)
+    good.require_finite()
+    assert (good.finite, bad.finite) == (True, False)
+    with pytest.raises(UserError, match="question 0: the model's score"):
+        bad.require_finite()
 
 
 def test_generated_texts_are_compared_with_the_reference_answers(backbone, encoded_split):

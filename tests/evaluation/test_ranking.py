@@ -11,6 +11,7 @@ import reference
 from blipfit.adapters.bank import Bank
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
+from blipfit.errors import UserError
 from blipfit.evaluation import ranking
 from blipfit.evaluation.ranking import QuestionScores
 from blipfit.recipe import AdapterConfig
@@ -68,6 +69,16 @@ def test_scores_that_are_not_finite_are_detected():
     assert QuestionScores((-1.0, -2.0), (1, 1)).finite
     assert not QuestionScores((-1.0, math.nan), (1, 1)).finite
     assert not QuestionScores((-math.inf, -1.0), (1, 1)).finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_an_error_with_the_questions_id(value):
+    ranked = [QuestionScores((-1.0, -2.0), (1, 1)), QuestionScores((-1.0, value, -2.0, -1.0), (1, 1, 1, 1))]
+    assert ranking.find_non_finite(QUESTIONS, SCORES) is None
+    ranking.require_finite(QUESTIONS, SCORES)
+    assert ranking.find_non_finite(QUESTIONS, ranked) == "q2"
+    with pytest.raises(UserError, match=r"question q2: the model's score is NaN or infinite; check the weights"):
+        ranking.require_finite(QUESTIONS, ranked)
 
 
 QUESTIONS = [

@@ -1,7 +1,11 @@
 """VL-RewardBench's rules: verdicts in texts, both orders, majority of samples, ties, duplicates, averages."""
 
 import json
+import math
 import random
+import re
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation import rewardbench
 from blipfit.evaluation.rewardbench import (
     Judgment,
+    complete_outcome,
     judge_prompt,
     judgment_record,
     majority_outcome,
@@ -73,7 +78,90 @@ def test_the_majority_decides():
     assert majority_outcome(["right"]) == "right"
     assert majority_outcome(["wrong", "right", "wrong"]) == "wrong"
     assert majority_outcome(["wrong", "right"]) == "tie"
-    assert majority_outcome(["right", "right", "unparsed"]) == "unparsed"
+    assert majority_outcome(["right", "right", "unparsed"]) == "right"
+    assert majority_outcome(["wrong", "unparsed", "wrong"]) == "wrong"
+    assert majority_outcome(["right", "unparsed"]) == "tie"
+    assert majority_outcome(["right", "right", "wrong", "unparsed"]) == "tie"
+    assert majority_outcome(["right", "unparsed", "unparsed"]) == "unparsed"
+    assert majority_outcome(["right", "wrong", "unparsed"]) == "tie"
+
+
+def test_by_the_stricter_rule_a_missing_verdict_excludes_the_pair():
+    assert complete_outcome(["right", "right", "unparsed"]) == "unparsed"
+    assert complete_outcome(["right", "right", "wrong"]) == "right"
+    assert complete_outcome(["right", "wrong"]) == "tie"
+
+
+def test_the_official_value_and_the_stricter_one_stand_side_by_side(tmp_path: Path):
+    names = ("RLHF-V-1", "mmmu_1", "wildvision-1")
+    judgments = [(pair(name), False, number) for name in names for number in (1, 1, 0)]
+    record = rewardbench.score_rewardbench(write_judgments(tmp_path / "judgments.jsonl", judgments))
+    assert record["macro"] == record["pooled"]["accuracy"] == record["pooled"]["strict"] == 100
+    assert {name: facts["accuracy"] for name, facts in record["categories"].items()} == {
+        "general": 100,
+        "hallucination": 100,
+        "reasoning": 100,
+    }
+    complete = record["complete"]
+    assert (complete["macro"], complete["pooled"]["accuracy"], complete["pooled"]["unparsed"]) == (None, None, 3)
+    assert (complete["pooled"]["pairs"], complete["pooled"]["strict"]) == (3, 0)
+
+
+def test_long_judgments_are_read_in_linear_time():
+    for text in (
+        "therefore answer 1 " * 50_000,
+        "Therefore " + "answer 1 is the slightly " * 50_000,
+        "Therefore answer " + " " * 1_000_000 + "1",
+        "Therefore answer " + "1" * 1_000_000,
+        "overall judgment" * 50_000,
+    ):
+        start = time.perf_counter()
+        assert parse_verdict(text) is None
+        assert time.perf_counter() - start < 2
+        assert parse_verdict(text + " Therefore Answer 2 is better") == 2
+
+
+def test_a_number_of_thousands_of_digits_is_no_answers_number():
+    text = f"Therefore answer {'9' * 5000} is better"
+    verdict = parse_verdict(text)
+    assert verdict is not None
+    assert verdict > 2
+    assert Judgment("a", ("a",), 0, False, text).outcome == "right"  # as any number that no answer has
+    assert parse_verdict(f"Therefore answer {'0' * 5000}1 is better") == 1
+    record = judgment_record(pair("RLHF-V-1"), False, text)
+    assert json.loads(json.dumps(record))["meta"]["flag_status"] == "agree"
+
+
+_ONE_EXPRESSION = re.compile(
+    r"(?:overall judgment|therefore).*answer\s*(\d+)\s*is\s*(?:the\s*)?(?:slightly\s*)?better", re.IGNORECASE
+)
+
+
+def test_heading_and_verdict_are_those_of_the_official_expression():
+    generator = random.Random(5)
+    pieces = [
+        "overall judgment",
+        "Therefore",
+        "answer",
+        "Answer ",
+        " ",
+        "\n",
+        "*",
+        "1",
+        "2",
+        "٣",
+        "is",
+        "the",
+        "slightly",
+    ]
+    pieces += ["better", " is better", "Answer 2 is better", "ſ", "x", "\r", "over", "answer 1 is the slightly "]
+    verdicts = 0
+    for _ in range(20_000):
+        text = "".join(generator.choices(pieces, k=generator.randrange(2, 14)))
+        match = _ONE_EXPRESSION.search(text.replace("\n", "").replace("*", ""))
+        assert parse_verdict(text) == (int(match[1]) if match else None), text
+        verdicts += match is not None
+    assert verdicts > 1000
 
 
 def pair(name: str, best: int = 0, text: str = "x") -> Pair:
@@ -144,16 +232,74 @@ def independent(lines: list[dict], k: int) -> dict:
                 number = int(digits)
         rejected = line["ranking"].index(1 if line["meta"]["random_number"] == 0 else 0) + 1
         entry[2 if number is None else 1 if number == rejected else 0] += 1
-    groups = {"hallucination": [0, 0], "reasoning": [0, 0], "general": [0, 0]}
+    official, complete = ({"hallucination": [0, 0, 0], "reasoning": [0, 0, 0], "general": [0, 0, 0]} for _ in range(2))
     for agree, reject, unmatched, name in counts.values():
-        if unmatched == 0 and agree != reject:
-            prefix = name[: min(at for mark in "_-" if (at := name.find(mark)) > 0)]
-            halls, reasons = ("RLHF", "RLAIF", "hallucination"), ("mmmu", "mathverse")
-            group = "hallucination" if prefix in halls else "reasoning" if prefix in reasons else "general"
-            groups[group][agree < reject] += 1
-    rates = {name: right / (right + wrong) for name, (right, wrong) in groups.items()}
-    pooled = sum(right for right, _ in groups.values()) / sum(map(sum, groups.values()))
-    return {**rates, "pooled": pooled, "macro": sum(rates.values()) / 3}
+        prefix = name[: min(at for mark in "_-" if (at := name.find(mark)) > 0)]
+        halls, reasons = ("RLHF", "RLAIF", "hallucination"), ("mmmu", "mathverse")
+        group = "hallucination" if prefix in halls else "reasoning" if prefix in reasons else "general"
+        total = agree + reject + unmatched
+        official[group][0 if agree > total / 2 else 1 if reject > total / 2 else 2] += 1
+        complete[group][2 if unmatched or agree == reject else 0 if agree > reject else 1] += 1
+    return {"official": averages(official), "complete": averages(complete)}
+
+
+def averages(groups: dict[str, list[int]]) -> dict[str, float | None]:
+    """Rates of right among the decided pairs from [right, wrong, excluded] of every category."""
+    rates = {name: right / (right + wrong) if right + wrong else None for name, (right, wrong, _) in groups.items()}
+    right, wrong = (sum(group[n] for group in groups.values()) for n in (0, 1))
+    macro = None if None in rates.values() else sum(rates.values()) / 3
+    return {**rates, "pooled": right / (right + wrong) if right + wrong else None, "macro": macro}
+
+
+def accuracies(summary: dict) -> dict[str, float | None]:
+    """The accuracies of a summary as fractions, None for categories without a pair or a decided one."""
+    values = {name: summary["categories"].get(name, {}).get("accuracy") for name in rewardbench.CATEGORIES}
+    values |= {"pooled": summary["pooled"]["accuracy"], "macro": summary["macro"]}
+    return {name: None if value is None else value / 100 for name, value in values.items()}
+
+
+ENDINGS = [
+    "Overall Judgment: Answer 1 is better.",
+    "Overall Judgment: Answer 2 is better.",
+    "**Overall Judgment**:\n**Answer 1** is the better one.",
+    "Therefore Answer 2 is slightly better, so Answer 1 is better",
+    "Therefore Answer 3 is better.",
+    "Therefore…\n",
+    "Overall Judgment: both are fine.",
+    "",
+]
+NAMES = ("RLHF-V-1", "RLAIF-V-1", "hallucination_pair-1", "mmmu_1", "mathverse_1", "wildvision-1", "rlhf-1", "x_1")
+
+
+def random_judgments(generator: random.Random) -> list[dict]:
+    """The lines of a judgments file: one to six pairs, up to six judgments each, missing verdicts, in random order."""
+    lines = []
+    for number in range(generator.randint(1, 6)):
+        row = pair(generator.choice(NAMES), generator.randrange(2), f"x{number // 2}")
+        endings = generator.choices(ENDINGS, weights=[6, 6, 2, 2, 1, generator.randrange(9), 2, 2], k=6)
+        lines += [
+            judgment_record(row, generator.random() < 0.5, f"Answer 1 is clear.\n{ending}")
+            for ending in endings[: generator.randint(1, 6)]
+        ]
+    generator.shuffle(lines)
+    return lines
+
+
+def test_a_second_implementation_agrees_on_10000_files():
+    generator = random.Random(6)
+    outcomes: Counter[str] = Counter()
+    for _ in range(10_000):
+        lines, k = random_judgments(generator), generator.choice((1, 3, 5))
+        judgments = rewardbench.parse_judgments((f"FILE:{n}", line) for n, line in enumerate(lines, start=1))
+        record, expected = rewardbench.score_judgments(judgments, k), independent(lines, k)
+        for name, summary in (("official", record), ("complete", record["complete"])):
+            values = accuracies(summary)
+            for key, value in expected[name].items():
+                assert values[key] == value or values[key] == pytest.approx(value, abs=1e-6), (name, key, lines)
+            assert sum(summary["pooled"][outcome] for outcome in rewardbench.OUTCOMES) == summary["pooled"]["pairs"]
+        outcomes.update({outcome: record["pooled"][outcome] for outcome in rewardbench.OUTCOMES})
+        outcomes["rules differ"] += record["macro"] != record["complete"]["macro"]
+    assert min(outcomes.values()) > 200, outcomes
 
 
 def test_a_second_implementation_agrees_on_real_rows_with_random_judgments(tmp_path: Path):
@@ -180,9 +326,8 @@ def test_a_second_implementation_agrees_on_real_rows_with_random_judgments(tmp_p
     file.write_text("".join(json.dumps(line) + "\n" for line in wrapped))
     for k in (1, 3, 5, 9):
         record, expected = rewardbench.score_rewardbench(file, samples=k), independent(judgments, k)
-        accuracies = {name: facts["accuracy"] for name, facts in record["categories"].items()}
-        accuracies |= {"pooled": record["pooled"]["accuracy"], "macro": record["macro"]}
-        assert accuracies == {name: pytest.approx(100 * value, abs=1e-4) for name, value in expected.items()}
+        for name, summary in (("official", record), ("complete", record["complete"])):
+            assert accuracies(summary) == {key: pytest.approx(v, abs=1e-6) for key, v in expected[name].items()}
         assert record["pooled"]["pairs"] == 400
         assert sum(record["pooled"][name] for name in rewardbench.OUTCOMES) == 400
 
@@ -207,6 +352,19 @@ def test_pairwise_accuracy_by_likelihood():
     }
     assert record["macro"] is None
     assert (record["pooled"]["accuracy"], record["pooled"]["strict"]) == (50, 40)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_likelihoods_that_are_not_finite_are_an_error(value: float):
+    with pytest.raises(UserError, match=r"mmmu_1: its scores .* are not finite"):
+        pairwise_accuracy([pair("RLHF-V-1"), pair("mmmu_1")], [(-1.0, -2.0), (value, -1.0)])
+
+
+def test_pairs_of_two_equal_responses_are_counted():
+    equal = Pair("mmmu_1", "What?", ("x", "x"), (0, 1))
+    assert pairwise_accuracy([equal, pair("mmmu_2")], [(-1, -1), (-1, -2)])["equal_responses"] == 1
+    judgments = [Judgment(p.id, p.key, p.best, False, judgment_text(1)) for p in (equal, equal, pair("mmmu_2"))]
+    assert rewardbench.score_judgments(judgments)["equal_responses"] == 1
 
 
 def test_a_perfect_judge_scores_100_and_one_that_always_says_1_has_only_ties():

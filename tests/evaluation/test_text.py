@@ -59,6 +59,45 @@ def test_rouge_calculated_by_hand():
     assert text.rouge(["the red stars"], ["the red star"], stemmer=True)["rouge1"] == 1
 
 
+@pytest.mark.parametrize(
+    ("sample", "kind"),
+    [
+        ("a red star", "read"),
+        ("Красная звезда", "unread"),
+        ("红色的星", "unread"),
+        ("नमस्ते", "unread"),
+        ("نجمة حمراء!", "unread"),
+        ("٣", "unread"),
+        ("Łódź", "partly_read"),
+        ("naïve", "partly_read"),
+        ("звезда 3", "partly_read"),
+        ("", "empty"),
+        (" …!\n", "empty"),
+        ("🙂", "empty"),
+    ],
+)
+def test_texts_that_rouge_cannot_read_are_counted(sample: str, kind: str):
+    expected = {"unread": 0, "partly_read": 0, "empty": 0} | ({kind: 1} if kind != "read" else {})
+    assert text.count_unread([sample]) == {"texts": 1, **expected}
+    if kind in ("unread", "empty"):  # the answer is right, and ROUGE is 0
+        assert text.rouge([sample], [sample])["rouge1"] == 0
+    else:
+        assert text.rouge([sample], [sample])["rouge1"] == 1
+
+
+def test_what_rouge_cannot_read_is_said():
+    record = text.score_texts(["звезда", "star", "star", "é à"], ["звезда", "звезда", "star", "naïve"])
+    assert record["rouge_unread"] == {
+        "references": {"texts": 4, "unread": 2, "partly_read": 1, "empty": 0},
+        "predictions": {"texts": 4, "unread": 2, "partly_read": 0, "empty": 0},
+    }
+    sentences = text.describe_unread(record["rouge_unread"])
+    assert sentences[0].startswith("ROUGE cannot read 2 of 4 references: its tokenizer keeps only a–z and 0–9")
+    assert sentences[1] == "ROUGE cannot read letters other than a–z and 0–9 in 1 of 4 references"
+    assert len(sentences) == 3
+    assert text.describe_unread(text.score_texts(["a"], ["b"])["rouge_unread"]) == []
+
+
 def test_exact_match():
     predictions, references = ["(b) The  Red star!", "red star", "a", ""], ["b red star", "Red star", "an", ""]
     assert text.exact_match(predictions, references).tolist() == [1, 1, 1, 1]

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
 
+import checkpoints
 import reference
 from blipfit.adapters.bank import Bank
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone, fingerprint
 from blipfit.recipe import AdapterConfig
 from checkpoints import load
@@ -162,3 +165,58 @@ def test_equal_weights_have_equal_fingerprints():
     assert fingerprint(weights) == fingerprint(weights.clone())
     assert fingerprint(weights.t()) != fingerprint(weights)
     assert fingerprint(weights) != fingerprint(weights + 1e-7)
+
+
+def relative_error(features, expected):
+    return float((features.float() - expected).norm() / expected.norm())
+
+
+def test_the_16_bit_tower_is_as_exact_as_the_originals(small):
+    """A deep random tower with float16 in linear layers alone is near fp32 (0.08 %); cast as a whole it is not."""
+    backbone = checkpoints.load(small["t5"])
+    config = copy.deepcopy(backbone.hf.config.vision_config)
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 39, 176, 768
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = InstructBlipVisionModel(config).eval().requires_grad_(False)
+        for module in tower.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    backbone.hf.vision_model = tower
+    expected = backbone.see(pixels)
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        whole = copy.deepcopy(tower).to(dtype)
+        embedded = whole.embeddings(pixels.to(dtype))
+        errors[dtype] = relative_error(whole.encoder(inputs_embeds=embedded).last_hidden_state, expected)
+    loading.halve_tower(backbone.hf)
+    features = backbone.see(pixels)
+    assert features.dtype == torch.float32  # the residual stream
+    error = relative_error(features, expected)
+    assert 1e-4 < error < 1.2e-3
+    assert error < errors[torch.float16]
+    assert error < errors[torch.bfloat16] / 8
+
+
+def test_fp32_features_are_those_of_the_plain_tower_bit_for_bit(backbone):
+    pixels = reference.pictures(backbone, 3)
+    vision = backbone.hf.vision_model
+    with torch.no_grad():
+        expected = vision.encoder(inputs_embeds=vision.embeddings(pixels)).last_hidden_state
+    assert torch.equal(backbone.see(pixels), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(backbone.see(pixels), expected)
+
+
+def test_the_q_former_is_evaluated_in_fp32(small, family):
+    """Training runs under autocast; evaluation, without gradients, gives the visual tokens of fp32."""
+    exact, low = (checkpoints.load(small[family], precision=precision) for precision in ("fp32", "bf16"))
+    batch = exact.text.candidates(reference.ask(exact))
+    features = exact.see(reference.pictures(exact, 4))
+    with torch.no_grad():
+        expected, visual = exact.query(features, batch), low.query(features, batch)
+    assert visual.dtype == torch.float32
+    torch.testing.assert_close(visual, expected, rtol=1e-6, atol=1e-6)
+    assert low.query(features, batch).dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,12 +84,16 @@ def test_the_weights_are_those_of_the_file(small, family):
 
 
 def test_16_bit_is_for_the_frozen_parts_only(small, family):
-    """Trainable parts keep their fp32 values; ViT and language model take half the memory."""
+    """Trainable parts keep their fp32 values; the language model and the ViT's linear layers take half the memory."""
     exact, low = checkpoints.load(small[family]).hf, checkpoints.load(small[family], precision="bf16").hf
     for name, parameter in low.named_parameters():
-        trained = name.startswith(("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm."))
-        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
-        if trained:
+        if name.startswith("language_model."):
+            assert parameter.dtype == torch.bfloat16, name
+        elif re.search(r"^vision_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.", name):
+            assert parameter.dtype == torch.float16, name
+            assert torch.equal(parameter, exact.get_parameter(name).half()), name  # rounded once, from fp32
+        else:
+            assert parameter.dtype == torch.float32, name
             assert torch.equal(parameter, exact.get_parameter(name)), name
 
 
@@ -181,6 +186,11 @@ def test_missing_weights_are_refused(copy):
         checkpoints.load(folder)
 
 
+def _write_lfs_pointer(name: str) -> Callable[[Path], object]:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 6340416\n"
+    return lambda folder: (folder / name).write_text(pointer)
+
+
 def _truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -191,7 +201,14 @@ def _truncate(folder: Path) -> None:
     [
         (_truncate, "cannot be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            r"pytorch_model.bin, a pickle.*torch",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (_write_lfs_pointer("model.safetensors"), "is a Git LFS pointer.*git lfs pull"),
+        (_write_lfs_pointer("config.json"), "is a Git LFS pointer.*git lfs pull"),
+        (lambda f: _set_values(f / "config.json", num_query_tokens="4"), "num_query_tokens in config.json is '4', not"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
         (lambda f: _set_values(f / "config.json", model_type="clip"), "is a model of type 'clip'"),
         (lambda f: shutil.rmtree(f / "qformer_tokenizer"), "tokenizer in qformer_tokenizer/ cannot be loaded"),
@@ -217,6 +234,27 @@ def test_other_models_are_refused():
         loading.load(ModelConfig(name="tinyt5"))
     with pytest.raises(UserError, match="is not a model folder"):
         loading.load(ModelConfig(name="./no/such/folder"))
+
+
+@pytest.mark.parametrize("name", ["tiny-t5/..", "a//b", "a/b/c", "-a/b", "a/b.git", "x" * 5000, "a\0b", "~nobody/x"])
+def test_a_name_of_no_model_is_one_sentence(name):
+    with pytest.raises(UserError) as error:
+        loading.load(ModelConfig(name=name))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("weight", ["language_projection.weight", "vision_model.embeddings.position_embedding"])
+def test_a_weight_that_is_not_finite_is_refused(copy, weight, value):
+    folder = copy("t5")
+    _change_weights(folder, lambda t: t[weight].view(-1)[-1:].fill_(value))
+    with pytest.raises(UserError, match=f"the weight {weight} is not finite"):
+        checkpoints.load(folder)
+
+
+def test_an_unknown_precision_is_refused(small):
+    with pytest.raises(UserError, match=r"precision 'half' does not exist; known: auto, fp32"):
+        checkpoints.load(small["t5"], precision="half")
 
 
 def test_vicuna_with_bos_s_is_refused(copy):

@@ -35,6 +35,8 @@ def test_mme_table(tmp_path: Path):
     assert "perception (of 200, 1 of 10 subtasks)" in shown
     assert "cognition (of" not in shown
     assert "no answers: existence, position" in shown
+    assert "NOT the MME benchmark, scored by the official rule, 4 questions" in shown
+    assert "differs from the MME benchmark: number of questions: count 4 of 60" in shown
     assert "not read, because no subtask has that name: mine.txt" in shown
 
 
@@ -44,13 +46,27 @@ def test_rewardbench_table_of_judgements():
     found = [Judgment(key[0], key, 0, False, text) for key, text in zip(keys, texts, strict=True)]
     shown = printed(benchmark_tables.rewardbench(rewardbench.score_judgments(found)))
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if line.startswith("│")}
-    assert [cell.strip() for cell in cells["hallucination"]][1:] == ["50.0", "2", "1", "1", "0", "0"]
-    assert [cell.strip() for cell in cells["reasoning"]] == ["–", "0.0", "1", "0", "0", "0", "1"]
+    assert [cell.strip() for cell in cells["hallucination"]][1:] == ["50.0", "50.0", "2", "1", "1", "0", "0"]
+    assert [cell.strip() for cell in cells["reasoning"]] == ["–", "0.0", "–", "1", "0", "0", "0", "1"]
     assert cells["pooled"][1].strip() == "33.3"
     assert cells["macro"][0].strip() == "–"
     assert "no macro average" in shown
+    assert "complete: accuracy of the pairs whose judgments all have a verdict" in shown
+    assert "equal responses" not in shown
     assert "3 judgments, 1 per pair; their mean 50.0" in shown
     assert "1 pairs share their id" in shown
+
+
+def test_the_official_accuracy_stands_beside_the_stricter_one():
+    key = ("RLHF-V-1", "q", "a", "a")
+    texts = ["Overall Judgment: Answer 1 is better."] * 2 + ["?"]
+    judgments = [Judgment(key[0], key, 0, False, text) for text in texts]
+    shown = printed(benchmark_tables.rewardbench(rewardbench.score_judgments(judgments)))
+    row = next(line for line in shown.splitlines() if "hallucination" in line)
+    accuracy, *others = [cell.strip() for cell in row.split("│")[2:-1]]
+    assert accuracy.startswith("100.0 [")
+    assert others == ["100.0", "–", "1", "1", "0", "0", "0"]
+    assert "1 pairs have two equal responses" in shown
 
 
 def test_rewardbench_table_of_likelihoods():

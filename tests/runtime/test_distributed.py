@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from blipfit.data import icons
+from blipfit.errors import UserError
+from blipfit.runtime import distributed
 
 ARGUMENTS = ["train", "icons", "13", "45", "--model", "tiny", "--set", "training.max_epochs=1", "--set"]
 ARGUMENTS += ["training.dropout=false", "--device", "cpu", "--json"]
@@ -32,3 +35,17 @@ def test_two_processes_equal_a_single_process(tmp_path: Path) -> None:
     for single, double in zip(results["single"], results["double"], strict=True):
         assert single["metrics"] == double["metrics"]
         assert double["history"][0]["loss"] == pytest.approx(single["history"][0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["mps", "xpu", "meta", "cuda:99", "cpu:3", "vulkan", "hpu", "", "gpu", "cuda:x", "a\0b", 3.5]
+)
+def test_a_device_that_is_not_here_is_one_sentence(name) -> None:
+    with pytest.raises(UserError, match="--device") as error:
+        distributed.select_device(name)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", torch.device("cpu")])
+def test_the_cpu_is_always_here(name) -> None:
+    assert distributed.select_device(name).type == "cpu"

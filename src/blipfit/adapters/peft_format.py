@@ -10,6 +10,7 @@ triplet is a row of A, a value of E and a column of B.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from blipfit.adapters import peft_methods
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
 from blipfit.methods import PEFT
+from blipfit.model import checkpoint_files
 from blipfit.model.backbone import Backbone, fingerprint
 from blipfit.recipe import AdapterConfig
 
@@ -31,10 +33,33 @@ LORA_FILE, TRAINED_FILE = "adapter_model.safetensors", "trained.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save(folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base: str, seed: int = 0) -> str:
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The model that an adapter was trained on; what an older blipfit did not record is None."""
+
+    name: str
+    sha256: str | None = None
+    """Digest of its weights (`checkpoint_files.digest`)."""
+    family: str | None = None
+    folder: str | None = None
+    """Where it was, as an absolute path; None for a hub name or a miniature."""
+
+    @classmethod
+    def of(cls, backbone: Backbone, name: str | None = None) -> "BaseModel":
+        """The base of a loaded model. `name`: as the recipe has it, by default the model's own name."""
+        name, files = name or backbone.name, backbone.weight_files
+        folder = files[0].parent.resolve() if files else None
+        is_path = folder is not None and folder == Path(name).expanduser().resolve()
+        return cls(name, backbone.base_sha256, backbone.family, str(folder) if is_path else None)
+
+
+def save(
+    folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base: str | BaseModel, seed: int = 0
+) -> str:
     """Write an experiment's tensors as an adapter folder; an existing folder is replaced.
 
-    `state`: the tensors of `Bank.state`. `base`: name of the model that was trained. `seed`: recorded in the header.
+    `state`: the tensors of `Bank.state`. `base`: the model that was trained, or its name alone. `seed`: recorded in the
+    header.
 
     AdaLoRA is written as plain LoRA with a rank per layer and E multiplied into A: only the triplets with a value, for
     any program that reads LoRA. (peft's own format of a pruned AdaLoRA makes peft warn that it ignores the ranks.)
@@ -47,7 +72,10 @@ def save(folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base
         lora = peft_methods.select_peft_tensors(adapter.method, state)
     else:
         lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
-    header = {"adapter": adapter.model_dump_json(), "base": base, "seed": str(seed), "format": "pt"}
+    base = BaseModel(base) if isinstance(base, str) else base
+    identity = {"base_sha256": base.sha256, "base_family": base.family, "base_folder": base.folder}
+    header = {"adapter": adapter.model_dump_json(), "base": base.name, "seed": str(seed), "format": "pt"}
+    header |= {key: value for key, value in identity.items() if value is not None}
     if is_adalora:
         sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values_by_layer(lora)}
         header["layers"] = json.dumps(sizes)
@@ -59,7 +87,7 @@ def save(folder: Path, adapter: AdapterConfig, state: Mapping[str, Tensor], base
             suffix = _name_suffix(adapter)
             tensors = _move_to_cpu({f"{_PREFIX}{name}{suffix}": t for name, t in saved_lora.items()})
             save_file(tensors, temporary / LORA_FILE)
-            _make_peft_config(adapter, saved_lora, base).save_pretrained(str(temporary))
+            _make_peft_config(adapter, saved_lora, base.name).save_pretrained(str(temporary))
     return digest(state)
 
 
@@ -67,7 +95,7 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read an adapter folder.
 
     Returns the adapter's configuration and all its tensors by the bank's names, on the CPU. Raises UserError if the
-    folder is not an adapter folder or its files are damaged.
+    folder is not an adapter folder, its files are damaged, or a value is NaN or infinite.
     """
     try:
         with safe_open(folder / TRAINED_FILE, "pt") as file:
@@ -86,18 +114,27 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{folder} is not an adapter folder of blipfit: it has no {TRAINED_FILE}; "
             "give the folder `adapter` of a finished run"
         ) from None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder} is damaged ({reason}); copy it again or train again") from None
+        raise UserError(f"{folder} is damaged ({reason:.300}); copy it again or train again") from None
+    if name := checkpoint_files.find_non_finite(state):
+        raise UserError(f"{folder}: the tensor {name} is not finite (it holds NaN or infinity); train it again")
     return adapter, state
 
 
 def base(folder: Path) -> str:
     """The name of the model that an adapter folder was trained on. Raises UserError as `read`."""
+    return base_model(folder).name
+
+
+def base_model(folder: Path) -> BaseModel:
+    """The model that an adapter folder was trained on. Raises UserError as `read`."""
     read(folder)  # raises UserError if the folder is damaged
     with safe_open(folder / TRAINED_FILE, "pt") as file:
-        name: str = file.metadata()["base"]
-    return name
+        header = file.metadata()
+    if "base" not in header:
+        raise UserError(f"{folder} is damaged ({TRAINED_FILE} names no base model); copy it again or train again")
+    return BaseModel(header["base"], *(header.get(f"base_{key}") for key in ("sha256", "family", "folder")))
 
 
 def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:

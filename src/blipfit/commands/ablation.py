@@ -22,7 +22,7 @@ from blipfit.run import Run
 
 TOWERS: Mapping[str, tuple[str, ...]] = {"qformer": QFORMER_SUBLAYERS, "llm": LANGUAGE_SUBLAYERS}
 _SINGLE = tuple(f"{tower} {part}" for tower, parts in TOWERS.items() for part in parts)
-TUNED = ("learning_rate", "max_epochs", "patience", "weight_decay", "betas", "batch_size", "accumulation")
+MAY_DIFFER = ("learning_rate", "max_epochs", "patience", "weight_decay", "betas", "batch_size", "accumulation")
 """Training fields that are tuned for each experiment, so pairs may differ in them."""
 FAMILIES = ("t5", "vicuna")
 _ORDER = (*methods.OWN, *methods.PEFT)
@@ -58,7 +58,7 @@ class Experiment:
     fixed: Any
     """Must be equal within a pair."""
     tuned: Any
-    """May differ within a pair; see `TUNED`."""
+    """May differ within a pair; see `MAY_DIFFER`."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class EffectPairs:
             "interval": [round(end, 4) for end in estimate["interval"]] if has_spread else None,
             "pairs": len(self.differences),
             "same_settings": self.same_settings,
-            "runs": [[without, within, round(value, 4)] for without, within, value in self.differences],
+            "runs": [[reference, changed, round(value, 4)] for reference, changed, value in self.differences],
         }
 
 
@@ -120,9 +120,9 @@ def divide_recipe(recipe: Recipe, accuracy: float) -> Experiment:
         "method": adapter.method if adapter.has_lora else None,
         "model": (recipe.model.name, recipe.model.revision),
     }
-    fixed = recipe.model_dump(exclude={"experiment": True, "model": {"name", "revision"}, "training": set(TUNED)})
+    fixed = recipe.model_dump(exclude={"experiment": True, "model": {"name", "revision"}, "training": set(MAY_DIFFER)})
     fixed["adapter"] = {name: value for name, value in fixed["adapter"].items() if name not in factors}
-    tuned = {name: getattr(training, name) for name in TUNED if name not in ("batch_size", "accumulation")}
+    tuned = {name: getattr(training, name) for name in MAY_DIFFER if name not in ("batch_size", "accumulation")}
     # Only the effective batch matters for the result, not how it is divided into forward passes.
     tuned["effective_batch"] = training.batch_size * training.accumulation
     return Experiment(recipe.experiment, accuracy, factors, fixed, tuned)
@@ -132,10 +132,10 @@ def find_effects(experiments: Sequence[Experiment]) -> dict[Effect, EffectPairs]
     """All pairs by their effect, in the table's order; every single sublayer has an entry, even without pairs."""
     effects = {Effect("added", name, ""): EffectPairs() for name in _SINGLE}
     for first, second in combinations(experiments, 2):
-        for effect, without, within in _compare(first, second):
+        for effect, reference, changed in _compare(first, second):
             pairs = effects.setdefault(effect, EffectPairs())
-            pairs.differences.append((without.name, within.name, within.accuracy - without.accuracy))
-            pairs.same_settings += without.tuned == within.tuned
+            pairs.differences.append((reference.name, changed.name, changed.accuracy - reference.accuracy))
+            pairs.same_settings += reference.tuned == changed.tuned
     return {effect: effects[effect] for effect in sorted(effects, key=_sort_key)}
 
 
@@ -159,37 +159,37 @@ def _compare(first: Experiment, second: Experiment) -> Iterator[EffectPair]:
     if len(differing) != 1:
         return
     (name,) = differing
-    for without, within in ((first, second), (second, first)):
-        for effect in _factor_effects(name, without.factors[name], within.factors[name]):
-            yield effect, without, within
+    for reference, changed in ((first, second), (second, first)):
+        for effect in _factor_effects(name, reference.factors[name], changed.factors[name]):
+            yield effect, reference, changed
 
 
 def _equal(value: Any, other: Any) -> bool:
     return value is None or other is None or value == other
 
 
-def _factor_effects(factor: str, without: Any, within: Any) -> Iterator[Effect]:
+def _factor_effects(factor: str, reference: Any, changed: Any) -> Iterator[Effect]:
     """The effects of one value of a factor against another; none for the opposite direction."""
     if factor in TOWERS:
-        yield from _sublayer_effects(factor, without, within)
-    elif factor == "rank" and within == 2 * without:
+        yield from _sublayer_effects(factor, reference, changed)
+    elif factor == "rank" and changed == 2 * reference:
         yield Effect("rank", "rank doubled", "")
-        yield Effect("rank", f"rank {within}", f"rank {without}")
-    elif factor == "model" and (_family(without[0]), _family(within[0])) == FAMILIES:
+        yield Effect("rank", f"rank {changed}", f"rank {reference}")
+    elif factor == "model" and (_family(reference[0]), _family(changed[0])) == FAMILIES:
         yield Effect("family", FAMILIES[1], FAMILIES[0])
-    elif factor == "method" and _ORDER.index(without) < _ORDER.index(within):
-        yield Effect("method", within, without)
+    elif factor == "method" and _ORDER.index(reference) < _ORDER.index(changed):
+        yield Effect("method", changed, reference)
 
 
-def _sublayer_effects(tower: str, without: Any, within: Any) -> Iterator[Effect]:
-    if without == "full":
+def _sublayer_effects(tower: str, reference: Any, changed: Any) -> Iterator[Effect]:
+    if reference == "full":
         return
-    if within == "full":
-        yield Effect("full", "qformer full", f"LoRA in {_join(tower, without)}" if without else "qformer frozen")
-    elif without < within:
-        yield Effect("added", f"{tower} {_join(tower, within - without)}", "")
-    elif len(without) == len(within) == 1:
-        yield Effect("instead", f"{tower} {_join(tower, within)}", "another alone")
+    if changed == "full":
+        yield Effect("full", "qformer full", f"LoRA in {_join(tower, reference)}" if reference else "qformer frozen")
+    elif reference < changed:
+        yield Effect("added", f"{tower} {_join(tower, changed - reference)}", "")
+    elif len(reference) == len(changed) == 1:
+        yield Effect("instead", f"{tower} {_join(tower, changed)}", "another alone")
 
 
 def _join(tower: str, parts: frozenset[str]) -> str:

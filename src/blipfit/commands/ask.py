@@ -22,6 +22,8 @@ def run(
     Raises UserError if the image cannot be read or the prompt or decoding is unknown.
     """
     record: dict[str, Any] = {"image": str(image), "question": question}
+    if model.warnings:
+        record["warnings"] = list(model.warnings)
     if choices:
         ranking = model.rank(image, question, choices, prompt=prompt)
         listed = [

@@ -24,11 +24,15 @@ def run(
 ) -> dict[str, Any]:
     """Cost of a model's name or folder, a run folder, a recipe file, or an experiment of a data set's grid.
 
-    With a `device` the weights are loaded and one answer is measured there; without, shapes are enough. Raises
-    UserError if the subject does not exist or, for a run folder, is not finished.
+    `model`: for a data set or a run folder, the model instead of the recipe's. With a `device` the weights are loaded
+    and one answer is measured there; without, shapes are enough. Raises UserError if the subject does not exist or, for
+    a run folder, is not finished or does not belong to the model.
     """
     recipe, run = _resolve(subject, experiment, model)
-    name = recipe.model.name if recipe else grid.model_name("t5", model or subject)
+    source = None
+    if run and recipe and (device or model or recipe.model.name not in shapes.PUBLISHED):
+        source = opening.locate_adapter(run.folder, None if model is None else ModelConfig(name=model))
+    name = source.model.name if source else recipe.model.name if recipe else grid.model_name("t5", model or subject)
     hf = shapes.on_meta(name)
     trained = count.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
     stored = _stored_parameters(run) if run else trained if recipe else count.all_parameters(hf)
@@ -48,9 +52,11 @@ def run(
         "adapter_bytes": _folder_bytes(run.adapter) if run else None,
         "measured": None,
     }
+    if source and source.warnings:
+        record["warnings"] = list(source.warnings)
     if device is not None:
-        source: str | ModelConfig = str(run.folder) if run else recipe.model if recipe else name
-        model_with_adapter = opening.open_model(source, device, recipe.training.precision if recipe else None)
+        source = source or opening.locate(recipe.model if recipe else name)
+        model_with_adapter = opening.load(source, device, recipe.training.precision if recipe else None)
         weights = cost.weight_bytes(model_with_adapter.backbone.hf)
         with model_with_adapter.adapter() as backbone:
             record["measured"] = {"weight_bytes": weights, **latency.measure(backbone, lengths)}
@@ -98,6 +104,7 @@ _STAGES = {
 def render(record: Mapping[str, Any]) -> list[Any]:
     """Tables of parameters and FLOPs, then bytes and times."""
     lines = [f"{record['what']}" + (f" on {record['model']}" if record["model"] != record["what"] else "")]
+    lines += [f"warning: {warning}" for warning in record.get("warnings", ())]
     return [*lines, parameter_table(record), flop_table(record), *_notes(record)]
 
 

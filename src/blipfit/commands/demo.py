@@ -51,6 +51,7 @@ def run(folder: Path, device: torch.device, seed: int = 42) -> dict[str, Any]:
         screen.print(pictures.in_terminal(images))
     features = ImageFeatures.for_evaluation(backbone, first.data.images).features
     (evaluation,) = protocol.evaluate_split(backbone, test, features, first.evaluation)
+    evaluation.require_finite()
     predictions = {"base": evaluation.records}
     for i in examples:
         question = test.questions[i]

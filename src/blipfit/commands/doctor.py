@@ -41,7 +41,7 @@ def render(record: Mapping[str, Sequence[Check]]) -> list[Any]:
     for check in checks:
         table.add_row(check["check"], check["state"], check["found"])
     failures = count_failed(record)
-    return [table, f"{failures} of {len(checks)} checks failed" if failures else "all checks passed"]
+    return [table, f"{failures} of {len(checks)} checks failed" if failures else "no check failed"]
 
 
 def _check(name: str, passed: bool, result: str, otherwise: str = "wrong") -> Check:
@@ -91,15 +91,21 @@ def _device() -> Check:
 
 def _disk() -> Check:
     free = shutil.disk_usage(tempfile.gettempdir() if not Path.cwd().exists() else Path.cwd()).free / 2**30
-    return _check("disk", free > 2, f"{free:.0f} GiB free here" + ("" if free > 2 else "; runs need some: make room"))
+    return _check(
+        "disk",
+        free > 2,
+        f"{free:.0f} GiB free in the current folder" + ("" if free > 2 else "; runs need some: make room"),
+    )
 
 
 def _hub() -> Check:
     from blipfit.model.loading import hub_reachable
 
     if hub_reachable():
-        return _check("hub", True, "reachable")
-    return _check("hub", False, "not reachable: only local folders, the cache and the miniatures can be used", "note")
+        return _check("Hugging Face hub", True, "reachable")
+    return _check(
+        "Hugging Face hub", False, "not reachable: only local folders, the cache and the miniatures can be used", "note"
+    )
 
 
 def _load_model(name: str) -> str:
@@ -108,7 +114,7 @@ def _load_model(name: str) -> str:
 
     backbone = load(ModelConfig(name=name))
     count = sum(p.numel() for p in backbone.hf.parameters())
-    return f"{count:,} parameters, {backbone.family}; head, query tokens, tokenizers and activation as they must be"
+    return f"{count:,} parameters, {backbone.family}; output layer, query tokens, tokenizers and activation are correct"
 
 
 def _read_data(folder: Path) -> str:

@@ -11,42 +11,63 @@ from rich.table import Table
 from blipfit.adapters import opening
 from blipfit.adapters.opening import Source
 from blipfit.commands import arguments
-from blipfit.data import encoded_split
+from blipfit.data import encoded_split, split_checks
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import benchmarks, protocol
+from blipfit.evaluation import benchmarks, protocol, text
 from blipfit.evaluation.benchmarks import BASE, TUNED
 from blipfit.evaluation.tasks import EvaluationTask, Settings, load_task
 from blipfit.model import clip, tiny
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
+from blipfit.recipe import ModelConfig
 from blipfit.report import terminal
 from blipfit.run import Evaluation, Run
 
 
-def run(folder: Path, data: Path | None, split: str, device: torch.device | str, base: bool = False) -> dict[str, Any]:
+def run(
+    folder: Path,
+    data: Path | None,
+    split: str,
+    device: torch.device | str,
+    base: bool = False,
+    model_name: str | None = None,
+) -> dict[str, Any]:
     """Evaluate a finished run again on a split of its own data set; with `base` the untrained model beside it.
 
-    Raises UserError if the folder is no finished run, or if its adapter or data set is not the one it was made with.
+    `model_name`: the base model, if it is not where the run's recipe says. If it has other weights, the record has
+    `warnings`. Raises UserError if the folder is no finished run, or if its adapter, base model or data set is not the
+    one it was made with.
     """
     recipe = Run(folder).recipe()
     place = arguments.data_folder(recipe.data.name, data)
-    model = opening.open_model(folder, device)
+    base_model = None if model_name is None else ModelConfig(name=model_name)
+    model = opening.load(opening.locate_adapter(folder, base_model), device)
     questions = encoded_split.load(model.backbone.text, recipe.data, place, split)
     features = ImageFeatures.for_evaluation(model.backbone, recipe.data.images)
 
     def metrics(backbone: Backbone) -> dict[str, Any]:
         (evaluation,) = protocol.evaluate_split(backbone, questions, features.features, recipe.evaluation)
+        evaluation.require_finite()
         return evaluation.metrics
 
     record: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
+    record |= _announce_warnings(model.source)
     if base:
         record["base"] = metrics(model.backbone)
     with model.adapter() as backbone:
         record["tuned"] = metrics(backbone)
-    record["adapter_sha256"] = model.source.adapter_sha256
+    record["adapter_sha256"], record["base_sha256"] = model.source.adapter_sha256, model.backbone.base_sha256
     record["recorded"] = Run(folder).result()["metrics"].get(split, {}).get("accuracy")
     return record
+
+
+def _announce_warnings(source: Source) -> dict[str, list[str]]:
+    """Print a source's warnings on stderr, and return them as a part of the record."""
+    screen = terminal.console(stderr=True)
+    for warning in source.warnings:
+        screen.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    return {"warnings": list(source.warnings)} if source.warnings else {}
 
 
 def render(record: Mapping[str, Any]) -> list[Any]:
@@ -59,6 +80,7 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     lines.append(f"with adapter: {terminal.format_score(tuned)}{chance}")
     if recorded is not None and chance:
         lines.append(f"recorded after training: {recorded:.1f}")
+    lines += _text_notes(tuned)
     return [*lines, terminal.breakdown_table(tuned, "accuracy by group")] if tuned["by"] else lines
 
 
@@ -77,6 +99,8 @@ class OnOptions:
     clip: str | None = None
     """CLIP model for the CLIP score of open answers."""
     results: Path = Path("results")
+    model: str | None = None
+    """The base model of a run or adapter, if it is not where its recipe says."""
 
 
 def run_on(subject: str, on: str, device: torch.device, options: OnOptions | None = None) -> list[dict[str, Any]]:
@@ -87,7 +111,10 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
     """
     options = options or OnOptions()
     screen = terminal.console(stderr=True)
-    source = opening.locate(subject)
+    base = None if options.model is None else ModelConfig(name=options.model)
+    source = opening.locate(subject, base)
+    if base is not None and source.adapter is None:
+        raise UserError(f"{subject} is a model without an adapter, so --model has no meaning; leave one of them out")
     folders = arguments.data_folders(on, options.data)
     _refuse_training_questions(folders, options.split, None if source.recipe is None else source.recipe.data.name)
     settings = Settings(
@@ -113,7 +140,11 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
         image_features.features,
         settings,
         evaluation_folder,
-        {"run": None if source.adapter is None else subject},
+        {
+            "run": None if source.adapter is None else subject,
+            "base_sha256": model.backbone.base_sha256,
+            **_announce_warnings(model.source),
+        },
         announce=lambda sentence: screen.print(sentence, soft_wrap=True),
     )
 
@@ -176,6 +207,14 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: prompt {record['prompt']}, one in full: {record['prompt_example']!r}"]
     if missing := base.get("missing"):
         lines.append(f"{name}: not in the totals, no questions: {', '.join(missing)}")
+    lines += [f"{name}: not the MME benchmark: {difference}" for difference in base.get("deviations", ())]
+    if texts := record.get("texts"):
+        limits = texts["max_text_tokens"], texts["max_target_tokens"]
+        lines += [
+            f"{name}: {line}"
+            for line in split_checks.describe_reading(texts[record["split"]], *limits, record["prompt"])
+        ]
+    lines += [f"{name}: {sentence}" for sentence in _text_notes(record.get(TUNED, base))]
     if cut := base.get("cut_responses"):
         lines.append(
             f"{name}: {cut} responses are longer than the model reads; their likelihood is of the part that it reads"
@@ -183,6 +222,18 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if name in ("rewardbench", "own") and record["clip"] is None:
         lines.append(f"{name}: no CLIP score; --clip {clip.DEFAULT_NAME} gives one")
     return lines
+
+
+def _text_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Sentences on the metrics of open answers: what ROUGE cannot read, and which CLIP score is printed."""
+    metrics = metrics.get("answers", metrics)
+    sentences = text.describe_unread(metrics.get("rouge_unread", {}))
+    if (clamped_mean := metrics.get("clip_score", {}).get("clamped_mean")) is not None:
+        sentences.append(
+            "CLIP score is mean_of_clamped, the mean of 100 × max(cosine, 0) of every pair; clamped_mean, which "
+            f"torchmetrics computes, is {clamped_mean:.1f}"
+        )
+    return sentences
 
 
 _DIFFERENCE_KEYS = {

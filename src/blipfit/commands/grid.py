@@ -31,8 +31,8 @@ def run() -> list[dict[str, Any]]:
     return records
 
 
-def render(records: Sequence[Mapping[str, Any]]) -> Table:
-    """The grid as a table."""
+def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The grid as a table, with a legend."""
     table = Table(title="the published grid, for scienceqa and iconqa", title_justify="left")
     for name in ("id", "language model", "placement", "rank", "trained parameters"):
         table.add_column(name, justify="left" if name in ("language model", "placement") else "right")
@@ -42,4 +42,5 @@ def render(records: Sequence[Mapping[str, Any]]) -> Table:
         parameters = f"{record['trainable_parameters']:,}"
         end_section = record["id"] % len(grid.RANKS) == 0
         table.add_row(str(record["id"]), model, placement, str(record["rank"]), parameters, end_section=end_section)
-    return table
+    legend = "QF: Q-Former, LLM: language model; full: all weights, otherwise LoRA in these sublayers"
+    return [table, legend]

@@ -11,7 +11,11 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="Prepared data f
 Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders: RESULTS/DATASET/ID.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="Hub name, local folder, or `tiny`: the embedded miniature of the experiment's family."),
+    typer.Option(help="Hub name, local folder, or a miniature: tiny-t5, tiny-vicuna, or tiny (the one that fits)."),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--model", help="The run's base model, if it is not where the run was trained any more."),
 ]
 Adapter = Annotated[Path | None, typer.Option(help="Folder of a finished run, or an adapter folder.")]
 Sets = Annotated[
@@ -33,7 +37,17 @@ PrepareQuestions = Annotated[
 PrepareSkills = Annotated[
     str | None, typer.Option(help="Skills of icons: held-out (default), taught, every, or names: odd,pattern.")
 ]
-TrainIds = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="1–64, baseline, recover, explore-last, ….")]
+PrepareAllowOutside = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Copy images that are outside the data folder (absolute paths, ../, links)."),
+]
+PrepareSkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="own: leave out lines that are invalid or whose image is bad, and list them.")
+]
+TrainIds = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ID…", help="1–64 (see `blipfit grid`), baseline, recover, explore-last, …."),
+]
 TrainPrecision = Annotated[
     str | None, typer.Option(help="auto, fp32, bf16 or fp16; short for --set training.precision=…")
 ]
@@ -57,7 +71,9 @@ AskPrompt = Annotated[
 ]
 RetainAtLeast = Annotated[
     float | None,
-    typer.Option(help="Exit with code 1 if the lower end of a 95 % interval is below this share, for example 0.7."),
+    typer.Option(
+        help="Exit with code 1 if retention may be lower than this, for example 0.7 (lower end of the 95 % interval)."
+    ),
 ]
 CostSubject = Annotated[
     str, typer.Argument(metavar="MODEL|RUN|DATASET", help="A model, run folder, recipe or data set.")

@@ -14,12 +14,15 @@ def run(
     questions: int | None = None,
     skills: str | None = None,
     seed: int | None = None,
+    allow_outside: bool = False,
+    skip_bad: bool = False,
 ) -> Any:
     """Write a prepared folder and return its report. `icons` are drawn; `mme` and `rewardbench` can be.
 
     Only for data sets that are drawn: `questions` for training (MME: images per subtask; VL-RewardBench: pairs), and
-    the `seed`. Only for `icons`: `skills`, a list of `held-out`, `taught`, `every` and names. Raises UserError if an
-    argument does not fit the data set, or if the source is not the official data.
+    the `seed`. Only for `icons`: `skills`, a list of `held-out`, `taught`, `every` and names. Only for data that is
+    read: `allow_outside` copies images from outside the source. Only for `own`: `skip_bad` leaves bad entries out.
+    Raises UserError if an argument does not fit the data set, or if the source is not the official data.
     """
     target = to or Path("data") / dataset
     data.dataset(dataset)  # an unknown name is the first thing to report
@@ -29,6 +32,10 @@ def run(
         raise UserError(f"{dataset} is read as it is; --questions and --seed are for data that is drawn{drawable}")
     if skills is not None and dataset != "icons":
         raise UserError(f"--skills are those of icons; {dataset} has none to choose")
+    if skip_bad and dataset != "own":
+        raise UserError(f"--skip-bad is for own data; {dataset} is read whole or not at all")
+    if allow_outside and is_drawn:
+        raise UserError("--allow-outside is for data that is read from a folder; these are drawn")
     drawing = {} if seed is None else {"seed": seed}
     if dataset == "icons":
         if source is not None:
@@ -39,7 +46,8 @@ def run(
         raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
     if is_drawn:
         return data.prepare_drawn(dataset, target, questions, **drawing)
-    return data.prepare(dataset, source, target)
+    skipping = {"skip_bad": True} if skip_bad else {}
+    return data.prepare(dataset, source, target, allow_outside=allow_outside, **skipping)
 
 
 def render(report: Any) -> str:

@@ -67,7 +67,7 @@ def any_below(record: Mapping[str, Any]) -> bool:
 
 
 def _cost(model: str, lengths: Lengths) -> dict[str, float]:
-    """Cost by shapes; an adapter is counted as merged."""
+    """Parameters and FLOPs from the model's configuration; an adapter adds nothing, as if it were merged."""
     hf = shapes.on_meta(model)
     flops = cost.flops(hf.config, lengths)
     return {

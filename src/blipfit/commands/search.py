@@ -1,11 +1,13 @@
 """`blipfit search`: the images of a folder that a text describes best."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blipfit import inference
 from blipfit.data.images import open_image
+from blipfit.errors import UserError
 from blipfit.report import pictures
 from blipfit.run import replacing
 
@@ -13,15 +15,24 @@ from blipfit.run import replacing
 def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) -> dict[str, Any]:
     """The `top` best images, best first, and a contact sheet of them in the file `sheet`.
 
-    Raises UserError if the folder has no images or one of them cannot be read.
+    An image that cannot be read is left out and named on stderr and in the record. Raises UserError if the folder has
+    no images that can be read.
     """
-    matches = model.search(folder, text, top)
-    images = [open_image(match.image) for match in matches]
+    left_out: list[dict[str, str]] = []
+    matches = model.search(folder, text, top, skip=lambda file, error: leave_out(left_out, file, error))
+    images = [pictures.shrink(open_image(match.image)) for match in matches]
     captions = [f"{number}. {match.image.name}\n{match.score:+.1f}" for number, match in enumerate(matches, start=1)]
     with replacing(sheet) as temporary:
         pictures.contact_sheet(images, captions).save(temporary, format="PNG")
     listed = [{"image": str(match.image), "score": match.score} for match in matches]
-    return {"text": text, "folder": str(folder), "found": listed, "sheet": str(sheet)}
+    record = {"text": text, "folder": str(folder), "found": listed, "left_out": left_out, "sheet": str(sheet)}
+    return record | ({"warnings": list(model.warnings)} if model.warnings else {})
+
+
+def leave_out(left_out: list[dict[str, str]], file: Path, error: UserError) -> None:
+    """Name an image that is left out on stderr, and append it to the record's list."""
+    print(f"left out: {error}", file=sys.stderr)
+    left_out.append({"image": str(file), "reason": str(error)})
 
 
 def render(record: Mapping[str, Any]) -> list[str]:

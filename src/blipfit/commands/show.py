@@ -5,23 +5,34 @@ from typing import Any
 
 import yaml
 
-from blipfit import methods
+from blipfit import grid, methods
 from blipfit import recipe as recipes
 from blipfit.adapters import count, placement
+from blipfit.errors import UserError
 from blipfit.model import shapes
-from blipfit.recipe import DistillationConfig, PerformanceConfig, Recipe
+from blipfit.recipe import DistillationConfig, Family, PerformanceConfig, Recipe
 from blipfit.report import terminal
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """The recipe, adapted modules, parameters by component, and estimated memory. Needs no weights."""
+    """The recipe, adapted modules, parameters by component, and estimated memory. Needs no weights.
+
+    Raises UserError if the model's language model is of another family than the experiment's.
+    """
     model = shapes.on_meta(recipe.model.name)
     family = shapes.family(recipe.model.name)
+    _refuse_other_family(recipe, family)
     placed = placement.resolve(model, family, recipe.adapter)
     trained, total = count.trained_parameters(model, family, recipe.adapter), count.all_parameters(model)
     training = recipe.training
     memory = count.estimate_memory(
-        model, trained, 1, training.max_text_tokens, training.batch_size, recipe.performance.checkpointing
+        model,
+        trained,
+        1,
+        training.max_text_tokens,
+        training.batch_size,
+        recipe.performance.checkpointing,
+        recipe.model.quantization,
     )
     unread = placement.no_gradient_pattern(model)
     return {
@@ -34,6 +45,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "total_parameters": sum(total.values()),
         "estimated_bytes": memory,
     }
+
+
+def _refuse_other_family(recipe: Recipe, family: Family) -> None:
+    """Raise UserError if an experiment of the grid is shown with a model of the other family."""
+    expected = grid.family(recipe.experiment)
+    if expected is not None and family != expected:
+        raise UserError(
+            f"experiment {recipe.experiment} of {recipe.data.name} is for {grid.MODELS[expected]} ({expected}), and "
+            f"{recipe.model.name} has a language model of another family ({family}); choose another experiment or "
+            "--model"
+        )
 
 
 def render(record: Mapping[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from blipfit.commands import arguments
+from blipfit.evaluation import text
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
@@ -41,6 +42,8 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     if results:
         lines.append(terminal.results_table(results))
         lines += terminal.leaderboard_tables(results)
+        unread = [text.describe_unread(result["metrics"]["test"].get("rouge_unread", {})) for result in results]
+        lines += dict.fromkeys(sentence for sentences in unread for sentence in sentences)
     else:
         lines.append("no experiment was finished")
     lines += [f"failed: {folder}: {reason}" for folder, reason in record["failed"].items()]

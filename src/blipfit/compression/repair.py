@@ -26,6 +26,8 @@ from blipfit.runtime import cpu
 
 RIDGE = 1e-3
 """Weight of the ridge penalty on a correction, relative to the variance of each input."""
+NORM_RIDGE = 1e-6
+"""The same for the scale of a layer norm, which has one input per channel."""
 ROUNDING = 1e-5
 """Errors up to this fraction of the largest target are taken for rounding and not corrected."""
 
@@ -259,7 +261,7 @@ def _record_layer_inputs(backbone: Backbone, questions: Calibration) -> tuple[li
 
 def _fit(linear: nn.Linear, inputs_RD: Tensor, targets_RE: Tensor) -> None:
     """Correct a linear layer in place so that it gives the targets: ridge regression of the remaining error."""
-    error = _significant_error(targets_RE, linear(inputs_RD))
+    error = _error_or_none(targets_RE, linear(inputs_RD))
     if error is None:
         return
     inputs = inputs_RD.double()
@@ -277,18 +279,18 @@ def _fit(linear: nn.Linear, inputs_RD: Tensor, targets_RE: Tensor) -> None:
 
 def _fit_norm(norm: nn.LayerNorm, inputs_RD: Tensor, targets_RD: Tensor) -> None:
     """Correct the scale and the shift of a layer norm in place, each channel by itself."""
-    error = _significant_error(targets_RD, norm(inputs_RD))
+    error = _error_or_none(targets_RD, norm(inputs_RD))
     if error is None:
         return
     normal = F.layer_norm(inputs_RD.double(), norm.normalized_shape, eps=norm.eps)
     center, shift = normal.mean(0), error.mean(0)
     normal = normal - center
-    slope = (normal * (error - shift)).mean(0) / (normal.square().mean(0) + RIDGE * 1e-3)
+    slope = (normal * (error - shift)).mean(0) / (normal.square().mean(0) + NORM_RIDGE)
     norm.weight += slope.to(norm.weight.dtype)
     norm.bias += (shift - slope * center).to(norm.bias.dtype)
 
 
-def _significant_error(targets: Tensor, outputs: Tensor) -> Tensor | None:
+def _error_or_none(targets: Tensor, outputs: Tensor) -> Tensor | None:
     """Return targets minus outputs, or None where that is only the rounding of different matrix shapes."""
     error = (targets - outputs).double()
     return error if error.abs().max() > ROUNDING * targets.abs().max() else None

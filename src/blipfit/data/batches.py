@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from blipfit.data.prompts import PromptedQuestion
+from blipfit.errors import UserError
 from blipfit.recipe import Family
+
+MAX_TOKENS = 2048
+"""Maximum length of a prompt, and of an answer after truncation: the positions of Vicuna. Memory grows with the square
+of the length; the longest published prompt has 497 words."""
 
 
 class Tokenizer(Protocol):
@@ -50,6 +55,12 @@ class EncodedQuestion:
     """The answer to learn, with its end token."""
     candidates: list[list[int]]
     """All answers to rank; empty for an open question."""
+    qformer_is_cut: bool = False
+    """Whether `qformer` lacks the beginning of the prompt."""
+    target_is_cut: bool = False
+    """Whether `target` lacks the end of the answer."""
+    cut_candidates: int = 0
+    """Number of candidates that lack their end."""
 
 
 class _TensorBatch:
@@ -147,20 +158,44 @@ class TextEncoder:
         self.qformer.truncation_side = self.llm.truncation_side = "left"
 
     def encode(self, prompted: Sequence[PromptedQuestion]) -> list[EncodedQuestion]:
-        """Tokenize prompts, targets and candidates of questions."""
+        """Tokenize prompts, targets and candidates of questions.
+
+        Raises UserError if a prompt or, after truncation, an answer has more than `MAX_TOKENS` tokens.
+        """
         prompts = [p.prompt for p in prompted]
-        candidates = iter(self._answers([text for p in prompted for text in p.candidates], add_end=self.family == "t5"))
-        return [
-            EncodedQuestion(qformer, prompt, prompt_cut, target, [next(candidates) for _ in p.candidates])
-            for p, qformer, prompt, prompt_cut, target in zip(
-                prompted,
-                _ids(self.qformer, prompts, truncation=True, max_length=self.max_text),
-                self._prompts(prompts),
-                self._prompts(prompts, self.max_text),
-                self._answers([p.target for p in prompted]),
-                strict=True,
+        answers = [text for p in prompted for text in p.candidates]
+        candidates = iter(self._answers(answers, add_end=self.family == "t5"))
+        encoded = []
+        for p, qformer, prompt, prompt_cut, (target, target_is_cut) in zip(
+            prompted,
+            _ids(self.qformer, prompts, truncation=True, max_length=self.max_text),
+            self._prompts(prompts),
+            self._prompts(prompts, self.max_text),
+            self._answers([p.target for p in prompted]),
+            strict=True,
+        ):
+            _check_length("prompt", p.prompt, len(prompt))
+            _check_length("answer", p.target, len(target))
+            rows = [next(candidates) for _ in p.candidates]
+            for text, (row, _) in zip(p.candidates, rows, strict=True):
+                _check_length("choice", text, len(row))
+            encoded.append(
+                EncodedQuestion(
+                    qformer,
+                    prompt,
+                    prompt_cut,
+                    target,
+                    [row for row, _ in rows],
+                    qformer_is_cut=len(qformer) == self.max_text and self._qformer_length(p.prompt) > self.max_text,
+                    target_is_cut=target_is_cut,
+                    cut_candidates=sum(is_cut for _, is_cut in rows),
+                )
             )
-        ]
+        return encoded
+
+    def _qformer_length(self, prompt: str) -> int:
+        """Return the number of the Q-Former's tokens in a whole prompt."""
+        return len(_ids(self.qformer, [prompt])[0])
 
     def prompts(self, encoded: Sequence[EncodedQuestion]) -> PromptBatch:
         """Return a batch of whole prompts, right-padded."""
@@ -232,11 +267,23 @@ class TextEncoder:
         truncation = {"truncation": True, "max_length": limit - 1} if limit else {}
         return [[self.llm.bos_token_id, *row] for row in _ids(self.llm, texts, add_special_tokens=False, **truncation)]
 
-    def _answers(self, texts: list[str], add_end: bool = True) -> list[list[int]]:
-        """Tokenize answers without a start token, truncated from the right; truncation keeps an end token."""
+    def _answers(self, texts: list[str], add_end: bool = True) -> list[tuple[list[int], bool]]:
+        """Tokenize answers without a start token, truncated from the right; truncation keeps an end token.
+
+        Returns token ids and whether they are truncated.
+        """
         end = [self.llm.eos_token_id] if add_end else []
-        ids = _ids(self.llm, texts, add_special_tokens=False)
-        return [row[: self.max_target - len(end)] + end for row in ids]
+        limit = self.max_target - len(end)
+        return [(row[:limit] + end, len(row) > limit) for row in _ids(self.llm, texts, add_special_tokens=False)]
+
+
+def _check_length(kind: str, text: str, tokens: int) -> None:
+    """Raise UserError if a text has more tokens than a model can read in bounded memory."""
+    if tokens > MAX_TOKENS:
+        raise UserError(
+            f"a {kind} has {tokens:,} tokens, more than the limit of {MAX_TOKENS:,}: {text[:60]!r}…; shorten the "
+            "question, its context or its choices"
+        )
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from torch import Tensor
 
 from blipfit.data import feature_shard, images
 from blipfit.data.feature_shard import Shard
+from blipfit.data.image_hashes import hash_file as hash_file
+from blipfit.data.image_hashes import hash_image, hash_on_white
 from blipfit.data.prefetch import prefetch
 from blipfit.errors import UserError
 from blipfit.run import installed_version, read_json, write_json
@@ -83,35 +84,16 @@ class FeatureSpec:
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of an image file's bytes.
+def hash_files(paths: Iterable[Path], transparency: images.Transparency = "dropped") -> dict[str, Path]:
+    """Return a mapping from image hash to the first path with that content, in the order of `paths`.
 
-    Within a process, a file is read again only if its size, modification time or inode changed. Raises UserError if
-    the file is missing or unreadable.
-    """
-    try:
-        stat = path.stat()
-    except OSError:
-        images.read_image(path)  # raises UserError with the reason and the fix
-        raise
-    return _hash_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@cache
-def _hash_version(path: Path, size: int, modified: int, inode: int) -> str:
-    """Hash a file; size, time and inode are arguments only to be part of the cache key."""
-    return hashlib.sha256(images.read_image(path)).hexdigest()
-
-
-def hash_files(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return a mapping from file hash to the first path with that content, in the order of `paths`.
-
-    Raises UserError if a file is missing or unreadable.
+    The image hash is that of `hash_image`. Raises UserError if a file is missing or unreadable.
     """
     files: dict[str, Path] = {}
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(thread_count()) as pool:
-        for path, image in zip(unique, pool.map(hash_file, unique), strict=True):
+        hashes = pool.map(lambda path: hash_image(path, transparency), unique)
+        for path, image in zip(unique, hashes, strict=True):
             files.setdefault(image, path)
     return files
 
@@ -253,7 +235,8 @@ class FeatureStore:
         # In random order, so that two builders at the same time share the work instead of doing it twice.
         random.Random().shuffle(chunks)
 
-        def blocks() -> Iterator[tuple[list[str], int]]:
+        def batches_to_compute() -> Iterator[tuple[list[str], int]]:
+            """Hashes of a chunk that are still missing, and the start of the next batch in them."""
             for chunk in chunks:
                 self.refresh()
                 remaining = self.missing(chunk)
@@ -267,7 +250,7 @@ class FeatureStore:
             return chunk, start, _load_pixels(block_files, self.spec.size, batch_size)
 
         threads = thread_count()
-        for chunk, start, pixels in prefetch(blocks(), prepare, threads=threads, depth=threads):
+        for chunk, start, pixels in prefetch(batches_to_compute(), prepare, threads=threads, depth=threads):
             if start == 0:
                 rows_NPD = torch.empty((len(chunk), *self.spec.shape), dtype=self.spec.dtype)
             block = chunk[start : start + batch_size]
@@ -368,9 +351,11 @@ def _load_pixels(files: Sequence[tuple[str, Path]], size: int, batch_size: int) 
     batch = []
     for image, path in files:
         data = images.read_image(path)
-        if hashlib.sha256(data).hexdigest() != image:
+        file_hash = hashlib.sha256(data).hexdigest()
+        if image not in (file_hash, hash_on_white(file_hash)):
             raise UserError(f"{path} changed while its features were computed: run the command again")
-        batch.append(images.resize(images.decode_image(data, str(path)), size))
+        transparency: images.Transparency = "dropped" if image == file_hash else "white"
+        batch.append(images.resize(images.decode_image(data, str(path), transparency), size))
     return images.to_pixels(batch + batch[-1:] * (batch_size - len(batch)), size)
 
 

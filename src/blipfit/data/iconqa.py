@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.data import records
-from blipfit.data.prepared import PrepareReport, check_images, output_folder
+from blipfit.data.prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 
@@ -19,11 +19,12 @@ KIND = "choose_txt"
 TAG_NAMES = ("grade", "label")
 
 
-def prepare(source: str | Path, to: Path) -> PrepareReport:
+def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> PrepareReport:
     """Write `annotations/{split}.json` and the images `{split}/choose_txt/{id}/image.png`.
 
     `source` is the unpacked official archive: `problems.json` beside the folders of the splits, or beside the folder
-    `iconqa` that contains them. Raises UserError if the source is incomplete or damaged, or `to` cannot be written.
+    `iconqa` that contains them. Images outside of it need `allow_outside` and are copied. Raises UserError if the
+    source is incomplete or damaged, or `to` cannot be written.
     """
     if str(source) == "hub":
         raise UserError(
@@ -37,8 +38,9 @@ def prepare(source: str | Path, to: Path) -> PrepareReport:
         for split, entries in problems.items()
         for pid in (entry["id"] for entry in entries)
     }
-    check_images(images.values())
-    with output_folder(to, known_names=("annotations", *SPLITS)) as out:
+    allowed = Source(Path(source), allow_outside)
+    check_images(images.values(), allowed)
+    with output_folder(to, ("annotations", *SPLITS), allowed) as out:
         for name, image in images.items():
             out.add_image(image, name)
         for split, entries in problems.items():
@@ -112,6 +114,7 @@ def _question(entry: Any, location: str, folder: Path, split: str) -> Question:
         choices=choices,
         answer_index=answer_index,
         tags={name: str(record[name]) for name in TAG_NAMES if record.get(name)},
+        transparency="dropped",
     )
 
 

@@ -7,17 +7,20 @@ import hashlib
 import io
 import math
 import random
-import struct
+import re
+import stat
 import threading
 import warnings
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from blipfit.data import file_kinds
+from blipfit.data.question import Transparency as Transparency
 from blipfit.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,53 +32,121 @@ SIZE = 224
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Formats that are opened, by Pillow's names. Pillow would try all it knows, and for PostScript start Ghostscript."""
+MAX_PIXELS = 100_000_000
+"""Most pixels of an image: decoding takes up to 20 bytes per pixel."""
+MAX_FILE_BYTES = 2**30
+
 # The random crop: range of its area (of the image), range of its aspect ratio, attempts before a centered crop.
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 FLIP_PROBABILITY = 0.5
 
-# What Pillow's decoders raise on damaged files; the exceptions have no common base class.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-# Python's warning filters are global, so only one thread at a time may change them while it opens a file.
+# How an image is turned upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
+# Images with more pixels or bytes are decoded one at a time, so that many threads do not fill the memory.
+_LARGE_PIXELS = 4_000_000
+_LARGE_FILE_BYTES = 16_000_000
+_large_image_lock = threading.RLock()
+# Python's warning filters are global, so only one thread at a time may change them while it reads a file's header.
 _warnings_lock = threading.Lock()
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, transparency: Transparency = "white") -> Image.Image:
     """Return the image in RGB, fully decoded and rotated upright by its EXIF orientation.
 
-    Transparency is dropped, as in the published experiments. Raises UserError if the file is missing, truncated or not
-    an image.
+    `transparency` says what becomes of transparent pixels. Raises UserError if the file is missing, not a regular file,
+    larger than MAX_PIXELS or MAX_FILE_BYTES, damaged, or not an image of the formats in FORMATS.
     """
-    return decode_image(read_image(path), str(path))
+    with large_file_lock(path):
+        return decode_image(read_image(path), str(path), transparency)
+
+
+def large_file_lock(path: Path) -> AbstractContextManager[object]:
+    """Return a lock to hold while a large image file is read and decoded; for other files, a context without effect."""
+    try:
+        is_large = path.stat().st_size > _LARGE_FILE_BYTES
+    except (OSError, ValueError):
+        is_large = False
+    return _large_image_lock if is_large else nullcontext()
 
 
 def read_image(path: Path) -> bytes:
-    """Return the bytes of an image file without decoding them; raises UserError if it is missing or unreadable."""
+    """Return the bytes of an image file without decoding them.
+
+    Raises UserError if it is missing, unreadable, empty, larger than MAX_FILE_BYTES, or not a regular file: devices,
+    FIFOs and the files of `/proc` are not opened.
+    """
     try:
-        return path.read_bytes()
+        size = _require_regular_file(path)
+        with path.open("rb") as file:
+            return file.read(size)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: put the image there, or remove its question") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): put an image there") from None
+    except ValueError:  # a zero byte, or half a character
+        raise UserError(f"{str(path)!r} cannot be a file name: give the path of an image") from None
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, transparency: Transparency = "white") -> Image.Image:
     """Decode the bytes of an image file as `open_image` does; `name` is used in the error message.
 
-    Raises UserError if they are truncated or not an image.
+    Raises UserError as `open_image` does.
     """
+    with _errors_as_user_errors(name, data):
+        try:
+            return _to_rgb(_open(data), name, transparency)
+        except ValueError:
+            # Pillow refuses long texts and color profiles in PNG files; they do not change the pixels.
+            stripped = _strip_png_metadata(data)
+            if stripped == data:
+                raise
+            return _to_rgb(_open(stripped), name, transparency)
+
+
+def convert_image(image: Image.Image, name: str = "the image", transparency: Transparency = "white") -> Image.Image:
+    """Return an image in memory with the pixels that `open_image` gives for its file; the image is not changed.
+
+    Raises UserError as `open_image` does.
+    """
+    if image.format not in (None, "MPO", *FORMATS):
+        raise UserError(f"{name} is of the format {image.format}; expected {_format_names()}: convert it to PNG")
+    with _errors_as_user_errors(name):
+        return _to_rgb(image, name, transparency)
+
+
+def hash_pixels(data: bytes, name: str, transparency: Transparency = "white") -> str:
+    """Return a hash of the pixels that `decode_image` gives; equal for copies in other lossless formats.
+
+    Raises UserError as `decode_image` does.
+    """
+    with _large_image_lock if _count_pixels(data) > _LARGE_PIXELS else nullcontext():
+        image = decode_image(data, name, transparency)
+        digest = hashlib.blake2b(f"{image.width} {image.height}\n".encode(), digest_size=16)
+        for top in range(0, image.height, 256):
+            digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
+    return digest.hexdigest()
+
+
+def is_transparent(data: bytes) -> bool:
+    """Return whether the bytes of an image file declare transparency, by their header; False if it is unreadable."""
     try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            # Reading EXIF data decodes a whole PNG, and cameras do not write PNG files.
-            is_rotated = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image) if is_rotated else image, name)
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is damaged or not an image ({reason}): download or copy the file again") from None
+        return _has_transparency(_open(data))
+    except Exception:
+        return False
 
 
 def resize(image: Image.Image, size: int = SIZE) -> Image.Image:
@@ -162,14 +233,152 @@ def _center_box(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + w, top + h
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit gray values at 255, which gives a white image.
-        import numpy as np
+def _require_regular_file(path: Path) -> int:
+    """Return the size of a file in bytes; raises UserError if it is not a file that can be an image."""
+    status = path.stat()
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFIFO: "FIFO"}
+    if not stat.S_ISREG(status.st_mode):
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "socket or other special file")
+        raise UserError(f"{path} is a {kind}, not an image file: give the path of an image")
+    if status.st_size == 0:  # also every file of /proc
+        raise UserError(f"{path} is empty (0 bytes): {file_kinds.AGAIN}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise UserError(
+            f"{path} has {status.st_size / 2**30:.1f} GiB, more than the limit of {MAX_FILE_BYTES / 2**30:.0f} GiB for "
+            "an image: scale the image down"
+        )
+    return status.st_size
 
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+
+@contextmanager
+def _errors_as_user_errors(name: str, data: bytes | None = None) -> Iterator[None]:
+    """Turn every exception of a decoder into a UserError; Pillow's decoders raise exceptions of many kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{name} takes more memory than is free: scale the image down") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"(\d+) pixels", str(error))
+        raise UserError(_too_large(name, f"{int(pixels[1]):,}" if pixels else "too many")) from None
+    except Exception as error:
+        if description := None if data is None else file_kinds.describe(data):
+            raise UserError(f"{name} {description[0]}: {description[1]}") from None
+        reason = f"expected {_format_names()}" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        raise UserError(f"{name} is damaged or not an image ({reason}): {file_kinds.AGAIN}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the text of a decoder's exception on one line, without memory addresses."""
+    reason = re.sub(r"<\S+ object at 0x[0-9a-f]+>", "the file", " ".join(str(error).split()))
+    return reason[:200] or type(error).__name__
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"{name} has {size} pixels; the limit is {MAX_PIXELS:,} pixels: scale the image down"
+
+
+def _format_names() -> str:
+    return f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
+
+@lru_cache(maxsize=1)
+def _available_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF needs a Pillow that was built with it
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header of an image file."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data), formats=_available_formats())
+
+
+def _count_pixels(data: bytes) -> int:
+    """Return the number of pixels by the file's header, 0 if it is unreadable."""
+    try:
+        image = _open(data)
+    except Exception:
+        return 0
+    return image.width * image.height
+
+
+def _to_rgb(image: Image.Image, name: str, transparency: Transparency) -> Image.Image:
+    """Decode an opened image, turn it upright and convert it to RGB."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UserError(_too_large(name, f"{image.width} x {image.height}"))
+    with _large_image_lock if pixels > _LARGE_PIXELS else nullcontext():
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        rgb = _convert(image, name, transparency)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 if there is none or it cannot be read."""
+    # Cameras do not write PNG files, and Pillow turns TIFF files itself.
+    if image.format in ("PNG", "TIFF"):
+        return 1
+    try:
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _strip_png_metadata(data: bytes) -> bytes:
+    """Return a PNG file without texts, color profile and EXIF data; other data are returned unchanged."""
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    chunks, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name, content, checksum
+        if data[start + 4 : start + 8] not in _PNG_METADATA:
+            chunks.append(data[start:end])
+        start = end
+    return b"".join(chunks)
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _convert(image: Image.Image, name: str, transparency: Transparency) -> Image.Image:
+    """Convert a decoded image to RGB, 8 bits per channel."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _scale_16_bit_gray(image, transparency)
     if image.mode in ("I", "F"):
         raise UserError(f"{name} has 32-bit pixels (mode {image.mode}): save it with 8 bits per channel")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if transparency == "white" and _has_transparency(image):
+        colors = image.convert("RGBA")
+        alpha = colors.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return colors.convert("RGB")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(colors, mask=alpha)
+        return background
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # same colors as a direct conversion, but without Pillow's warning
-    return image.convert("RGB")
+    try:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError:
+        raise UserError(f"{name} has pixels of the mode {image.mode}: save it as RGB") from None
+
+
+def _scale_16_bit_gray(image: Image.Image, transparency: Transparency) -> Image.Image:
+    # Pillow clips 16-bit gray values at 255, which gives a white image.
+    import numpy as np
+
+    values = np.asarray(image)
+    levels = (values >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparency == "white" and isinstance(transparent, int):
+        levels[values == transparent] = 255
+    return Image.fromarray(levels).convert("RGB")

@@ -4,13 +4,14 @@ Four layouts contain the same questions: the official folder tree, three-column 
 hub's parquet files, and the folder that `prepare` writes (three-column files).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image
-from blipfit.data.prepared import PrepareReport, check_images, output_folder
+from blipfit.data.prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 
@@ -33,17 +34,35 @@ TRUTHS = ("yes", "no")
 HUB_NAME = "lmms-lab/MME"
 HUB_REVISION = "d6c9023f017b564f7b3ccccf5348166bce8fdbcd"
 PUBLISHED = {"test": 2374}
+PUBLISHED_COUNTS = {
+    "existence": 60,
+    "count": 60,
+    "position": 60,
+    "color": 60,
+    "posters": 294,
+    "celebrity": 340,
+    "scene": 400,
+    "landmark": 400,
+    "artwork": 400,
+    "OCR": 40,
+    "commonsense_reasoning": 140,
+    "numerical_calculation": 40,
+    "text_translation": 40,
+    "code_reasoning": 40,
+}
+"""Number of questions of every subtask."""
 
 # Folders that contain the subtasks' folders in the official archive and in copies of it.
 _WRAPPERS = ("", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def prepare(source: str | Path, to: Path) -> PrepareReport:
+def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> PrepareReport:
     """Write `SUBTASK.txt` (image, question, Yes|No; two consecutive lines per image) and the images `SUBTASK/NAME`.
 
-    `source` is `hub`, a folder with the hub's parquet files, or anything that `read_questions` reads. Raises UserError
-    if the source is incomplete or damaged, or `to` cannot be written.
+    `source` is `hub`, a folder with the hub's parquet files, or anything that `read_questions` reads. Images outside of
+    it need `allow_outside` and are copied. Raises UserError if the source is incomplete or damaged, or `to` cannot be
+    written.
     """
     if str(source) == "hub":
         return _prepare_from_hub(hub.download(HUB_NAME, HUB_REVISION, ("test",)), to)
@@ -51,13 +70,22 @@ def prepare(source: str | Path, to: Path) -> PrepareReport:
         return _prepare_from_hub(Path(source), to)
     questions = read_questions(Path(source))
     images = {question.image: f"{question.tags['subtask']}/{question.tags['file']}" for question in questions}
-    check_images(images)
-    with output_folder(to, known_names=[f"{subtask}.txt" for subtask in SUBTASKS]) as out:
+    allowed = Source(Path(source), allow_outside)
+    check_images(images, allowed)
+    with output_folder(to, [f"{subtask}.txt" for subtask in SUBTASKS], allowed) as out:
         for image, name in images.items():
             out.add_image(image, name)
         for subtask, lines in _format_lines(questions).items():
             out.write_text("".join(lines), f"{subtask}.txt")
-    return PrepareReport("mme", to, {"test": len(questions)}, images=out.image_counts, published=PUBLISHED)
+    return _report(to, group_by_subtask(questions), out.image_counts)
+
+
+def _report(
+    to: Path, questions: Mapping[str, Sequence[tuple[str, str, str]]], images: Mapping[str, int]
+) -> PrepareReport:
+    notes = [f"not the MME benchmark: {difference}" for difference in find_deviations(questions)]
+    count = sum(map(len, questions.values()))
+    return PrepareReport("mme", to, {"test": count}, images=images, published=PUBLISHED, notes=notes)
 
 
 def load(folder: Path, split: str) -> list[Question]:
@@ -103,28 +131,78 @@ def check_pairs(images: Sequence[str], location: str) -> None:
             )
 
 
+def find_deviations(questions_by_subtask: Mapping[str, Sequence[tuple[str, str, str]]]) -> list[str]:
+    """Return how questions differ from the MME benchmark, one sentence each; empty if they can be the benchmark.
+
+    `questions_by_subtask` has (image name, question, `yes` or `no`) of consecutive lines. The benchmark has a fixed
+    number of questions in each of the 14 subtasks, no question of an image twice, no empty question, and one Yes and
+    one No for every image.
+    """
+    wrong_counts, deviations = [], []
+    if missing := [subtask for subtask in SUBTASKS if not questions_by_subtask.get(subtask)]:
+        deviations.append(f"{len(missing)} of {len(SUBTASKS)} subtasks have no questions")
+    for subtask in SUBTASKS:
+        questions, count = questions_by_subtask.get(subtask, ()), PUBLISHED_COUNTS[subtask]
+        if questions and len(questions) != count:
+            wrong_counts.append(f"{subtask} {len(questions)} of {count}")
+    if wrong_counts:
+        deviations.append(f"number of questions: {', '.join(wrong_counts)}")
+    for subtask, questions in questions_by_subtask.items():
+        repeated = [text for text, count in Counter((image, text) for image, text, _ in questions).items() if count > 1]
+        if repeated:
+            image, text = repeated[0]
+            deviations.append(
+                f"{subtask}: questions that occur more than once: {len(repeated)}, first {text[:60]!r} of {image}"
+            )
+        images = Counter(image for image, _, _ in questions)
+        if crowded := [image for image, count in images.items() if count > 2]:
+            deviations.append(f"{subtask}: images with more than two questions: {len(crowded)}, first {crowded[0]}")
+        if empty := sum(not text.strip() for _, text, _ in questions):
+            deviations.append(f"{subtask}: empty questions: {empty}")
+        pairs = zip(questions[::2], questions[1::2], strict=False)
+        if equal := [first[0] for first, second in pairs if first[2] == second[2]]:
+            deviations.append(f"{subtask}: images with two equal truths: {len(equal)}, first {equal[0]}")
+    return deviations
+
+
+def group_by_subtask(questions: Sequence[Question]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return (image name, question, `yes` or `no`) of MME's questions by subtask, for `find_deviations`."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for q in questions:
+        groups.setdefault(q.tags["subtask"], []).append((q.tags["file"], q.question, q.answer.lower()))
+    return groups
+
+
 def read_columns(file: Path, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield (`file:line`, columns) for every line of a tab-separated file without a header.
 
     `names` are the expected columns. Raises UserError if a line has another number of columns or the file cannot be
     read.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line_number = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line_number}: not UTF-8 text; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    return parse_columns(_read_text(file), str(file), names)
+
+
+def parse_columns(text: str, source: str, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (`source:line`, columns) for every line of a file's text, as `read_columns` does."""
     # Split at newlines only: a response may contain the other separators that str.splitlines splits at.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         fields = line.split("\t")
         if len(fields) != len(names):
             raise UserError(
-                f"{file}:{number}: a line must have {len(names)} columns with tabs between them "
+                f"{source}:{number}: a line must have {len(names)} columns with tabs between them "
                 f"({', '.join(names)}) but this one has {len(fields) if line else 'none'}"
             )
-        yield f"{file}:{number}", fields
+        yield f"{source}:{number}", fields
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line_number = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line_number}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def parse_truth(text: str, location: str) -> str:
@@ -176,7 +254,8 @@ def _read_tree(folder: Path, subtask: str) -> Iterator[Question]:
 
 def _question(subtask: str, name: str, index: int, image: Path, question: str, answer: str) -> Question:
     tags = {"subtask": subtask, "file": name}
-    return Question(f"{subtask}/{name}/{index + 1}", image, question, answer.capitalize(), tags=tags)
+    question_id = f"{subtask}/{name}/{index + 1}"
+    return Question(question_id, image, question, answer.capitalize(), tags=tags, transparency="dropped")
 
 
 def _format_lines(questions: Sequence[Question]) -> dict[str, list[str]]:
@@ -206,8 +285,11 @@ def _prepare_from_hub(source: Path, to: Path) -> PrepareReport:
             image_questions.append((text, _answer(row, location)))
         for subtask, images in questions.items():
             out.write_text("".join(_format_pairs(images, f"{source}: {subtask}")), f"{subtask}.txt")
-    count = sum(len(pair) for images in questions.values() for pair in images.values())
-    return PrepareReport("mme", to, {"test": count}, images=out.image_counts, published=PUBLISHED)
+    lines = {
+        subtask: [(name, text, answer.lower()) for name, pair in images.items() for text, answer in pair]
+        for subtask, images in questions.items()
+    }
+    return _report(to, lines, out.image_counts)
 
 
 def _format_pairs(images: Mapping[str, Sequence[tuple[str, str]]], location: str) -> list[str]:

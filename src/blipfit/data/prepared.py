@@ -1,19 +1,47 @@
 """Write a prepared data set: an output folder that appears complete or not at all, its images, and a report."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blipfit.data.images import open_image
+from blipfit.data.images import Transparency, hash_pixels, large_file_lock, open_image, read_image
 from blipfit.errors import UserError
+
+MAX_LISTED = 20
+"""Most bad entries that a report lists."""
+BAD_ENTRIES = "left_out.txt"
+"""In a prepared folder: the entries that `--skip-bad` left out, one per line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The folder that a data set is read from; images outside of it are refused, or copied with `allow_outside`."""
+
+    folder: Path
+    allow_outside: bool = False
+
+    def contains(self, path: Path) -> bool:
+        """Return whether a file is inside the folder, after all `..` and symbolic links."""
+        return path.resolve().is_relative_to(self.folder.resolve())
+
+    def check(self, path: Path) -> None:
+        """Raise UserError if a file is outside the folder and that is not allowed."""
+        if not self.allow_outside and not self.contains(path):
+            resolved = path.resolve()
+            target = "" if resolved == path else f" (it is {resolved})"
+            raise UserError(
+                f"{path} is outside the data folder {self.folder}{target}: move it into the folder, or allow it with "
+                "--allow-outside, which copies it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +58,51 @@ class PrepareReport:
     """Number of images by how they came into the folder: linked, copied, written or kept."""
     published: Mapping[str, int] = field(default_factory=dict)
     """Number of questions of the complete data set, by split, if known."""
+    bad: Sequence[str] = ()
+    """Entries that `--skip-bad` left out: file and line, with the reason."""
+    notes: Sequence[str] = ()
+    """Sentences on what is unusual in the data, e.g. empty questions."""
 
     def __str__(self) -> str:
         lines = [f"{self.dataset}: {_by_split(self.counts)} questions in {self.folder}"]
         if self.published and dict(self.published) != dict(self.counts):
             lines.append(f"  part of the whole set, which has {_by_split(self.published)}")
         lines += [f"  left out: {count} {reason}" for reason, count in self.left_out.items() if count]
+        lines += [f"  note: {note}" for note in self.notes]
         if images := ", ".join(f"{count} {action}" for action, count in self.images.items() if count):
             lines.append(f"  images: {images}")
+        if self.bad:
+            lines += [f"  left out: {len(self.bad)} bad entries", *(f"    {entry}" for entry in self.bad[:MAX_LISTED])]
+        if len(self.bad) > MAX_LISTED:
+            lines.append(f"    and {len(self.bad) - MAX_LISTED} more: {self.folder / BAD_ENTRIES}")
         return "\n".join(lines)
 
 
 class OutputFolder:
     """An output folder while it is being filled; counts how each image came into it.
 
-    `root` is the temporary folder that receives the files, `final` the folder that it becomes.
+    `root` is the temporary folder that receives the files, `final` the folder that it becomes, `source` the folder that
+    images come from.
     """
 
-    def __init__(self, root: Path, final: Path):
+    def __init__(self, root: Path, final: Path, source: Source | None = None):
         self.root = root
         self.final = final
+        self.source = source
         self.image_counts: Counter[str] = Counter()
 
     def add_image(self, image: Path, name: str) -> None:
         """Add an image file under `name`: as a hard link if the file system allows it, otherwise as a copy.
 
         A link takes no space and remains when the source is deleted or moved. An image that is already at its final
-        place stays there. Raises UserError if `name` is outside the folder.
+        place stays there. An image outside the source is copied, because a link would share a file of somebody else.
+        Raises UserError if `name` is outside the folder, or if the image is outside the source and that is not allowed.
         """
+        if self.source is not None and not self.source.contains(image):
+            self.source.check(image)
+            shutil.copyfile(image, self._new_file(name))
+            self.image_counts["copied from outside the data folder"] += 1
+            return
         if _is_same_file(image, self.final / name):
             self.image_counts["kept"] += 1
             return
@@ -91,12 +136,12 @@ class OutputFolder:
 
 
 @contextmanager
-def output_folder(to: Path, known_names: Iterable[str]) -> Iterator[OutputFolder]:
+def output_folder(to: Path, known_names: Iterable[str], source: Source | None = None) -> Iterator[OutputFolder]:
     """Yield an OutputFolder that becomes `to` if the block succeeds and is deleted if it raises an exception.
 
     It is filled in a temporary folder beside `to`, then renamed. If `to` has files already, every new file replaces the
-    old one of the same name by a rename, and other files stay. Raises UserError if `to` has files but none of
-    `known_names` (so it belongs to something else), or if it cannot be written.
+    old one of the same name by a rename, and other files stay. `source` is where its images come from. Raises UserError
+    if `to` has files but none of `known_names` (so it belongs to something else), or if it cannot be written.
     """
     _require_own_folder(to, known_names)
     try:
@@ -105,7 +150,7 @@ def output_folder(to: Path, known_names: Iterable[str]) -> Iterator[OutputFolder
         try:
             root = temporary / to.name
             root.mkdir()
-            yield OutputFolder(root, to)
+            yield OutputFolder(root, to, source)
             _publish(root, to)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -113,15 +158,54 @@ def output_folder(to: Path, known_names: Iterable[str]) -> Iterator[OutputFolder
         raise UserError(f"cannot write {to}: {error.strerror or error}") from None
 
 
-def check_images(paths: Iterable[Path]) -> None:
-    """Decode every image; raises UserError for the first that is missing or damaged."""
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(_check_image, paths):
+@dataclass(frozen=True, slots=True)
+class ImageHashes:
+    """Hashes of an image."""
+
+    file: str
+    """Of the file's bytes."""
+    pixels: str
+    """Of the decoded pixels."""
+
+
+def check_images(paths: Iterable[Path], source: Source | None = None) -> None:
+    """Decode every image; raises UserError for the first that is missing, damaged, or outside `source`."""
+
+    def check_image(path: Path) -> None:
+        if source is not None:
+            source.check(path)
+        open_image(path)  # the image is not returned, so that not all of them are in memory at once
+
+    with _thread_pool() as pool:
+        for _ in pool.map(check_image, paths):
             pass
 
 
-def _check_image(path: Path) -> None:
-    open_image(path)  # the image is not returned, so that not all of them are in memory at once
+def hash_images(
+    paths: Iterable[Path], source: Source | None = None, transparency: Transparency = "white"
+) -> Iterator[tuple[Path, ImageHashes | UserError]]:
+    """Decode every image and yield it with its hashes, or with the error if it is missing, damaged or outside `source`.
+
+    The images are decoded in threads; large images one at a time, so that the memory is bounded.
+    """
+
+    def hash_image(path: Path) -> tuple[Path, ImageHashes | UserError]:
+        try:
+            if source is not None:
+                source.check(path)
+            with large_file_lock(path):
+                data = read_image(path)
+                file_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
+                return path, ImageHashes(file_hash, hash_pixels(data, str(path), transparency))
+        except UserError as error:
+            return path, error
+
+    with _thread_pool() as pool:
+        yield from pool.map(hash_image, paths)
+
+
+def _thread_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 def _require_own_folder(to: Path, known_names: Iterable[str]) -> None:

@@ -28,8 +28,9 @@ class PromptedQuestion:
 
 
 def format_choices(choices: Sequence[str]) -> tuple[str, ...]:
-    """Return the choices with their letters, `(a) X`, `(b) Y`, …; at most 26."""
-    assert len(choices) <= len(LETTERS), "the loaders refuse more choices than letters"
+    """Return the choices with their letters, `(a) X`, `(b) Y`, …; raises UserError if there are more than 26."""
+    if len(choices) > len(LETTERS):
+        raise UserError(f"{len(choices)} choices: at most {len(LETTERS)} can be lettered (a to z); give fewer choices")
     return tuple(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 
 
@@ -89,7 +90,10 @@ PROMPTS: dict[str, Callable[[Question], PromptedQuestion]] = {
 
 
 def get_prompt(name: str) -> Callable[[Question], PromptedQuestion]:
-    """Return the function that writes the prompt `name`; raises UserError if the name is unknown."""
+    """Return the function that writes the prompt `name`; raises UserError if the name is unknown.
+
+    The function raises UserError if a question has more than 26 choices.
+    """
     if name not in PROMPTS:
         similar = difflib.get_close_matches(name, PROMPTS, n=1, cutoff=0.5)
         fix = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(PROMPTS)}"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image, open_image
-from blipfit.data.prepared import OutputFolder, PrepareReport, output_folder
+from blipfit.data.prepared import OutputFolder, PrepareReport, Source, output_folder
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 
@@ -133,19 +133,32 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 42, shares: Mapping[str, floa
     return {split: [pairs[row] for row in sorted(rows)] for split, rows in split_rows.items()}
 
 
-def prepare(source: str | Path, to: Path, seed: int = 42, shares: Mapping[str, float] = SHARES) -> PrepareReport:
+def prepare(
+    source: str | Path,
+    to: Path,
+    seed: int = 42,
+    shares: Mapping[str, float] = SHARES,
+    *,
+    allow_outside: bool = False,
+) -> PrepareReport:
     """Write `SPLIT.jsonl` with the hub's field names, `images/`, and the settings of the split in `split.json`.
 
     `source` is what `read_pairs` reads; `seed` and `shares` go to `split_pairs`. Rows without an image and duplicate
-    rows are left out and counted. Raises UserError if a row or an image is invalid, or `to` cannot be written.
+    rows are left out and counted. Images outside the source need `allow_outside` and are copied. Raises UserError if a
+    row or an image is invalid, or `to` cannot be written.
     """
     rows = read_pairs(source)
+    path = Path(source)
+    allowed = Source(path if path.is_dir() else path.parent, allow_outside)
+    for pair in rows:
+        if isinstance(pair.image, Path):
+            allowed.check(pair.image)
     with_image = [pair for pair in rows if pair.image is not None]
     pairs = drop_duplicates(with_image)
     if not pairs:
         raise UserError(f"{source}: none of its {len(rows)} rows has an image; give the data set with its images")
     splits = split_pairs(pairs, seed, shares)
-    with output_folder(to, known_names=[SETTINGS]) as out:
+    with output_folder(to, [SETTINGS], allowed) as out:
         image_names: dict[str, str] = {}
         for split, members in splits.items():
             lines = [
@@ -158,7 +171,15 @@ def prepare(source: str | Path, to: Path, seed: int = 42, shares: Mapping[str, f
         out.write_json(settings, SETTINGS, indent=2)
     left_out = {"without an image": len(rows) - len(with_image), "repeating another row": len(with_image) - len(pairs)}
     totals = {split: len(members) for split, members in splits.items()}
-    return PrepareReport("rewardbench", to, totals, left_out, out.image_counts)
+    return PrepareReport("rewardbench", to, totals, left_out, out.image_counts, notes=_notes(pairs))
+
+
+def _notes(pairs: Iterable[Pair]) -> list[str]:
+    """Return sentences on the pairs without a clear answer: their number and the first one's id."""
+    empty = [pair.id for pair in pairs if not clean_query(pair).strip()]
+    equal = [pair.id for pair in pairs if pair.responses[0] == pair.responses[1]]
+    kinds = (("with an empty query", empty), ("with two equal responses", equal))
+    return [f"{len(ids)} pairs {kind}, first {ids[0]}" for kind, ids in kinds if ids]
 
 
 def load(folder: Path, split: str) -> list[Question]:
@@ -192,6 +213,7 @@ def to_question(pair: Pair, question_id: str | None = None) -> Question:
         question=clean_query(pair),
         answer=pair.responses[pair.best],
         tags={"category": pair.category},
+        transparency="dropped",
     )
 
 
@@ -286,9 +308,9 @@ def _hash_pixels(pair: Pair) -> str:
     """Return a hash of the decoded pixels of a pair's image; equal for lossless copies in other file formats."""
     assert pair.image is not None
     if isinstance(pair.image, Path):
-        image = open_image(pair.image)
+        image = open_image(pair.image, "dropped")
     else:
-        image = decode_image(pair.image, f"the image of {pair.id}")
+        image = decode_image(pair.image, f"the image of {pair.id}", "dropped")
     return _digest(f"{image.width} {image.height}\n".encode() + image.tobytes())
 
 

@@ -4,6 +4,7 @@ The annotation files are equal, byte by byte, to those of the published experime
 (github.com/AttentionX/InstructBLIP_PEFT), so a folder prepared for one can be loaded by the other.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image
-from blipfit.data.prepared import OutputFolder, PrepareReport, check_images, output_folder
+from blipfit.data.prepared import OutputFolder, PrepareReport, Source, check_images, output_folder
 from blipfit.data.prompts import format_choices
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
@@ -23,6 +24,7 @@ PUBLISHED = {"train": 6218, "val": 2097, "test": 2017}
 ANNOTATIONS = {split: f"scienceqa_{split}.json" for split in SPLITS}
 TAGS_FILE = "scienceqa_facts.json"
 TAG_NAMES = ("subject", "grade", "topic", "category", "skill")
+_GRADE = re.compile(r"(?:grade)?(?:[1-9]|1[0-2])", re.ASCII)
 IMAGE_ZIPS = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
 
 
@@ -40,12 +42,12 @@ class Problem:
     """File and entry, for error messages."""
 
 
-def prepare(source: str | Path, to: Path) -> PrepareReport:
+def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> PrepareReport:
     """Write `scienceqa_{split}.json`, the images, and the tags by which results are grouped.
 
     `source` is `hub`, a folder in the official layout (`problems.json`, `pid_splits.json`,
-    `images/SPLIT/PID/image.png`), or a folder with the hub's parquet files. Raises UserError if the source is
-    incomplete or damaged, or `to` cannot be written.
+    `images/SPLIT/PID/image.png`), or a folder with the hub's parquet files. Images outside of it need `allow_outside`
+    and are copied. Raises UserError if the source is incomplete or damaged, or `to` cannot be written.
     """
     if str(source) == "hub":
         return _write(_read_parquet(hub.download(HUB_NAME, HUB_REVISION)), to)
@@ -59,14 +61,16 @@ def prepare(source: str | Path, to: Path) -> PrepareReport:
             f"data/train-*.parquet; give the folder that holds them, or --from hub"
         )
     problems = list(_read_official(root))
-    check_images(problem.image for problem in problems if isinstance(problem.image, Path))
-    return _write(problems, to)
+    allowed = Source(source, allow_outside)
+    check_images((problem.image for problem in problems if isinstance(problem.image, Path)), allowed)
+    return _write(problems, to, allowed)
 
 
 def load(folder: Path, split: str) -> list[Question]:
     """Load one split of a prepared folder, or of a folder prepared for the published experiments.
 
-    Raises UserError if the folder is not prepared, or an entry or its image is missing or invalid.
+    Raises UserError if the folder is not prepared, an entry or its image is missing or invalid, or a `question_id`
+    occurs twice in the folder's annotation files.
     """
     file = folder / ANNOTATIONS[split]
     if not file.is_file():
@@ -76,7 +80,30 @@ def load(folder: Path, split: str) -> list[Question]:
         )
     tags = _load_tags(folder)
     entries = records.require_list(records.read_json(file), str(file))
-    return [_question(entry, f"{file}: entry {n}", folder, tags) for n, entry in enumerate(entries, start=1)]
+    questions = [_question(entry, f"{file}: entry {n}", folder, tags) for n, entry in enumerate(entries, start=1)]
+    _refuse_repeated_ids(folder, split, questions)
+    return questions
+
+
+def _refuse_repeated_ids(folder: Path, split: str, questions: Iterable[Question]) -> None:
+    """Raise UserError if an id occurs twice in the split, or in another split of the folder too."""
+    entry_by_id: dict[str, int] = {}
+    for number, question in enumerate(questions, start=1):
+        if (first := entry_by_id.setdefault(question.id, number)) != number:
+            raise UserError(
+                f"{folder / ANNOTATIONS[split]}: entries {first} and {number} both have question_id {question.id}; "
+                "remove one of them"
+            )
+    for other in SPLITS:
+        file = folder / ANNOTATIONS[other]
+        if other == split or not file.is_file():
+            continue
+        for entry in records.require_list(records.read_json(file), str(file)):
+            if isinstance(entry, dict) and (pid := str(entry.get("question_id"))) in entry_by_id:
+                raise UserError(
+                    f"{folder}: question_id {pid} is in {ANNOTATIONS[split]} and in {file.name}, so a question would "
+                    "be in two splits; remove it from one of them"
+                )
 
 
 def _official_root(source: Path) -> Path | None:
@@ -91,8 +118,13 @@ def _read_official(root: Path) -> Iterator[Problem]:
     problems = records.require_object(records.read_json(file), str(file))
     splits_file = root / "pid_splits.json"
     splits = records.require_object(records.read_json(splits_file), str(splits_file))
+    split_of: dict[str, str] = {}
     for split in SPLITS:
         for pid in map(str, records.require_list(splits.get(split), f"{splits_file}: {split}")):
+            if (first := split_of.get(pid)) is not None:
+                twice, both = f"{split} names problem {pid} twice", f"{first} and {split} both name problem {pid}"
+                raise UserError(f"{splits_file}: {twice if first == split else both}; name every problem only once")
+            split_of[pid] = split
             if pid not in problems:
                 raise UserError(f"{splits_file}: {split} names problem {pid}, which is not in {file}")
             location = f"{file}: problem {pid}"
@@ -118,17 +150,17 @@ def _read_parquet(download: Path) -> Iterator[Problem]:
             yield Problem(f"{split}-{row}", split, record, image, location)
 
 
-def _write(problems: Iterable[Problem], to: Path) -> PrepareReport:
+def _write(problems: Iterable[Problem], to: Path, source: Source | None = None) -> PrepareReport:
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     tags: dict[str, dict[str, str]] = {}
     left_out: Counter[str] = Counter()
-    with output_folder(to, known_names=(*ANNOTATIONS.values(), "images")) as out:
+    with output_folder(to, (*ANNOTATIONS.values(), "images"), source) as out:
         for problem in problems:
             if problem.image is None:
                 left_out["without an image"] += 1
                 continue
             annotations[problem.split].append(_annotation(problem))
-            tags[problem.id] = _tags(problem.record)
+            tags[problem.id] = _tags(problem.record, problem.location)
             _add_image(out, problem.image, f"images/{problem.split}/{problem.id}/image.png")
         if not tags:
             raise UserError(f"nothing to prepare: none of {sum(left_out.values())} problems has an image")
@@ -136,7 +168,20 @@ def _write(problems: Iterable[Problem], to: Path) -> PrepareReport:
         for split, entries in annotations.items():
             out.write_json(entries, ANNOTATIONS[split])
     counts = {split: len(entries) for split, entries in annotations.items()}
-    return PrepareReport("scienceqa", to, counts, left_out, out.image_counts, PUBLISHED)
+    written = [entry for entries in annotations.values() for entry in entries]
+    return PrepareReport("scienceqa", to, counts, left_out, out.image_counts, PUBLISHED, notes=_notes(written))
+
+
+def _notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return sentences on the annotations without a clear answer: their number and the first one's id."""
+    empty, equal = [], []
+    for entry in entries:
+        if not entry["question"].strip():
+            empty.append(entry["question_id"])
+        if len(set(entry["choices"])) < len(entry["choices"]):
+            equal.append(entry["question_id"])
+    kinds = (("with an empty question", empty), ("with two equal choices", equal))
+    return [f"{len(ids)} problems {kind}, first {ids[0]}" for kind, ids in kinds if ids]
 
 
 def _add_image(out: OutputFolder, image: Path | bytes, name: str) -> None:
@@ -162,19 +207,36 @@ def _annotation(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _tags(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tags of the official leaderboard's columns; its column TXT counts the problems with a hint."""
+def _tags(record: Mapping[str, Any], location: str) -> dict[str, str]:
+    """Return the tags of the official leaderboard's columns; its column TXT counts the problems with a hint.
+
+    Raises UserError if the grade is not one of 1 to 12.
+    """
+    _check_grade(record, location)
     context = "text+image" if record.get("hint") else "image"
     return {name: str(record[name]) for name in TAG_NAMES if record.get(name)} | {"context": context}
+
+
+def _check_grade(tags: Mapping[str, Any], location: str) -> None:
+    grade = tags.get("grade")
+    if grade and not _GRADE.fullmatch(str(grade)):
+        raise UserError(f"{location}: 'grade' must be grade1 to grade12 but is {str(grade)[:40]!r}")
 
 
 def _load_tags(folder: Path) -> Mapping[str, Mapping[str, str]]:
     """Return the tags by problem id: from `prepare`'s file, else from the official file, else none."""
     if (file := folder / TAGS_FILE).is_file():
-        return records.require_object(records.read_json(file), str(file))
+        tags = records.require_object(records.read_json(file), str(file))
+        for pid, values in tags.items():
+            location = f"{file}: problem {pid}"
+            if not all(isinstance(value, str) for value in records.require_object(values, location).values()):
+                raise UserError(f"{location}: every tag must be text; prepare the folder again")
+            _check_grade(values, location)
+        return tags
     if (file := folder / "problems.json").is_file():
         problems = records.require_object(records.read_json(file), str(file))
-        return {pid: _tags(records.require_object(record, f"{file}: {pid}")) for pid, record in problems.items()}
+        locations = {pid: f"{file}: problem {pid}" for pid in problems}
+        return {pid: _tags(records.require_object(problems[pid], where), where) for pid, where in locations.items()}
     return {}
 
 
@@ -199,6 +261,7 @@ def _question(entry: Any, location: str, folder: Path, tags: Mapping[str, Mappin
         context=context,
         # The context is hint + space + lecture, so without a hint it starts with the space.
         tags=tags.get(pid) or {"context": "image" if context.startswith(" ") else "text+image"},
+        transparency="dropped",
     )
 
 

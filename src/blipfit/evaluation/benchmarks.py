@@ -11,6 +11,7 @@ from typing import Any
 
 from blipfit import run as folders
 from blipfit.adapters.opening import OpenedModel
+from blipfit.data import split_checks
 from blipfit.evaluation import mme, protocol, text
 from blipfit.evaluation.mme_task import evaluate_mme
 from blipfit.evaluation.open_answers import evaluate_open_answers
@@ -30,7 +31,8 @@ def evaluate_task(
 ) -> TaskResult:
     """Evaluate the model on one data set.
 
-    If a bank is installed in the backbone, it must hold exactly one experiment.
+    If a bank is installed in the backbone, it must hold exactly one experiment. Raises UserError with the question's
+    id if a score is NaN or infinite.
     """
     backbone.hf.eval()
     if task.name == "mme":
@@ -40,6 +42,7 @@ def evaluate_task(
     if all(question.choices for question in task.encoded_split.questions):
         config = EvaluationConfig(batch_size=settings.batch_size)
         (evaluation,) = protocol.evaluate_split(backbone, task.encoded_split, get_features, config)
+        evaluation.require_finite()
         accuracies = percent_values(evaluation.records, "correct")
         return TaskResult(evaluation.records, evaluation.metrics, {"accuracy": accuracies})
     return evaluate_open_answers(backbone, task.encoded_split, get_features, settings)
@@ -98,6 +101,7 @@ def _task_fields(backbone: Backbone, task: EvaluationTask, settings: Settings) -
         "on": task.name,
         "split": task.split,
         "questions": len(task.encoded_split),
+        "texts": split_checks.summarize_texts(backbone.text, {task.split: task.encoded_split}),
         "prompt": task.prompt,
         "prompt_example": task.encoded_split.prompted[0].prompt,
         "model": backbone.name,

@@ -1,8 +1,11 @@
 """CLIP score of image-text pairs: 100 × max(cosine similarity, 0) of their CLIP embeddings.
 
-Source: Hessel et al., 2021, with the factor 100 that is in use today. Shapes: `B` pairs of a batch, `T` text tokens.
+Source: Hessel et al., 2021, with the factor 100 that is in use today. Two means over a data set are in use, and they
+differ if a cosine is negative: `mean_of_clamped` (Hessel et al.; the value that blipfit prints) clamps every pair at 0
+before the mean, `clamped_mean` (torchmetrics) clamps the mean. Shapes: `B` pairs of a batch, `T` text tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from blipfit.data.images import open_image
+from blipfit.errors import UserError
 from blipfit.model.clip import Clip
 
 
@@ -22,22 +26,41 @@ class ClipScores:
     values: tuple[float, ...]
     truncated_texts: int
     """Number of texts that were longer than CLIP's maximum length."""
+    cosines: tuple[float, ...] = ()
+    """100 × cosine similarity of the pairs, each -100 to 100; `values` are these, clamped at 0."""
+
+    @property
+    def mean_of_clamped(self) -> float | None:
+        """Mean over the pairs of 100 × max(cosine, 0), as in Hessel et al.; None without pairs."""
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def clamped_mean(self) -> float | None:
+        """100 × max(mean cosine over the pairs, 0), as in torchmetrics; None without pairs."""
+        return max(math.fsum(self.cosines) / len(self.cosines), 0.0) if self.cosines else None
 
 
 def score(clip: Clip, images: Sequence[Path | Image.Image], texts: Sequence[str], batch_size: int = 32) -> ClipScores:
     """Score each image with the text at the same index.
 
-    Texts that are longer than CLIP's maximum length are truncated and counted.
+    Texts that are longer than CLIP's maximum length are truncated and counted. Raises UserError if a score is NaN or
+    infinite.
     """
     pairs = list(zip(images, texts, strict=True))
-    values: list[float] = []
+    cosines: list[float] = []
     truncated_texts = 0
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         ids, truncated = _tokenize(clip, [text for _, text in batch])
         truncated_texts += truncated
-        values += _cosine_similarities(clip, _load_pixels(clip, [image for image, _ in batch]), ids).tolist()
-    return ClipScores(tuple(100 * max(value, 0.0) for value in values), truncated_texts)
+        cosines += _cosine_similarities(clip, _load_pixels(clip, [image for image, _ in batch]), ids).tolist()
+    for number, (cosine, (_, text)) in enumerate(zip(cosines, pairs, strict=True), start=1):
+        if not math.isfinite(cosine):
+            raise UserError(
+                f"the CLIP score of pair {number} ({text[:40]!r}) is {cosine}; use a CLIP whose weights are all finite"
+            )
+    values = tuple(100 * max(cosine, 0.0) for cosine in cosines)
+    return ClipScores(values, truncated_texts, tuple(100 * cosine for cosine in cosines))
 
 
 def _tokenize(clip: Clip, texts: list[str]) -> tuple[Tensor, int]:

@@ -7,13 +7,23 @@ acc = right answers / questions; acc+ = images with both answers right / images;
 a total is the sum of its subtasks' scores.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blipfit import run
-from blipfit.data.mme import COGNITION, PERCEPTION, SUBTASKS, TRUTHS, check_pairs, parse_truth, read_columns
+from blipfit.data.mme import (
+    COGNITION,
+    PERCEPTION,
+    SUBTASKS,
+    TRUTHS,
+    check_pairs,
+    find_deviations,
+    parse_columns,
+    parse_truth,
+    read_columns,
+)
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 
@@ -59,11 +69,20 @@ def read_answers(folder: Path) -> dict[str, list[Answer]]:
 
 
 def _read_file(file: Path) -> list[Answer]:
+    return _parse_lines(read_columns(file, COLUMNS), str(file))
+
+
+def parse_answers(text: str, source: str) -> list[Answer]:
+    """Return the answers in the text of an answer file; `source` names it in errors. Raises as `read_answers` does."""
+    return _parse_lines(parse_columns(text, source, COLUMNS), source)
+
+
+def _parse_lines(lines: Iterable[tuple[str, list[str]]], source: str) -> list[Answer]:
     answers = [
         Answer(image, question, parse_truth(expected, location), response)
-        for location, (image, question, expected, response) in read_columns(file, COLUMNS)
+        for location, (image, question, expected, response) in lines
     ]
-    check_pairs([answer.image for answer in answers], str(file))
+    check_pairs([answer.image for answer in answers], source)
     return answers
 
 
@@ -97,12 +116,17 @@ def score_answers(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     """Score answers, given by subtask.
 
     Scores and totals are rounded to two decimals, as published; the record also has the counts behind them. A total
-    sums the subtasks that have answers; `missing` lists the others. Raises UserError if two consecutive answers of a
-    subtask do not name one image.
+    sums the subtasks that have answers; `missing` lists the others. `deviations` says how the questions differ from
+    the benchmark (`data.mme.find_deviations`), and `benchmark` is whether they do not. Raises UserError if two
+    consecutive answers of a subtask do not name one image.
     """
+    questions = {subtask: [(a.image, a.question, a.truth) for a in rows] for subtask, rows in answers.items()}
+    deviations = find_deviations(questions)
     exact = {subtask: _score_subtask(subtask, answers[subtask]) for subtask in SUBTASKS if subtask in answers}
     return {
         "judge": "mme",
+        "benchmark": not deviations,
+        "deviations": deviations,
         "perception": round(sum(exact[s]["score"] for s in PERCEPTION if s in exact), 2),
         "cognition": round(sum(exact[s]["score"] for s in COGNITION if s in exact), 2),
         "questions": sum(facts["questions"] for facts in exact.values()),

@@ -11,9 +11,13 @@ from blipfit.recipe import EvaluationConfig
 def evaluate_open_answers(
     backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, settings: Settings
 ) -> TaskResult:
-    """Generate an answer to every question and compare it with the reference answer and, with a CLIP, the image."""
+    """Generate an answer to every question and compare it with the reference answer and, with a CLIP, the image.
+
+    Raises UserError with the question's id if the loss of a reference answer is NaN or infinite.
+    """
     config = EvaluationConfig(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
     (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, config)
+    evaluation.require_finite()
     records, metrics = evaluation.records, evaluation.metrics
     values = {"rougeL": percent_values(records, "rougeL"), "exact": percent_values(records, "correct")}
     if settings.clip is not None:
@@ -25,6 +29,9 @@ def evaluate_open_answers(
             "clip": settings.clip.name,
             "cut": scores.truncated_texts,
             **text.mean(scores.values),
+            "rule": "mean_of_clamped",
+            "mean_of_clamped": scores.mean_of_clamped,
+            "clamped_mean": scores.clamped_mean,
         }
         for record, value in zip(records, scores.values, strict=True):
             record["clip_score"] = round(value, 4)

@@ -5,6 +5,7 @@ There are two evaluations. `validate` is short and runs after every epoch; its s
 together; without a bank, `K` is 1 and the base model is evaluated.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class ValidationResult:
     measure: str
     value: float
     score: float
+    non_finite_question: str | None = None
+    """Id of the first question whose scores or loss are NaN or infinite."""
 
     @property
     def finite(self) -> bool:
@@ -52,6 +55,13 @@ class SplitEvaluation:
     metrics: dict[str, Any]
     finite: bool = True
     """Whether all scores are finite numbers."""
+    non_finite_question: str | None = None
+    """Id of the first question whose scores or loss are NaN or infinite."""
+
+    def require_finite(self) -> None:
+        """Raise UserError with the question's id if a score or loss is NaN or infinite."""
+        if not self.finite:
+            raise UserError(ranking.non_finite_message(str(self.non_finite_question)))
 
 
 def validate(
@@ -64,13 +74,15 @@ def validate(
     backbone.hf.eval()
     if config.method == "generation":
         losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
-        return [ValidationResult("val_loss", loss, -loss) for loss in losses]
+        failed = find_non_finite_losses(backbone, encoded_split, get_features, config.batch_size, losses)
+        return [ValidationResult("val_loss", loss, -loss, name) for loss, name in zip(losses, failed, strict=True)]
     results = []
     for scores in _rank(backbone, encoded_split, get_features, config):
         records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
         correct = [record["correct"] for record in records]
-        percent = 100 * sum(correct) / len(correct) if all(s.finite for s in scores) else math.nan
-        results.append(ValidationResult("val_accuracy", percent, percent))
+        non_finite = ranking.find_non_finite(encoded_split.questions, scores)
+        percent = 100 * sum(correct) / len(correct) if non_finite is None else math.nan
+        results.append(ValidationResult("val_accuracy", percent, percent, non_finite))
     return results
 
 
@@ -81,13 +93,18 @@ def evaluate_split(
     backbone.hf.eval()
     if config.method == "generation":
         losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
+        failed = find_non_finite_losses(backbone, encoded_split, get_features, config.batch_size, losses)
         texts = generate_texts(backbone, encoded_split, get_features, config)
-        return [_score_texts(encoded_split, t, loss, config) for loss, t in zip(losses, texts, strict=True)]
+        return [
+            dataclasses.replace(_score_texts(encoded_split, t, loss, config), non_finite_question=question_id)
+            for loss, t, question_id in zip(losses, texts, failed, strict=True)
+        ]
     evaluations = []
     for scores in _rank(backbone, encoded_split, get_features, config):
         records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
         metrics = ranking.summarize(encoded_split.questions, records)
-        evaluations.append(SplitEvaluation(records, metrics, all(s.finite for s in scores)))
+        non_finite = ranking.find_non_finite(encoded_split.questions, scores)
+        evaluations.append(SplitEvaluation(records, metrics, non_finite is None, non_finite))
     return evaluations
 
 
@@ -124,6 +141,42 @@ def compute_losses(
         totals += backbone.losses(backbone.query(features_at(indices), batch), batch).to(totals)
     labels = sum(len(e.target) for e in encoded)
     return [total / labels for total in distributed.all_reduce_sum(totals).tolist()]
+
+
+@torch.no_grad()
+def find_non_finite_losses(
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: FeatureFunction,
+    batch_size: int,
+    losses: Sequence[float],
+) -> list[str | None]:
+    """Return, for each experiment, the id of the first question with a NaN or infinite loss, or None.
+
+    `losses` is the result of `compute_losses`; only if one of them is not finite are losses computed again, batch by
+    batch, and question by question in a batch that has one.
+    """
+    non_finite: list[str | None] = [None] * len(losses)
+    missing = {k for k, loss in enumerate(losses) if not math.isfinite(loss)}
+    rows = range(len(encoded_split))
+    batches = [rows[start : start + batch_size] for start in rows[::batch_size]] if missing else []
+    for batch in batches:
+        if missing & _non_finite_experiments(backbone, encoded_split, get_features, batch):
+            for i in batch:
+                failed = missing & _non_finite_experiments(backbone, encoded_split, get_features, [i])
+                for k in failed:
+                    non_finite[k] = encoded_split.questions[i].id
+                missing -= failed
+    return non_finite
+
+
+def _non_finite_experiments(
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, rows: Sequence[int]
+) -> set[int]:
+    """Return the experiments whose loss on these questions is NaN or infinite."""
+    batch = backbone.text.targets([encoded_split.encoded[i] for i in rows]).to(backbone.device)
+    visual = backbone.query(build_feature_lookup(encoded_split, get_features)(rows), batch)
+    return {k for k, loss in enumerate(backbone.losses(visual, batch).tolist()) if not math.isfinite(loss)}
 
 
 def generate_texts(
@@ -181,6 +234,7 @@ def _score_texts(
         **accuracy(correct),
         "stemmer": scores["stemmer"],
         "texts": scores["metrics"],
+        "rouge_unread": scores["rouge_unread"],
         "by": groups,
     }
     return SplitEvaluation(records, metrics, math.isfinite(loss))

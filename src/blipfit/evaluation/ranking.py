@@ -16,6 +16,7 @@ from torch import Tensor
 from blipfit.data.batches import EncodedQuestion
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
+from blipfit.errors import UserError
 from blipfit.evaluation.metrics import accuracy, breakdown
 from blipfit.model.backbone import Backbone
 from blipfit.runtime import distributed
@@ -102,6 +103,25 @@ def _batches(
         batches[-1].append(i)
         rows += candidate_counts[i]
     return batches
+
+
+def find_non_finite(questions: Sequence[Question], ranked: Sequence[QuestionScores]) -> str | None:
+    """Return the id of the first question with a score that is NaN or infinite, or None if there is none."""
+    return next((q.id for q, scores in zip(questions, ranked, strict=True) if not scores.finite), None)
+
+
+def require_finite(questions: Sequence[Question], ranked: Sequence[QuestionScores]) -> None:
+    """Raise UserError with the id of the first question that has a NaN or infinite score, if there is one."""
+    if (question_id := find_non_finite(questions, ranked)) is not None:
+        raise UserError(non_finite_message(question_id))
+
+
+def non_finite_message(question_id: str) -> str:
+    """Return the error for a question whose score or loss is NaN or infinite."""
+    return (
+        f"question {question_id}: the model's score is NaN or infinite; check the weights of model and adapter, or use "
+        "precision fp32"
+    )
 
 
 def prediction_records(

@@ -58,6 +58,7 @@ def _score_pairs(
     """Return 1 for a pair if its preferred response is the likelier one, 0.5 if both are equal, else 0."""
     features_at = build_feature_lookup(task.encoded_split, get_features)
     (ranked,) = ranking.rank(backbone, task.encoded_split.encoded, features_at, batch_size)
+    ranking.require_finite(task.encoded_split.questions, ranked)
     return [
         0.5 if scores.sums[0] == scores.sums[1] else float(scores.best == pair.best)
         for scores, pair in zip(ranked, task.pairs, strict=True)

@@ -1,12 +1,14 @@
 """VL-RewardBench's scores: pairwise accuracy by category, pooled and macro, from judgments or likelihoods.
 
 The rules are those of the official script (`cal.py`). A judgment names the better answer in its last sentence of the
-form `Answer X is better` after the first `Overall Judgment` or `Therefore`. Of several judgments of a pair the majority
-decides. A pair is excluded if one of its judgments names no answer (`unparsed`), or without a majority (`tie`).
-Accuracy is right pairs / (right + wrong pairs); the macro average is the mean over the three categories. Excluded pairs
-are counted, and the accuracy `strict` takes them as wrong.
+form `Answer X is better` after the first `Overall Judgment` or `Therefore`. Of K judgments of a pair, those that name
+no answer included, more than half decide: the pair is right, wrong or `unparsed` (most judgments name no answer);
+without such a majority it is a `tie`. Accuracy is right pairs / (right + wrong pairs); the macro average is the mean
+over the three categories. Excluded pairs are counted, and the accuracy `strict` takes them as wrong. A stricter rule is
+reported beside the official one as `complete`: it leaves out every pair that has a judgment without a verdict.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +24,13 @@ from blipfit.evaluation.metrics import wilson_interval
 Outcome = Literal["right", "wrong", "tie", "unparsed"]
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "tie", "unparsed")
 
-_VERDICT = re.compile(
-    r"(?:overall judgment|therefore).*answer\s*(\d+)\s*is\s*(?:the\s*)?(?:slightly\s*)?better", re.IGNORECASE
-)
+# The official script searches for one expression, `HEADING.*VERDICT`, which takes quadratic time. The first heading and
+# the last verdict after it give the same match in linear time: no part of a verdict can be the start of another.
+_HEADING = re.compile(r"overall judgment|therefore", re.IGNORECASE)
+_VERDICT = re.compile(r"answer\s*(\d+)\s*is\s*(?:the\s*)?(?:slightly\s*)?better", re.IGNORECASE)
+_MAX_DIGITS = 18
+_NO_ANSWER = 10**_MAX_DIGITS
+"""Stands for every answer number with more digits; Python refuses to convert numbers of more than 4 300 digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +59,19 @@ class Judgment:
         script.
         """
         rejected = 1 + (self.best if self.swapped else 1 - self.best)
-        return "unparsed" if self.verdict is None else "wrong" if self.verdict == rejected else "right"
+        verdict = self.verdict
+        return "unparsed" if verdict is None else "wrong" if verdict == rejected else "right"
 
 
 def parse_verdict(text: str) -> int | None:
     """Return the number of the answer that a judgment calls better, or None if it names none."""
-    match = _VERDICT.search(text.replace("\n", "").replace("*", ""))
-    return int(match[1]) if match else None
+    text = text.replace("\n", "").replace("*", "")
+    heading = _HEADING.search(text)
+    digits = [match[1] for match in _VERDICT.finditer(text, heading.end())] if heading else []
+    if not digits:
+        return None
+    significant = digits[-1].lstrip("0") or "0"
+    return int(significant) if len(significant) <= _MAX_DIGITS else _NO_ANSWER
 
 
 def judge_prompt(pair: Pair, swapped: bool) -> str:
@@ -100,11 +112,16 @@ def read_judgments(file: Path) -> list[Judgment]:
     meta.random_number (1: swapped). As in the official script, a line may be wrapped as `{"0": …}`, and `{"0": null}`
     is skipped. Raises UserError with file and line if a line does not follow this format.
     """
-    lines = [(record.get("0", record), location) for location, record in records.read_lines(file)]
-    judgments = [_parse_judgment(record, location) for record, location in lines if record is not None]
+    judgments = parse_judgments(records.read_lines(file))
     if not judgments:
         raise UserError(f"{file} contains no judgments; give a JSONL file with one judgment per line")
     return judgments
+
+
+def parse_judgments(lines: Iterable[tuple[str, dict[str, Any]]]) -> list[Judgment]:
+    """Return the judgments of (location, record) pairs, as `read_judgments` describes them; raises UserError as it."""
+    unwrapped = [(record.get("0", record), location) for location, record in lines]
+    return [_parse_judgment(record, location) for record, location in unwrapped if record is not None]
 
 
 def _parse_judgment(value: Any, location: str) -> Judgment:
@@ -123,13 +140,18 @@ def _parse_judgment(value: Any, location: str) -> Judgment:
 
 
 def majority_outcome(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the outcome of one pair from its judgments: `unparsed` if one of them is, else the majority or `tie`."""
+    """Return the outcome of one pair by the official rule: what more than half of ALL its judgments say, else `tie`.
+
+    Judgments without a verdict count in the total, so `right, right, unparsed` is right and `right, unparsed` a tie.
+    """
     counts = Counter(outcomes)
-    if counts["unparsed"]:
-        return "unparsed"
-    if counts["right"] == counts["wrong"]:
-        return "tie"
-    return "right" if counts["right"] > counts["wrong"] else "wrong"
+    majority: tuple[Outcome, ...] = tuple(outcome for outcome in OUTCOMES if 2 * counts[outcome] > len(outcomes))
+    return majority[0] if majority else "tie"
+
+
+def complete_outcome(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome of one pair by the stricter rule: `unparsed` if one of its judgments is, else the majority."""
+    return "unparsed" if "unparsed" in outcomes else majority_outcome(outcomes)
 
 
 def summarize_outcomes(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, Any]:
@@ -165,10 +187,13 @@ def pairwise_accuracy(pairs: Sequence[Pair], scores: Sequence[tuple[float, float
     """Return how often the preferred response has the higher score, e.g. the higher log-likelihood.
 
     `scores` has the scores of both responses of each pair, in the pair's order. Equal scores are a tie. A pair that
-    repeats an earlier pair's id, query and responses is not counted again.
+    repeats an earlier pair's id, query and responses is not counted again. Raises UserError if a score is NaN or
+    infinite.
     """
     outcomes: dict[tuple[str, ...], tuple[str, Outcome]] = {}
     for pair, pair_scores in zip(pairs, scores, strict=True):
+        if not all(map(math.isfinite, pair_scores)):
+            raise UserError(f"{pair.id}: its scores {pair_scores} are not finite numbers; check the model's weights")
         preferred, rejected = pair_scores[pair.best], pair_scores[1 - pair.best]
         outcome: Outcome = "right" if preferred > rejected else "wrong" if preferred < rejected else "tie"
         outcomes.setdefault(pair.key, (pair.category, outcome))
@@ -177,6 +202,7 @@ def pairwise_accuracy(pairs: Sequence[Pair], scores: Sequence[tuple[float, float
         "rows": len(pairs),
         "repeated_rows": len(pairs) - len(outcomes),
         "repeated_ids": _count_repeated_ids(outcomes),
+        "equal_responses": sum(key[-1] == key[-2] for key in outcomes),
         **summarize_outcomes(outcomes.values()),
     }
 
@@ -184,9 +210,9 @@ def pairwise_accuracy(pairs: Sequence[Pair], scores: Sequence[tuple[float, float
 def score_judgments(judgments: Sequence[Judgment], samples: int | None = None) -> dict[str, Any]:
     """Score judgments by the official rule, with the first `samples` judgments of every pair; None takes all.
 
-    The official script samples the judgments of a pair at random; here the order decides. `mean` in the record is the
-    accuracy over single judgments instead of pairs, by category and pooled: right / (right + wrong). Raises UserError
-    if `samples` is below 1.
+    The official script samples the judgments of a pair at random; here the order decides. In the record, `complete`
+    is the summary by the stricter rule (`complete_outcome`), `mean` the accuracy over single judgments instead of
+    pairs, by category and pooled: right / (right + wrong). Raises UserError if `samples` is below 1.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be 1 or more")
@@ -194,18 +220,18 @@ def score_judgments(judgments: Sequence[Judgment], samples: int | None = None) -
     for judgment in judgments:
         by_pair.setdefault(judgment.key, []).append(judgment)
     by_pair = {key: pair_judgments[:samples] for key, pair_judgments in by_pair.items()}
-    scored = [judgment for pair_judgments in by_pair.values() for judgment in pair_judgments]
-    single = summarize_outcomes((find_category(judgment.id), judgment.outcome) for judgment in scored)
+    outcomes = {key: [judgment.outcome for judgment in pair_judgments] for key, pair_judgments in by_pair.items()}
+    categories = {key: find_category(key[0]) for key in by_pair}
+    single = summarize_outcomes((categories[key], outcome) for key, row in outcomes.items() for outcome in row)
     counts = [len(pair_judgments) for pair_judgments in by_pair.values()]
     return {
         "judge": "rewardbench",
         "judgements": len(judgments),
         "samples": [min(counts), max(counts)],
         "repeated_ids": _count_repeated_ids(by_pair),
-        **summarize_outcomes(
-            (find_category(key[0]), majority_outcome([j.outcome for j in pair_judgments]))
-            for key, pair_judgments in by_pair.items()
-        ),
+        "equal_responses": sum(key[-1] == key[-2] for key in by_pair),
+        **summarize_outcomes((categories[key], majority_outcome(row)) for key, row in outcomes.items()),
+        "complete": summarize_outcomes((categories[key], complete_outcome(row)) for key, row in outcomes.items()),
         "mean": {
             **{name: facts["accuracy"] for name, facts in single["categories"].items()},
             "pooled": single["pooled"]["accuracy"],
@@ -233,11 +259,11 @@ def _position_statistics(judgments_by_pair: Iterable[Sequence[Judgment]]) -> dic
     verdicts: Counter[int] = Counter()
     pairs = steady = 0
     for judgments in judgments_by_pair:
-        parsed = [j for j in judgments if j.verdict is not None]
-        verdicts.update(j.verdict for j in parsed if j.verdict is not None)
-        if len({j.swapped for j in parsed}) == 2:
+        parsed = [(j, verdict) for j in judgments if (verdict := j.verdict) is not None]
+        verdicts.update(verdict for _, verdict in parsed)
+        if len({j.swapped for j, _ in parsed}) == 2:
             pairs += 1
-            steady += len({j.outcome for j in parsed}) == 1
+            steady += len({j.outcome for j, _ in parsed}) == 1
     first, second = verdicts[1], verdicts[2]
     return {
         "chosen": {"answer_1": first, "answer_2": second, "neither": verdicts.total() - first - second},

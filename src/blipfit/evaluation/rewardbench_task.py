@@ -17,7 +17,8 @@ def evaluate_rewardbench(
 ) -> TaskResult:
     """Compare the likelihoods of the two responses of every pair, and evaluate the model's own answer to the query.
 
-    With `settings.samples` the model also judges every pair in words, in both orders.
+    With `settings.samples` the model also judges every pair in words, in both orders. Raises UserError with the
+    question's id if a score is NaN or infinite.
     """
     pairs = task.pairs
     answers = evaluate_open_answers(backbone, task.encoded_split, get_features, settings)
@@ -27,6 +28,7 @@ def evaluate_rewardbench(
         build_feature_lookup(task.encoded_split, get_features),
         settings.batch_size,
     )
+    ranking.require_finite(task.encoded_split.questions, ranked)
     sums = [(scores.sums[0], scores.sums[1]) for scores in ranked]
     means = [(scores.means[0], scores.means[1]) for scores in ranked]
     responses = [response for pair in pairs for response in pair.responses]

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch, TextEncoder
+from blipfit.model import checkpoint_files
 from blipfit.recipe import Family
 from blipfit.runtime import attention, cpu
 
@@ -35,12 +38,21 @@ class Backbone:
 
     `hf` is an `InstructBlipForConditionalGeneration` whose Q-Former and language model compute their attention in
     `runtime.attention`. K is 1 unless a bank is installed in the model; a bank makes the query tokens `K × Q × D`.
-    `autocast`: the 16-bit dtype of the stages `query` and `answer`, None for fp32.
+    `autocast`: the 16-bit dtype of the stages `query` and `answer`, None for fp32. `weight_files`: the files that the
+    weights come from, if any.
     """
 
-    def __init__(self, hf: Any, text: TextEncoder, family: Family, name: str, autocast: torch.dtype | None = None):
+    def __init__(
+        self,
+        hf: Any,
+        text: TextEncoder,
+        family: Family,
+        name: str,
+        autocast: torch.dtype | None = None,
+        weight_files: tuple[Path, ...] = (),
+    ):
         self.hf, self.text, self.family, self.name = hf, text, family, name
-        self.autocast_dtype = autocast
+        self.autocast_dtype, self.weight_files = autocast, weight_files
         self.language = hf.language_model
         attention.enable(hf.qformer)
         attention.enable(hf.language_model)
@@ -61,6 +73,11 @@ class Backbone:
     def experiments(self) -> int:
         """K: the number of experiments of the installed bank, 1 without a bank."""
         return self.hf.query_tokens.shape[0]
+
+    @cached_property
+    def base_sha256(self) -> str | None:
+        """The digest of the base weights' files (`checkpoint_files.digest`), None for a model that has no files."""
+        return checkpoint_files.digest(self.weight_files) if self.weight_files else None
 
     def layers(self, stage: Literal["query", "answer"]) -> list[nn.Module]:
         """Return the transformer layers of the Q-Former or of the language model (T5: encoder, then decoder).
@@ -85,9 +102,12 @@ class Backbone:
         return [*self.layers("query"), *answer]
 
     @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Context of the stages `query` and `answer`: autocast if a 16-bit dtype is set, and oneDNN on a CPU."""
-        enabled = self.autocast_dtype is not None
+    def arithmetic(self, stage: Literal["query", "answer"] = "answer") -> Iterator[None]:
+        """Context of the stages `query` and `answer`: autocast if a 16-bit dtype is set, and oneDNN on a CPU.
+
+        Without gradients, that is in evaluation, the Q-Former runs in fp32, as the original evaluates it.
+        """
+        enabled = self.autocast_dtype is not None and (stage == "answer" or torch.is_grad_enabled())
         with (
             torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled),
             cpu.onednn_products(self.device.type),
@@ -98,11 +118,20 @@ class Backbone:
     def see(self, pixels_B3SS: Tensor) -> Tensor:
         """Pixels → image features `B × P × D`, taken BEFORE the trained layer norm.
 
-        The vision tower is frozen and in eval mode. Autocast and oneDNN are not switched on here, because stored
-        features are computed without them.
+        The vision tower is frozen and in eval mode. Its embeddings, layer norms and residual stream are in fp32; linear
+        layers in 16 bit run under autocast in their own dtype. A caller's autocast and oneDNN have no effect, so that
+        features do not depend on the caller.
         """
         vision = self.hf.vision_model
-        return vision.encoder(inputs_embeds=vision.embeddings(pixels_B3SS)).last_hidden_state
+        dtype = self.tower_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return vision.encoder(inputs_embeds=vision.embeddings(pixels_B3SS.float())).last_hidden_state
+
+    @property
+    def tower_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype of the vision tower's linear layers, None for fp32."""
+        dtype = self.hf.vision_model.encoder.layers[0].mlp.fc1.weight.dtype
+        return None if dtype == torch.float32 else dtype
 
     def query(
         self, features_BPD: Tensor, batch: PromptBatch | TargetBatch | CandidateBatch, all_rows: bool = False
@@ -113,7 +142,7 @@ class Backbone:
         """
         hf, K = self.hf, self.experiments
         B = features_BPD.shape[0]
-        with self.arithmetic():
+        with self.arithmetic("query"):
             # A bank's layer norm returns K results for one input, because all experiments share the features.
             normed = hf.vision_model.post_layernorm(features_BPD.to(hf.query_tokens.dtype).unsqueeze(0))
             features = normed.expand(K, -1, -1, -1).flatten(0, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from blipfit.errors import UserError
-from blipfit.model import loading, tiny
+from blipfit.model import checkpoint_files, loading, tiny
 
 DEFAULT_NAME = "openai/clip-vit-base-patch32"
 KNOWN_NAMES = (DEFAULT_NAME, "openai/clip-vit-large-patch14", tiny.CLIP_NAME)
@@ -38,6 +38,8 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = locate(name)
+    if Path(folder).is_dir():
+        checkpoint_files.check(Path(folder), name)
     try:
         with loading.quiet():
             model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
@@ -53,6 +55,8 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     if missing := sorted(loading_info["missing_keys"]):
         # transformers would initialize them at random, and nothing would look wrong about the scores.
         raise UserError(f"{name}: {len(missing)} weights are missing, e.g. {missing[0]}; get a complete copy")
+    if weight := checkpoint_files.find_non_finite(dict(model.named_parameters())):
+        raise UserError(f"{name}: the weight {weight} is not finite (it holds NaN or infinity); get a fresh copy")
     _check_end_token(name, model.config.text_config, tokenizer)
     return Clip(name, model.eval().to(device), tokenizer, processor)
 
@@ -64,13 +68,12 @@ def locate(name: str) -> str:
     """
     if name == tiny.CLIP_NAME:
         return str(tiny.clip_folder())
-    path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")):
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name} is not a model folder: it has no config.json")
+    if (path := loading.local_folder(name)) is not None:
         return str(path)
-    if name.count("/") != 1:
-        raise UserError(f"unknown CLIP {name!r}: give a hub name, a local folder, or one of {', '.join(KNOWN_NAMES)}")
+    if not loading.is_hub_name(name):
+        raise UserError(
+            f"unknown CLIP {name!r:.200}: give a hub name, a local folder, or one of {', '.join(KNOWN_NAMES)}"
+        )
     if loading.hub_reachable():
         return name
     if (snapshot := loading.cached_folder(name, None)) is None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blipfit.data import features, images
 from blipfit.data.features import VISION_BATCH_SIZE, Comparison, FeatureSpec, FeatureStore
+from blipfit.data.image_hashes import hash_image
 from blipfit.data.prefetch import prefetch
 from blipfit.data.question import Question
+from blipfit.model import checkpoint_files
 from blipfit.model.backbone import Backbone
 
 Mode = Literal["stored", "shared", "off"]
@@ -114,13 +117,13 @@ class ImageFeatures:
     def missing(self, questions: Sequence[Question]) -> dict[str, Path]:
         """Return the images whose features are not stored: hash of the content → file."""
         assert self.store is not None
-        files = features.hash_files(question.image for question in questions)
+        files = _hash_files(questions)
         return {image: files[image] for image in self.store.missing(files)}
 
     def check(self, questions: Sequence[Question]) -> Comparison:
         """Compute stored features again and compare them bit for bit; images that are not stored are skipped."""
         assert self.store is not None
-        files = features.hash_files(question.image for question in questions)
+        files = _hash_files(questions)
         for image in self.store.missing(files):
             del files[image]
         return self.store.compare(files, self._see_without_autocast, VISION_BATCH_SIZE)
@@ -128,14 +131,15 @@ class ImageFeatures:
     def pixels(self, questions: Sequence[Question], view: View | None = None) -> Tensor:
         """Return the pixels `B × 3 × S × S` of the questions' images, augmented if `view` is given."""
         size = self.backbone.image_size
-        pictures = [images.open_image(question.image) for question in questions]
-        if view is not None:
+
+        def load(question: Question) -> Image.Image:
+            image = images.open_image(question.image, question.transparency)
+            if view is None:
+                return images.resize(image, size)
             seed, epoch = view
-            pictures = [
-                images.augment(image, seed=seed, epoch=epoch, image_id=question.id, size=size)
-                for image, question in zip(pictures, questions, strict=True)
-            ]
-        return images.to_pixels(pictures, size)
+            return images.augment(image, seed=seed, epoch=epoch, image_id=question.id, size=size)
+
+        return images.to_pixels([load(question) for question in questions], size)
 
     def see(self, pixels: Tensor) -> Tensor:
         """Pixels `B × 3 × S × S` → features in the tower's dtype."""
@@ -157,35 +161,39 @@ class ImageFeatures:
 def feature_spec(backbone: Backbone) -> FeatureSpec:
     """Return everything on which the features of this backbone depend.
 
-    Features are stored in the tower's dtype if it has 16 bits, so nothing is rounded. For a tower in fp32 it is
-    float16, which keeps 3 more bits of each value than bfloat16 (a store refuses values beyond 65 504).
+    Features are stored in float16, which keeps 3 more bits of each value than bfloat16 (a store refuses values beyond
+    65 504). The computation names the dtype of autocast and that of the residual stream.
     """
     vision = backbone.hf.vision_model
-    weight = vision.embeddings.patch_embedding.weight
     P, D = vision.embeddings.position_embedding.shape[1:]
     computation = (
         f"{backbone.device.type}, {vision.config._attn_implementation} attention, {VISION_BATCH_SIZE} images a pass"
     )
-    if weight.dtype == torch.float32:
+    if (dtype := backbone.tower_dtype) is None:
         computation += f", {torch.get_float32_matmul_precision()} precision"
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    return FeatureSpec(tower_fingerprint(vision), backbone.image_size, (P, D), dtype, computation)
+    else:
+        computation += f", autocast {str(dtype).removeprefix('torch.')}, residual stream float32"
+    return FeatureSpec(tower_fingerprint(vision), backbone.image_size, (P, D), torch.float16, computation)
 
 
 def tower_fingerprint(vision: Any) -> str:
     """Return the SHA-256 of a vision tower's tensors and settings, without the trained layer norm at its end."""
     tensors = {name: tensor for name, tensor in vision.state_dict().items() if not name.startswith("post_layernorm.")}
     with ThreadPoolExecutor(features.thread_count()) as pool:
-        digests = list(pool.map(_tensor_digest, tensors.values()))
+        digests = list(pool.map(checkpoint_files.hash_tensor, tensors.values()))
     lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
     lines += [f"{name} {getattr(vision.config, name)}" for name in _SETTINGS]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
-
-
 def _hash_images(questions: Sequence[Question]) -> list[str]:
-    return [features.hash_file(question.image) for question in questions]
+    return [hash_image(question.image, question.transparency) for question in questions]
+
+
+def _hash_files(questions: Sequence[Question]) -> dict[str, Path]:
+    """Return a mapping from the image hashes of questions to files."""
+    files: dict[str, Path] = {}
+    for transparency in dict.fromkeys(question.transparency for question in questions):
+        paths = (question.image for question in questions if question.transparency == transparency)
+        files |= features.hash_files(paths, transparency)
+    return files

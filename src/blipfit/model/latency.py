@@ -40,7 +40,6 @@ def measure(backbone: Backbone, lengths: Lengths, repeats: int = 20) -> dict[str
 def _random_question(backbone: Backbone, lengths: Lengths) -> tuple[Tensor, PromptBatch]:
     """Return random pixels and a random prompt of these lengths; their content does not change the cost."""
     generator = torch.Generator().manual_seed(0)
-    weight = backbone.hf.vision_model.embeddings.patch_embedding.weight
     pixels = torch.randn(1, 3, backbone.image_size, backbone.image_size, generator=generator)
     config = backbone.hf.config
 
@@ -50,7 +49,7 @@ def _random_question(backbone: Backbone, lengths: Lengths) -> tuple[Tensor, Prom
     qformer = random_ids(lengths.qformer, config.qformer_config.vocab_size)
     text = random_ids(lengths.text, config.text_config.vocab_size)
     batch = PromptBatch(qformer, torch.ones_like(qformer), text, torch.ones_like(text))
-    return pixels.to(backbone.device, weight.dtype), batch.to(backbone.device)
+    return pixels.to(backbone.device), batch.to(backbone.device)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def remove_letter(target: str) -> str:
 
 def compute_query_losses(
     hf: InstructBlipForConditionalGeneration,
-    queries: QFormerWithHeads,
+    qformer: QFormerWithHeads,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     step: int,
@@ -84,17 +84,17 @@ def compute_query_losses(
     with torch.no_grad():
         hidden = hf.vision_model.embeddings(render_pixels(scenes))
         features = hf.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
-    numbered = [(index, task) for index, scene in enumerate(scenes) for task in sample_tasks(scene, mixture, rng)]
-    indices, tasks = torch.tensor([index for index, _ in numbered]), [task for _, task in numbered]
+    scene_tasks = [(index, task) for index, scene in enumerate(scenes) for task in sample_tasks(scene, mixture, rng)]
+    indices, tasks = torch.tensor([index for index, _ in scene_tasks]), [task for _, task in scene_tasks]
     text = tokenizer([task.prompt for task in tasks], padding=True, return_tensors="pt")
-    outputs, middle = queries(features[indices], text["input_ids"], text["attention_mask"])
-    return compute_head_losses(queries, outputs, middle, tasks, read_cells(scenes)[indices], mixture)
+    outputs, middle_outputs = qformer(features[indices], text["input_ids"], text["attention_mask"])
+    return compute_head_losses(qformer, outputs, middle_outputs, tasks, read_cells(scenes)[indices], mixture)
 
 
 def compute_head_losses(
-    queries: QFormerWithHeads,
+    qformer: QFormerWithHeads,
     outputs: Tensor,
-    middle: Tensor,
+    middle_outputs: Tensor,
     tasks: list[PromptedQuestion],
     cells: Tensor,
     mixture: Mixture,
@@ -102,11 +102,12 @@ def compute_head_losses(
 ) -> dict[str, Tensor]:
     """Compute the losses of the three heads.
 
-    `outputs` and `middle` [B, 16, D] are the query outputs of the last and of the middle layer, `cells` [B, 16, 3] the
-    contents of the cells. The answer head is trained neither on captions nor on rows where `not_blank` [B] is False.
+    `outputs` and `middle_outputs` [B, 16, D] are the query outputs of the last and of the middle layer, `cells`
+    [B, 16, 3] the contents of the cells. The answer head is trained neither on captions nor on rows where `not_blank`
+    [B] is False.
     """
-    named = F.binary_cross_entropy_with_logits(queries.named(middle), mark_named_cells(tasks, cells))
-    losses = {"cells": compute_cells_loss(queries, outputs, cells), "named": mixture.named_loss_weight * named}
+    named = F.binary_cross_entropy_with_logits(qformer.named(middle_outputs), mark_named_cells(tasks, cells))
+    losses = {"cells": compute_cells_loss(qformer, outputs, cells), "named": mixture.named_loss_weight * named}
     rows = [
         row
         for row, task in enumerate(tasks)
@@ -114,7 +115,7 @@ def compute_head_losses(
     ]
     if rows:
         targets = torch.tensor([ANSWERS.index(remove_letter(tasks[row].target)) for row in rows])
-        losses["answer"] = F.cross_entropy(queries.answer(outputs[rows].mean(1)), targets)
+        losses["answer"] = F.cross_entropy(qformer.answer(outputs[rows].mean(1)), targets)
     return losses
 
 
@@ -139,8 +140,8 @@ def read_cells(scenes: list[icons.Scene]) -> Tensor:
     return patches[:, ::step, ::step].flatten(1, 2)
 
 
-def compute_cells_loss(queries: QFormerWithHeads, outputs: Tensor, cells: Tensor) -> Tensor:
+def compute_cells_loss(qformer: QFormerWithHeads, outputs: Tensor, cells: Tensor) -> Tensor:
     """Sum the cross entropies of shape, color and size, each averaged over the cells."""
-    parts = queries.cell(outputs).split(PATCH_CLASSES, dim=-1)
+    parts = qformer.cell(outputs).split(PATCH_CLASSES, dim=-1)
     losses = [F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten()) for index, part in enumerate(parts)]
     return torch.stack(losses).sum()

@@ -28,7 +28,8 @@ from blipfit.runtime import attention
 
 PATCHES_PER_SIDE = tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 MAX_COUNT = 6  # larger counts are in the same class
-READING_CLASSES = 24 + 11  # half hours of a clock, then marks of a number line
+CLOCK_READINGS = 24  # half hours
+READING_CLASSES = CLOCK_READINGS + 11  # then the marks of a number line
 # The classes of a patch: its shape (or the question mark), its color and its size; 0 is an empty patch.
 PATCH_CLASSES = (len(SHAPES) + 2, len(COLORS) + 1, 3)
 QUESTION_MARK = len(SHAPES) + 1
@@ -120,8 +121,9 @@ def render_pixels(scenes: list[Scene]) -> Tensor:
 def build_targets(scenes: list[Scene]) -> dict[str, Tensor]:
     """Build the targets of the auxiliary heads.
 
-    `icon` [B, 64, 3]: shape, color and size of every patch. `board` [B, 16]: how many icons have each shape and each
-    color, then the number of icons. `reading` [B]: the class of the clock's or number line's reading. −100: no target.
+    `icon` [B, 64, 3]: shape, color and size of every patch. `board` [B, 8 + 7 + 1]: number of icons of each of 8 shapes
+    and of each of 7 colors, then of all icons. `reading` [B]: the class of the clock's or number line's reading.
+    −100: no target.
     """
     icon_targets = torch.zeros(len(scenes), PATCHES_PER_SIDE, PATCHES_PER_SIDE, 3, dtype=torch.long)
     counts = torch.zeros(len(scenes), len(SHAPES) + len(COLORS) + 1, dtype=torch.long)
@@ -140,7 +142,7 @@ def build_targets(scenes: list[Scene]) -> dict[str, Tensor]:
             top, left = (cell * position for position in scene.question_mark_cell)
             icon_targets[index, top : top + cell, left : left + cell, 0] = QUESTION_MARK
         if scene.value is not None:
-            readings[index] = scene.value + (24 if scene.kind == "scale" else 0)
+            readings[index] = scene.value + (CLOCK_READINGS if scene.kind == "scale" else 0)
             counts[index] = -100
     return {"icon": icon_targets.flatten(1, 2), "board": counts.clamp(max=MAX_COUNT), "reading": readings}
 

@@ -10,8 +10,9 @@ from blipfit.report import terminal
 
 
 def mme(record: Mapping[str, Any]) -> list[Any]:
-    """MME: one row per subtask, both totals, then missing subtasks and files that were not read."""
-    table = Table(title=f"MME by the official rule, {record['questions']} questions", title_justify="left")
+    """MME: one row per subtask, both totals, then differences from the benchmark and files that were not read."""
+    subject = "MME" if record["benchmark"] else "NOT the MME benchmark, scored"
+    table = Table(title=f"{subject} by the official rule, {record['questions']} questions", title_justify="left")
     table.add_column("subtask")
     for name in ("score", "acc", "acc+", "images", "truth yes: yes / no / other", "truth no: yes / no / other"):
         table.add_column(name, justify="right")
@@ -22,9 +23,8 @@ def mme(record: Mapping[str, Any]) -> list[Any]:
         if present:
             best = 200 * len(present)
             part = "" if len(present) == len(subtasks) else f", {len(present)} of {len(subtasks)} subtasks"
-            name = f"{total} (of {best}{part})"
-            table.add_row(name, f"{record[total]:.2f}", style="bold", end_section=True)
-    lines: list[Any] = [table]
+            table.add_row(f"{total} (of {best}{part})", f"{record[total]:.2f}", style="bold", end_section=True)
+    lines: list[Any] = [table, *(f"differs from the MME benchmark: {text}" for text in record["deviations"])]
     if record["missing"]:
         lines.append(f"not in the totals, no answers: {', '.join(record['missing'])}")
     if record.get("ignored"):
@@ -48,16 +48,21 @@ def rewardbench(record: Mapping[str, Any]) -> list[Any]:
     """VL-RewardBench: accuracies by category, then the pairs and judgments that they leave out."""
     table = Table(title="VL-RewardBench by the official rule", title_justify="left")
     table.add_column("category")
-    for name in ("accuracy [95 %]", "strict", "pairs", "right", "wrong", "tie", "unparsed"):
+    for name in ("accuracy [95 %]", "strict", "complete", "pairs", "right", "wrong", "tie", "unparsed"):
         table.add_column(name, justify="right")
+    complete = record.get("complete", record)  # a likelihood is always there, so no pair is incomplete
     for name, facts in record["categories"].items():
-        table.add_row(name, *_rewardbench_cells(facts))
+        table.add_row(name, *_rewardbench_cells(facts, complete["categories"][name]))
     table.add_section()
-    table.add_row("pooled", *_rewardbench_cells(record["pooled"]), style="bold")
-    table.add_row("macro", _number(record["macro"]), style="bold")
+    table.add_row("pooled", *_rewardbench_cells(record["pooled"], complete["pooled"]), style="bold")
+    table.add_row("macro", _number(record["macro"]), "", _number(complete["macro"]), style="bold")
     lines: list[Any] = [table, "strict: ties and unparsed pairs count as wrong; accuracy leaves them out"]
+    if "complete" in record:
+        lines.append("complete: accuracy of the pairs whose judgments all have a verdict (stricter than the official)")
     if record["macro"] is None:
         lines.append("no macro average: it needs decided pairs of all three categories")
+    if record["equal_responses"]:
+        lines.append(f"{record['equal_responses']} pairs have two equal responses, so neither can be the better one")
     return lines + _judgment_notes(record) + [f"{record['repeated_ids']} pairs share their id with an earlier pair"]
 
 
@@ -75,9 +80,9 @@ def _judgment_notes(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rewardbench_cells(facts: Mapping[str, Any]) -> list[str]:
+def _rewardbench_cells(facts: Mapping[str, Any], complete: Mapping[str, Any]) -> list[str]:
     counts = [str(facts[name]) for name in ("pairs", "right", "wrong", "tie", "unparsed")]
-    return [terminal.format_accuracy(facts), _number(facts["strict"]), *counts]
+    return [terminal.format_accuracy(facts), _number(facts["strict"]), _number(complete["accuracy"]), *counts]
 
 
 def _number(value: float | None) -> str:

@@ -23,6 +23,11 @@ def in_terminal(images: Sequence[Image.Image], side: int = 32, gap: int = 4) -> 
     return text
 
 
+def shrink(image: Image.Image, side: int = 224) -> Image.Image:
+    """Return an image as `contact_sheet` shows it: a square of `side` pixels."""
+    return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
 def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, side: int = 224
 ) -> Image.Image:
@@ -35,7 +40,7 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     for number, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         left, top = 24 + number % columns * width, 24 + number // columns * (side + below)
-        sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        sheet.paste(image if image.size == (side, side) else shrink(image, side), (left, top))
         pen.rectangle((left - 1, top - 1, left + side, top + side), outline="#bbbbbb")
         for index, text in enumerate(lines):
             pen.text((left, top + side + 6 + index * line), text, fill="black", font=font)

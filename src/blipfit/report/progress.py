@@ -74,6 +74,8 @@ class TrainingDisplay:
         self._print(f"{first.data.name}: {counts} questions")
         self._print(f"prompt {first.data.prompt}, evaluated by {first.evaluation.method}; one in full:")
         self._print(f"  {event.prompt!r} → {event.target!r}")
+        for note in event.notes:
+            self._print(f"note: {note}")
         for recipe, trained, differences in zip(
             recipes, event.trained_parameters, event.differences_from_grid, strict=True
         ):

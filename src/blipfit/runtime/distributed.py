@@ -36,20 +36,35 @@ def device() -> torch.device:
     return state().device
 
 
-def select_device(name: str | None) -> torch.device:
+def select_device(name: str | torch.device | None) -> torch.device:
     """The device with this name (`cpu`, `cuda`, `cuda:1`), or this process's own device if the name is None.
 
-    Raises UserError if the name is not a device, or if it names a GPU and no GPU is available.
+    Raises UserError if the name is not a device, or if this machine has no such device.
     """
     if name is None:
         return device()
     try:
         selected_device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; write cpu, cuda or cuda:0") from None
-    if selected_device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no GPU is available on this machine; omit --device to use the CPU")
+    except (RuntimeError, TypeError):
+        raise UserError(f"--device {name!s:.100}: not a device; write cpu, cuda or cuda:0") from None
+    if selected_device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no GPU is available on this machine; omit --device to use the CPU")
+        if (selected_device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {name}: this machine has {count} GPUs; the last is cuda:{count - 1}")
+    elif not _has_memory(selected_device):
+        raise UserError(f"--device {name}: this machine has no such device; write cpu, cuda or cuda:0")
     return selected_device
+
+
+def _has_memory(device: torch.device) -> bool:
+    """Whether a tensor with values can be made on a device that is no GPU of CUDA."""
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        return False
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError, AttributeError):
+        return False
 
 
 def device_name(device: torch.device) -> str:

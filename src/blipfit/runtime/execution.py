@@ -1,7 +1,7 @@
 """How the layers of a model run in training: unchanged, compiled, or with activation checkpointing.
 
 Compilation is regional: `torch.compile` compiles the forward pass of a single layer, and all layers of the same class
-share the result. That takes seconds, where compiling the whole model takes minutes. Activation checkpointing stores
+share the result. That takes about a minute; compiling the whole model takes several. Activation checkpointing stores
 only a layer's input and computes the rest again in the backward pass.
 """
 

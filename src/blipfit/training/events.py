@@ -53,6 +53,8 @@ class TrainingStarted:
     """By component."""
     differences_from_grid: Sequence[Mapping[str, Any] | None]
     device: str
+    notes: Sequence[str] = ()
+    """Sentences on texts that are cut and questions without a clear answer."""
 
 
 @dataclass(frozen=True, slots=True)

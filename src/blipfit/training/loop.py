@@ -14,7 +14,7 @@ from blipfit.adapters.adalora import Schedule
 from blipfit.adapters.bank import Bank
 from blipfit.data import prompts
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.data.question import Question
+from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
 from blipfit.evaluation import protocol
 from blipfit.model import loading
@@ -26,7 +26,7 @@ from blipfit.runtime import distributed, memory
 from blipfit.training import distillation, events, plan, record
 from blipfit.training.events import Listener
 from blipfit.training.member import Member, group_into_banks
-from blipfit.training.model_cache import SPLITS, ModelCache
+from blipfit.training.model_cache import ModelCache
 from blipfit.training.session import BankSession, fail_run
 
 
@@ -70,7 +70,7 @@ def _train_members(members: Sequence[Member], model_cache: ModelCache, data: Pat
     unfinished: list[Member] = []
     for member in members:
         with distributed.main_first():
-            state = member.run.claim(member.recipe, member.data_sha256)
+            state = member.run.claim(member.recipe, member.data_sha256, loading.base_sha256(member.recipe.model))
         if state == "finished":
             listener(events.RunSkipped(member.run, member.recipe))
             continue
@@ -142,6 +142,7 @@ def _train_bank(model_cache: ModelCache, members: Sequence[Member], data: Path, 
     recipe = members[0].recipe
     backbone = model_cache.backbone(recipe)
     head_before = fingerprint(head(backbone.hf))
+    _ = backbone.base_sha256  # hashed now, because the files may change before the result is written
     splits = model_cache.splits(recipe, data)
     training_features, evaluation_features = model_cache.image_features(recipe)
     for split, source in zip(SPLITS, (training_features, evaluation_features, evaluation_features), strict=True):
@@ -185,8 +186,10 @@ def _evaluate_finished(session: BankSession, head_hash: str) -> None:
         bank.remove()
     for k, experiment in enumerate(finished):
         own_evaluations = {split: evaluations[split][k] for split in evaluations}
-        if not all(evaluation.finite for evaluation in own_evaluations.values()):
-            fail_run(experiment.run, experiment.recipe, "scores in the test", session.listener)
+        if failed := [(split, e.non_finite_question) for split, e in own_evaluations.items() if not e.finite]:
+            split, question_id = failed[0]
+            subject = f"scores in the evaluation of {split}, first in question {question_id}"
+            fail_run(experiment.run, experiment.recipe, subject, session.listener)
             continue
-        result = record.write(experiment, backbone, session.splits, own_evaluations, head_hash)
+        result = record.write(experiment, backbone, session.splits, own_evaluations, head_hash, session.texts)
         session.listener(events.RunFinished(experiment.run, experiment.recipe, result))

@@ -7,17 +7,16 @@ import torch
 
 from blipfit.data import encoded_split
 from blipfit.data.encoded_split import EncodedSplit
+from blipfit.data.question import SPLITS
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.runtime import distributed
 
-SPLITS = ("train", "val", "test")
-
 
 class ModelCache:
-    """Loads each split and feature store once, and holds the latest model."""
+    """Holds the latest model; its splits and feature stores are loaded once."""
 
     def __init__(
         self,

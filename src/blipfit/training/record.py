@@ -39,17 +39,18 @@ def write(
     splits: Mapping[str, EncodedSplit],
     evaluations: Mapping[str, SplitEvaluation],
     head_hash: str,
+    texts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/`, `predictions.jsonl`, AdaLoRA's `ranks.json` and, last, `result.json`; returns the result."""
     folder, recipe, progress, state = finished.run, finished.recipe, finished.progress, finished.state
     counts, ranks = finished.counts, finished.ranks
-    adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, recipe.model.name, recipe.training.seed)
+    base = peft_format.BaseModel.of(backbone, recipe.model.name)
+    adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, base, recipe.training.seed)
     if ranks:
         run.write_json(folder.ranks_file, ranks)
     lines = [{"split": split, **record} for split, evaluation in evaluations.items() for record in evaluation.records]
     run.write_lines(folder.predictions_file, lines)
-    total = sum(p.numel() for p in backbone.hf.parameters()) + added_parameters(backbone.hf, state)
-    trained = sum(counts.values())
+    total, trained = _count_parameters(backbone.hf, state), sum(counts.values())
     result = {
         "experiment": recipe.experiment,
         "dataset": recipe.data.name,
@@ -62,9 +63,12 @@ def write(
         "trained_share": trained / total,
         "prompt": recipe.data.prompt,
         "prompt_example": splits["test"].prompted[0].prompt,
+        "texts": texts or {},
         "counts": {split: len(encoded_split) for split, encoded_split in splits.items()},
         **({"ranks": dict(zip(ranks["layers"], ranks["ranks"][-1], strict=True))} if ranks else {}),
         "adapter_sha256": adapter_hash,
+        "base_sha256": base.sha256,
+        "base_folder": base.folder,
         "head_sha256": head_hash,
         "seconds": round(progress.seconds, 3),
         "device": distributed.device_name(backbone.device),
@@ -75,10 +79,12 @@ def write(
         "recipe": recipe.model_dump(mode="json"),
     }
     run.write_json(folder.result_file, result)
-    shutil.rmtree(
-        folder.checkpoint, ignore_errors=True
-    )  # several times as large as the adapter, and not needed any more
+    shutil.rmtree(folder.checkpoint, ignore_errors=True)  # several times as large as the adapter, not needed any more
     return result
+
+
+def _count_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    return int(sum(p.numel() for p in model.parameters())) + added_parameters(model, state)
 
 
 def added_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blipfit.adapters.bank import Bank
+from blipfit.data import split_checks
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import protocol
 from blipfit.evaluation.protocol import ValidationResult
@@ -27,7 +28,7 @@ from blipfit.training.record import Finished
 from blipfit.training.step import Stepper
 
 CHECK_EVERY = 10
-"""Steps from one reading of the losses to the next; until then the device is not waited for."""
+"""Steps from one reading of the losses to the next; in between, the CPU does not wait for the GPU."""
 SAVE_SECONDS = 300.0
 """Time from one checkpoint within an epoch to the next."""
 
@@ -40,7 +41,7 @@ def fail_run(run: Run, recipe: Recipe, subject: str, listener: Listener) -> None
 
 
 class BankSession:
-    """K experiments from their current position to the end; `finished` collects the ones that stopped."""
+    """K experiments from their current position to the end; `finished` collects those that ended normally."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class BankSession:
         self.training_features, self.evaluation_features = image_features
         self.members = list(members)
         self.training = self.members[0].recipe.training
+        self.texts = split_checks.summarize_texts(backbone.text, splits)
         self.finished: list[Finished] = []
         self.saved_at = time.monotonic()
         self._unread_losses: list[tuple[list[str], Tensor]] = []
@@ -160,7 +162,9 @@ class BankSession:
         # The last update of an epoch may have gone wrong without a loss to show it.
         failed = [k for k, validation in enumerate(validations) if not validation.finite]
         for k in failed:
-            self._fail(k, f"scores in the validation of epoch {self.members[k].progress.epoch + 1}")
+            question_id = validations[k].non_finite_question
+            subject = f"scores in the validation of epoch {self.members[k].progress.epoch + 1}"
+            self._fail(k, f"{subject}, first in question {question_id}")
         self._drop(failed)
         validations = [validation for validation in validations if validation.finite]
         if not self.members:
@@ -212,7 +216,7 @@ class BankSession:
         self._drop(indices)
 
     def _drop(self, indices: Sequence[int]) -> None:
-        """Go on without these experiments."""
+        """Remove these experiments from the bank."""
         remaining = [k for k in range(len(self.members)) if k not in set(indices)]
         if len(remaining) == len(self.members):
             return
@@ -262,4 +266,14 @@ class BankSession:
             trained_parameters=[self.bank.trained_parameters(k) for k in range(self.bank.K)],
             differences_from_grid=[record.differences(recipe) for recipe in recipes],
             device=str(self.backbone.device),
+            notes=self._describe_texts(),
         )
+
+    def _describe_texts(self) -> list[str]:
+        """Return sentences on the texts of all splits that the model does not read as a whole."""
+        text, prompt_name = self.backbone.text, self.members[0].recipe.data.prompt
+        notes = split_checks.describe_training(self.texts["train"], text.max_text, text.max_target)
+        for split in self.splits:
+            sentences = split_checks.describe_reading(self.texts[split], text.max_text, text.max_target, prompt_name)
+            notes += [f"{split}: {sentence}" for sentence in sentences]
+        return notes

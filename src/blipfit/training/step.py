@@ -48,7 +48,7 @@ class Stepper:
             raise
 
     def train_mode(self) -> None:
-        """Dropout as the recipe says; the ViT stays in eval mode."""
+        """Set training mode if the recipe uses dropout; the ViT stays in eval mode."""
         self.backbone.hf.train(self.training.dropout)
         self.backbone.hf.vision_model.eval()
 
@@ -120,7 +120,7 @@ class Stepper:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these experiments only: bank, optimizer and AdaLoRA's allocator drop the others."""
-        self._captured = None
+        self._captured = None  # the CUDA graph was recorded for the old K
         self.recipes = [self.recipes[k] for k in rows]
         self.bank.keep(rows)
         self.optimizer.keep(rows)

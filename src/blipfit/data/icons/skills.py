@@ -229,7 +229,7 @@ def _ask_mark(scene: Scene, rng: random.Random) -> Draft | None:
 
 
 def _ask_all(scene: Scene, rng: random.Random) -> Draft | None:
-    """Ask whether all icons have a shape or color, if they share their shape or their color but not both."""
+    """Ask "are all shapes red?"; only for scenes whose icons all share the shape or the color, but not both."""
     shapes, colors = [icon.shape for icon in scene.icons], [icon.color for icon in scene.icons]
     same_shape, same_color = len(set(shapes)) == 1, len(set(colors)) == 1
     if same_shape == same_color:

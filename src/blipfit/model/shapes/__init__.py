@@ -15,25 +15,34 @@ PUBLISHED = {f"Salesforce/{file.stem}": file for file in sorted(_FOLDER.glob("*.
 """Hub name → configuration file."""
 
 
-@lru_cache(maxsize=2)
 def on_meta(name: str) -> Any:
     """Create a model on the meta device, which has modules and shapes but no memory.
 
     `name`: a published model, a miniature, a local folder, or another hub name. Raises UserError if there is no such
-    model.
+    model, or if its configuration cannot be used.
     """
-    from transformers import InstructBlipConfig
-
-    from blipfit.model import loading
+    from blipfit.model import checkpoint_files, loading
 
     if name in PUBLISHED:
-        config = InstructBlipConfig(**json.loads(PUBLISHED[name].read_text(encoding="utf-8")))
-    else:
-        from blipfit.recipe import ModelConfig
+        return _build(PUBLISHED[name].read_text(encoding="utf-8"), name)
+    from blipfit.recipe import ModelConfig
 
-        folder, revision = loading.locate(ModelConfig(name=name))
-        config = InstructBlipConfig.from_pretrained(folder, revision=revision)
-    return from_config(config)
+    folder, revision = loading.locate(ModelConfig(name=name))
+    if Path(folder).is_dir():
+        config = checkpoint_files.read_config(Path(folder), name)
+    else:
+        config = loading.read_hub_config(folder, revision, name)
+    return _build(json.dumps(config, sort_keys=True), name)
+
+
+@lru_cache(maxsize=2)
+def _build(config: str, name: str) -> Any:
+    """Build a configuration (JSON); the text is the key, because a relative name may stand for several folders."""
+    from blipfit.model import loading
+
+    values = json.loads(config)
+    loading.refuse_other_type(values, name)
+    return loading.build_on_meta(values, name, initialize)
 
 
 def from_config(config: Any) -> Any:

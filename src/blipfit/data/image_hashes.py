@@ -1,0 +1,49 @@
+"""Hashes that identify images by their content."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from blipfit.data import images
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of an image file's bytes.
+
+    Within a process, a file is read again only if its size, modification time or inode changed. Raises UserError if
+    the file is missing or unreadable.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        images.read_image(path)  # raises UserError with the reason and the fix
+        raise
+    return _hash_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _hash_version(path: Path, size: int, modified: int, inode: int) -> str:
+    """Hash a file; size, time and inode are arguments only to be part of the cache key."""
+    return hashlib.sha256(images.read_image(path)).hexdigest()
+
+
+def hash_image(path: Path, transparency: images.Transparency) -> str:
+    """Return the hash under which an image's features are stored: `hash_file`, another for transparency on white.
+
+    Images without transparency have one hash. Raises UserError as `hash_file` does.
+    """
+    file_hash = hash_file(path)
+    if transparency == "dropped" or not _is_transparent(path, file_hash):
+        return file_hash
+    return hash_on_white(file_hash)
+
+
+@cache
+def _is_transparent(path: Path, file_hash: str) -> bool:
+    """Read a file's header; its hash is an argument only to be part of the cache key."""
+    return images.is_transparent(images.read_image(path))
+
+
+def hash_on_white(file_hash: str) -> str:
+    """Return the image hash of a file with transparency on white, from the hash of its bytes."""
+    return hashlib.sha256(f"{file_hash} on white".encode()).hexdigest()
