@@ -102,9 +102,11 @@ def build_model(config: Any, family: Family, device: torch.device) -> Backbone:
         hf.language_model.lm_head.weight,
     ):  # they are zero at first, and products with zeros may be faster
         torch.nn.init.normal_(weight, std=0.02)
-    for part in (hf.qformer, hf.language_projection, hf.vision_model.post_layernorm):
+    for part in (hf.qformer, hf.language_projection, hf.vision_model):
         part.float()
     hf.query_tokens.data = hf.query_tokens.data.float()
+    if low_dtype is not None:
+        loading.halve_tower(hf)
     loading.prepare_model(hf, family, f"random-{family}")
     hf.requires_grad_(False).eval()
     return Backbone(hf, text, family, f"random-{family}", autocast=low_dtype)

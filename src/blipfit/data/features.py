@@ -269,7 +269,7 @@ class FeatureStore:
         if not all(finite):
             raise UserError(
                 f"{files[block[finite.index(False)]]}: its features do not fit into {self.spec.dtype}: "
-                "use --set training.precision=bf16, or --set data.images=off"
+                "use --set data.images=off"
             )
         return rounded.cpu()
 

@@ -125,13 +125,14 @@ class Backbone:
         vision = self.hf.vision_model
         dtype = self.tower_dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            return vision.encoder(inputs_embeds=vision.embeddings(pixels_B3SS.float())).last_hidden_state
+            embedded = vision.embeddings(pixels_B3SS.to(vision.embeddings.position_embedding.dtype))
+            return vision.encoder(inputs_embeds=embedded).last_hidden_state
 
     @property
     def tower_dtype(self) -> torch.dtype | None:
-        """The 16-bit dtype of the vision tower's linear layers, None for fp32."""
-        dtype = self.hf.vision_model.encoder.layers[0].mlp.fc1.weight.dtype
-        return None if dtype == torch.float32 else dtype
+        """The dtype of the vision tower's linear layers if it has 16 bits, None for fp32 and fp64."""
+        dtype: torch.dtype = self.hf.vision_model.encoder.layers[0].mlp.fc1.weight.dtype
+        return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
     def query(
         self, features_BPD: Tensor, batch: PromptBatch | TargetBatch | CandidateBatch, all_rows: bool = False

@@ -140,9 +140,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"folder with: {_CONVERT}"
         )
     else:
-        raise UserError(
-            f"{name} cannot be loaded: no file named {WEIGHTS} or {INDEX}; get a complete copy"
-        )
+        raise UserError(f"{name} cannot be loaded: no file named {WEIGHTS} or {INDEX}; get a complete copy")
     for file in files:
         if not file.is_file():
             raise UserError(f"{name}: {file.name} is missing, which {INDEX} names; get a complete copy")
