@@ -7,7 +7,7 @@ from blipfit.evaluation import ranking
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.training import plan
+from blipfit.training import batch_order
 from blipfit.training.step import Stepper
 
 
@@ -20,12 +20,12 @@ def train(
 ) -> None:
     """Train all recipes together for `steps` steps, including installing and removing the bank."""
     training = recipes[0].training
-    batches = plan.effective_batches(encoded_split.lengths, training, 0)[:steps]
+    batches = batch_order.effective_batches(encoded_split.lengths, training, 0)[:steps]
     stepper = Stepper(backbone, recipes, encoded_split.encoded)
     stepper.train_mode()
     try:
         for step, batch in enumerate(batches):
-            micros = plan.micro_batches(batch, training)
+            micros = batch_order.micro_batches(batch, training)
             features = [image_features.features([encoded_split.questions[i] for i in micro]) for micro in micros]
             losses, _ = stepper.step(batch, features, 0, step)
         losses.tolist()

@@ -29,7 +29,7 @@ from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Family, ModelConfig, Recipe
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
@@ -215,7 +215,7 @@ def matrix_rate(device: torch.device) -> float:
     width = 8192 if device.type == "cuda" else 1024
     dtype = loading.low_precision_dtype("auto", device) or torch.float32
     matrix = torch.randn(width, width, dtype=dtype, device=device)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         seconds = measure.time_alternately({"product": lambda: [matrix @ matrix for _ in range(10)]}, 5)["product"]
     return 10 * 2 * width**3 / min(seconds)
 

@@ -17,7 +17,7 @@ from blipfit.data.encoded_split import EncodedSplit
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.training import plan
+from blipfit.training import batch_order
 from blipfit.training.step import Stepper
 
 WARM_UP, STEPS = 2, 6
@@ -142,11 +142,11 @@ class Sides:
         """Install a bank; yields a function that reads the features of a step, trains, and returns the losses [K]."""
         stepper = Stepper(self.backbone, recipes, self.questions.encoded)
         stepper.train_mode()
-        batches = plan.effective_batches(self.questions.lengths, stepper.training, 0)
+        batches = batch_order.effective_batches(self.questions.lengths, stepper.training, 0)
 
         def step(number: int) -> Tensor:
             batch = batches[number % len(batches)]
-            micros = list(plan.micro_batches(batch, stepper.training))
+            micros = list(batch_order.micro_batches(batch, stepper.training))
             features = [self.image_features.features([self.questions.questions[i] for i in micro]) for micro in micros]
             losses_K, labels = stepper.step(batch, features, 0, number)
             return losses_K / labels

@@ -20,7 +20,7 @@ from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
 from blipfit.model.image_features import ImageFeatures
 from blipfit.runtime import memory
-from blipfit.training import plan, trial
+from blipfit.training import batch_order, trial_steps
 from blipfit.training.step import Stepper
 
 STEPS = 20
@@ -61,11 +61,11 @@ def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
     train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
     image_features = ImageFeatures.from_backbone(backbone, "off")
     if kind == "predicted":
-        result = trial.measure(backbone, recipes, train, image_features)
+        result = trial_steps.measure(backbone, recipes, train, image_features)
         assert result is not None
         return result.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
-    batches = plan.effective_batches(train.lengths, training, 0)[:STEPS]
+    batches = batch_order.effective_batches(train.lengths, training, 0)[:STEPS]
     before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else memory.reset_peak()
     if not before:
         raise SystemExit("this benchmark needs Linux, which reports the peak memory of a process, or a GPU")
@@ -73,7 +73,7 @@ def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
     best = stepper.bank.values.clone()  # training stores the best values, too
     stepper.train_mode()
     for number, batch in enumerate(batches):
-        micros = plan.micro_batches(batch, training)
+        micros = batch_order.micro_batches(batch, training)
         stepper.step(
             batch, [image_features.features([train.questions[i] for i in micro]) for micro in micros], 0, number
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks import measure
 from blipfit.adapters.layers import BankLoRA
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 # K, rows (questions × tokens) of each, inputs, outputs: layers of the miniatures, of BERT, of a language model.
 SHAPES = ((1, 720, 128, 128), (16, 720, 128, 128), (16, 720, 128, 256), (4, 1600, 768, 768), (4, 1600, 2048, 2048))
@@ -21,7 +21,7 @@ ATTENTION = ((256, 4, 53, 32), (16, 12, 160, 64), (8, 32, 160, 64))
 
 def run(rounds: int = 15) -> dict[str, Any]:
     """Time forward and backward of frozen layers with LoRA of rank 8, and of attention; writes and returns times."""
-    if not cpu.onednn_is_faster():
+    if not onednn.onednn_is_faster():
         raise SystemExit(
             "oneDNN is not faster on this machine, so blipfit uses torch's own products; nothing to measure"
         )
@@ -34,7 +34,7 @@ def run(rounds: int = 15) -> dict[str, Any]:
     for name, step in steps.items():
 
         def step_with_onednn(step: Callable[[], None] = step) -> None:
-            with cpu.onednn_products():
+            with onednn.onednn_products():
                 step()
 
         times = measure.time_alternately({"mkl": step, "onednn": step_with_onednn}, rounds)

@@ -19,7 +19,7 @@ from benchmarks import measure
 from blipfit import data as datasets
 from blipfit.commands import shrink as shrinking
 from blipfit.data import icons
-from blipfit.data.icons import write
+from blipfit.data.icons import icon_files
 from blipfit.data.prompts import get_prompt
 from blipfit.evaluation import retention
 from blipfit.evaluation.retention import SampleScores
@@ -61,7 +61,7 @@ def run(model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float
     for size in sizes:
         for seed in seeds:
             row = _recover(model, size, seed, epochs, rate, root, folders, data_sets, base)
-            row |= {"epochs": epochs, "rate": rate, "world": write.VERSION, "original": _summarize(base)}
+            row |= {"epochs": epochs, "rate": rate, "world": icon_files.VERSION, "original": _summarize(base)}
             results = _load_results(name)  # another process may have added to it
             results["model"] = Path(model).name
             results.setdefault("runs", {})[f"{size}/{seed}"] = row

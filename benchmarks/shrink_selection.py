@@ -16,11 +16,11 @@ from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.importance import Scores
 from blipfit.compression.shrink import make_backbone, shrink_by_scores
-from blipfit.compression.size import Size, reduce_size, resize_config
+from blipfit.compression.target_size import Size, reduce_size, resize_config
 from blipfit.data import icons
 from blipfit.evaluation import retention
+from blipfit.evaluation.evaluation_task import Settings, load_task
 from blipfit.evaluation.retention import SampleScores
-from blipfit.evaluation.tasks import Settings, load_task
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures

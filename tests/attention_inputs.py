@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 N, H, T, S, D = 2, 3, 5, 7, 8
 K = 3
 
-needs_onednn = pytest.mark.skipif(not cpu.onednn_is_faster(), reason="oneDNN is not faster on this machine")
+needs_onednn = pytest.mark.skipif(not onednn.onednn_is_faster(), reason="oneDNN is not faster on this machine")
 
 
 def make_leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -33,7 +33,7 @@ def make_module(**attributes: Any) -> nn.Module:
 
 def context(route: str) -> AbstractContextManager[None]:
     """The context of a way to compute attention: "onednn" needs one."""
-    return cpu.onednn_products() if route == "onednn" else nullcontext()
+    return onednn.onednn_products() if route == "onednn" else nullcontext()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

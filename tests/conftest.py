@@ -12,7 +12,7 @@ from PIL import Image
 
 import checkpoints
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import cpu, execution
+from blipfit.runtime import compile_and_checkpoint, onednn
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def no_setting_left() -> Iterator[None]:
     """A test that leaves oneDNN's setting changed fails itself, not whichever comes after it."""
     setting = getattr(torch.backends.mkldnn.matmul, "fp32_precision", None)
     yield
-    assert cpu._open_contexts == 0
+    assert onednn._open_contexts == 0
     assert getattr(torch.backends.mkldnn.matmul, "fp32_precision", None) == setting
 
 
@@ -82,7 +82,7 @@ def fresh_compiler() -> Iterator[None]:
 
     def forget() -> None:
         torch._dynamo.config.recompile_limit = limit
-        execution._COMPILED.clear()
+        compile_and_checkpoint._COMPILED.clear()
         torch._dynamo.reset()
 
     forget()

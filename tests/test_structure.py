@@ -143,4 +143,4 @@ def test_one_file_knows_the_names_in_a_run_folder():
 
 def test_adapters_are_put_into_a_model_in_one_place():
     installs = {"/".join(_path(f)) for f in FILES if "peft_format.install(" in f.read_text(encoding="utf-8")}
-    assert installs == {"adapters/opening"}
+    assert installs == {"adapters/open_model"}

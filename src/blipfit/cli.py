@@ -68,11 +68,11 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train, evaluate and record experiments. Run it again to continue an interrupted training."""
-    from blipfit.commands import arguments
+    from blipfit.commands import resolve_arguments
     from blipfit.commands import train as command
 
     assignments = [*(sets or []), *([f"training.precision={precision}"] if precision else [])]
-    recipes = arguments.load_recipes(dataset, ids or [], model, assignments)
+    recipes = resolve_arguments.load_recipes(dataset, ids or [], model, assignments)
     record = command.run(recipes, data, results, _device(device))
     _print(record, as_json, command.render)
     if record["failed"]:
@@ -315,10 +315,10 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Show an experiment before it runs: recipe, modules, parameters, memory. Needs no download."""
-    from blipfit.commands import arguments
+    from blipfit.commands import resolve_arguments
     from blipfit.commands import show as command
 
-    (recipe,) = arguments.load_recipes(dataset, [experiment], model, sets or [])
+    (recipe,) = resolve_arguments.load_recipes(dataset, [experiment], model, sets or [])
     _print(command.run(recipe), as_json, command.render)
 
 

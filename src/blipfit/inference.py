@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from blipfit import grid
-from blipfit.adapters import opening
-from blipfit.data import features, file_kinds, records
+from blipfit.adapters import open_model
+from blipfit.data import feature_store, file_kinds, records
 from blipfit.data import images as image_files
 from blipfit.data.image_hashes import hash_image
 from blipfit.data.prompts import PromptedQuestion, get_prompt
@@ -83,10 +83,10 @@ def load(
     torch_device = distributed.select_device(device)
     loading.low_precision_dtype(precision, torch_device)
     if adapter is None:
-        source = opening.locate(ModelConfig(name=grid.model_name("t5", None if model is None else str(model))))
+        source = open_model.locate(ModelConfig(name=grid.model_name("t5", None if model is None else str(model))))
     else:
-        source = opening.locate_adapter(Path(adapter), None if model is None else ModelConfig(name=str(model)))
-    opened = opening.load(source, torch_device, precision)
+        source = open_model.locate_adapter(Path(adapter), None if model is None else ModelConfig(name=str(model)))
+    opened = open_model.load(source, torch_device, precision)
     opened.install_adapter()
     for warning in opened.source.warnings:
         announce(warning)
@@ -97,7 +97,7 @@ def load(
 class Model:
     """A loaded InstructBLIP; `prompt_name` is the prompt that its adapter was trained with, if any.
 
-    `warnings`: sentences that belong to every answer, see `adapters.opening.Source`.
+    `warnings`: sentences that belong to every answer, see `adapters.open_model.Source`.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Model:
                 return error
             return None
 
-        with ThreadPoolExecutor(features.thread_count()) as pool:
+        with ThreadPoolExecutor(feature_store.thread_count()) as pool:
             return select_usable(files, pool.map(check, files), skip)
 
     def _stored_features(self) -> ImageFeatures:

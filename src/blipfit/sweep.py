@@ -15,11 +15,11 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed
-from blipfit.training import events, plan, trial
+from blipfit.training import bank_member, events, trial_steps
 from blipfit.training.events import Listener
 from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
-from blipfit.training.trial import Trial
+from blipfit.training.trial_steps import Trial
 
 MAX_SLOWDOWN = 1.05
 """Larger banks are not tried once a step takes 1.05 times the lowest time per experiment."""
@@ -103,7 +103,7 @@ def make_plan(
         if run.state() == "finished":
             finished.append(recipe)
         else:
-            groups.setdefault(plan.bank_key(recipe), []).append(recipe)
+            groups.setdefault(bank_member.bank_key(recipe), []).append(recipe)
     banks: list[PlannedBank] = []
     trials: dict[str, tuple[Trial, ...]] = {}
     for members in groups.values():
@@ -150,7 +150,7 @@ def measure_trials(
     sizes = [min(bank, len(members))] if bank else _doubling(len(members))
     trials: list[Trial] = []
     for size in sizes:
-        latest = trial.measure(backbone, _spread(members, size), encoded_split, image_features)
+        latest = trial_steps.measure(backbone, _spread(members, size), encoded_split, image_features)
         if latest is None:
             break
         trials.append(latest)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 K, R, IN, OUT = 3, 5, 4, 6
 """Experiments, rows of each, input width, output width."""
@@ -38,7 +38,7 @@ def _seed():
 @pytest.fixture(params=["torch's", "oneDNN's"])
 def arithmetic(request):
     """Both ways in which a CPU computes fp32; the second only where it is faster."""
-    with cpu.onednn_products() if request.param == "oneDNN's" else nullcontext():
+    with onednn.onednn_products() if request.param == "oneDNN's" else nullcontext():
         yield
 
 

@@ -15,7 +15,7 @@ from blipfit.commands import ablation
 from blipfit.data import encoded_split
 from blipfit.errors import UserError
 from blipfit.evaluation.metrics import accuracy
-from blipfit.evaluation.protocol import SplitEvaluation
+from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.recipe import AdapterConfig, Recipe
 from blipfit.report import terminal
 from blipfit.run import Run

@@ -5,7 +5,7 @@ import torch
 
 from blipfit import grid
 from blipfit.commands import cost
-from blipfit.data.features import format_bytes
+from blipfit.data.feature_store import format_bytes
 from blipfit.errors import UserError
 from blipfit.model.cost import Lengths
 from blipfit.recipe import ModelConfig

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from blipfit.commands import arguments, evaluate
+from blipfit.commands import evaluate, resolve_arguments
 from blipfit.errors import UserError
 
 
@@ -93,8 +93,8 @@ def test_a_model_alone_has_no_second_column():
 
 
 def test_places(tmp_path):
-    assert arguments.data_folders(f"mme={tmp_path}, scienceqa", None)[0] == ("mme", tmp_path)
+    assert resolve_arguments.data_folders(f"mme={tmp_path}, scienceqa", None)[0] == ("mme", tmp_path)
     with pytest.raises(UserError, match="say on what"):
-        arguments.data_folders(" , ", None)
+        resolve_arguments.data_folders(" , ", None)
     with pytest.raises(UserError, match="was trained on rewardbench"):
         evaluate._refuse_training_questions([("rewardbench", tmp_path)], "all", "rewardbench")

@@ -5,9 +5,9 @@ import torch
 
 import checkpoints
 from blipfit import grid
-from blipfit.adapters import opening
+from blipfit.adapters import open_model
 from blipfit.commands import shrink
-from blipfit.compression.size import Size
+from blipfit.compression.target_size import Size
 from blipfit.errors import UserError
 from blipfit.report import terminal
 from blipfit.training.loop import train
@@ -57,7 +57,7 @@ def test_the_folder_is_trained_like_any_model(small, family, iconqa, tmp_path):
         recipe = grid.recipe("iconqa", experiment, str(to)).override(short)
         (run,) = train([recipe], iconqa, tmp_path / "results", device="cpu")
         assert run.state() == "finished"
-    with opening.open_model(str(run.folder), "cpu").adapter() as backbone:
+    with open_model.open_model(str(run.folder), "cpu").adapter() as backbone:
         assert backbone.hf.config.qformer_config.hidden_size == 16
 
 

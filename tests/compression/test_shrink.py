@@ -12,12 +12,12 @@ from transformers import InstructBlipForConditionalGeneration, InstructBlipProce
 import checkpoints
 import reference
 from blipfit import grid
-from blipfit.compression import importance, rewrite
+from blipfit.compression import checkpoint_writer, importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.repair import lost_variance
 from blipfit.compression.selection import Selection, cut_model, select_parts
 from blipfit.compression.shrink import make_backbone, shrink, shrink_by_scores, write_checkpoint
-from blipfit.compression.size import Size, reduce_size
+from blipfit.compression.target_size import Size, reduce_size
 from blipfit.errors import UserError
 from blipfit.model import loading
 
@@ -186,13 +186,13 @@ def test_shards_stay_shards(backbone, small, family, tmp_path):
     where = {name: f"model-{1 + (i % 2):05}-of-00002.safetensors" for i, name in enumerate(names)}
     for shard in set(where.values()):
         save_file({n: weights[n] for n in names if where[n] == shard}, source / shard, {"format": "pt"})
-    (source / rewrite.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (source / checkpoint_writer.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     # With cross-attention in every layer, some tensor names are in no shard of the original.
     hf, record = shrink(backbone, size_of(backbone, layers=1, cross_every=1), "magnitude", None)
     write_checkpoint(source, tmp_path / "smaller", hf, record)
     loaded = checkpoints.load(tmp_path / "smaller")
     assert loaded.hf.language_projection.weight.equal(hf.language_projection.weight)
-    index = json.loads((tmp_path / "smaller" / rewrite.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "smaller" / checkpoint_writer.INDEX_FILE).read_text())
     for shard in set(index["weight_map"].values()):
         with safe_open(tmp_path / "smaller" / shard, "pt") as file:
             assert {n for n, s in index["weight_map"].items() if s == shard} == set(file.keys())
@@ -204,7 +204,7 @@ def test_nothing_is_overwritten_or_written_partly(backbone, small, family, tmp_p
     (tmp_path / "full" / "thesis.txt").write_text("text")
     with pytest.raises(UserError, match="exists already; give a new folder"):
         write_checkpoint(small[family], tmp_path / "full", hf, record)
-    monkeypatch.setattr(rewrite, "save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_checkpoint(small[family], tmp_path / "new", hf, record)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -221,4 +221,4 @@ def test_calibration_questions_are_sampled_by_seed():
 def test_a_local_model_is_located_in_its_folder(small):
     from blipfit.recipe import ModelConfig
 
-    assert rewrite.locate_checkpoint(ModelConfig(name=str(small["t5"]))) == Path(small["t5"])
+    assert checkpoint_writer.locate_checkpoint(ModelConfig(name=str(small["t5"]))) == Path(small["t5"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfit.data import features
-from blipfit.data.features import FeatureSpec
+from blipfit.data import feature_store
+from blipfit.data.feature_store import FeatureSpec
 from blipfit.model import image_features, loading
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import ModelConfig
@@ -131,4 +131,4 @@ def exact_features(tower: Backbone, image_paths: list[Path]) -> torch.Tensor:
 @pytest.fixture
 def six_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 4 images, so that 21 images need six shards."""
-    monkeypatch.setattr(features, "SHARD_IMAGES", 4)
+    monkeypatch.setattr(feature_store, "SHARD_IMAGES", 4)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from blipfit.data import features, images
+from blipfit.data import feature_store, images
 from blipfit.data.feature_shard import DamagedShard
-from blipfit.data.features import FeatureSpec, FeatureStore
+from blipfit.data.feature_store import FeatureSpec, FeatureStore
 from blipfit.errors import UserError
 from blipfit.model.backbone import Backbone
 from image_tower import count_images, has_same_bits
@@ -20,7 +20,7 @@ from image_tower import count_images, has_same_bits
 
 @pytest.mark.usefixtures("six_shards")
 def test_a_killed_build_is_resumed(tower, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path, exact_features):
-    files, counts = features.hash_files(image_paths), []
+    files, counts = feature_store.hash_files(image_paths), []
 
     def interrupt(count: int) -> None:
         counts.append(count)
@@ -41,9 +41,9 @@ def test_a_killed_build_is_resumed(tower, spec: FeatureSpec, image_paths: list[P
     # An uninterrupted build gives the same files.
     whole = FeatureStore.open(tmp_path / "whole", spec)
     whole.build(files, tower.see, 4)
-    shards = features.list_shards(store.home)
-    assert [path.name for path in shards] == [path.name for path in features.list_shards(whole.home)]
-    assert [path.read_bytes() for path in shards] == [p.read_bytes() for p in features.list_shards(whole.home)]
+    shards = feature_store.list_shards(store.home)
+    assert [path.name for path in shards] == [path.name for path in feature_store.list_shards(whole.home)]
+    assert [path.read_bytes() for path in shards] == [p.read_bytes() for p in feature_store.list_shards(whole.home)]
 
 
 @pytest.mark.usefixtures("six_shards")
@@ -54,7 +54,7 @@ def test_temporary_folders_of_a_killed_build_are_removed_later(tower, spec, imag
         folder.mkdir()
         (folder / "a.safetensors").write_bytes(b"half")
     os.utime(old, (1e9, 1e9))
-    store.build(features.hash_files(image_paths[:3]), tower.see)
+    store.build(feature_store.hash_files(image_paths[:3]), tower.see)
     assert not old.exists()
     assert fresh.exists()  # another process may be writing it
     assert len(FeatureStore.open(tmp_path, spec)) == 3
@@ -64,8 +64,8 @@ def test_temporary_folders_of_a_killed_build_are_removed_later(tower, spec, imag
 def test_shards_of_another_build_are_used(
     tower, spec: FeatureSpec, image_paths: list[Path], tmp_path, monkeypatch, exact_features
 ):
-    monkeypatch.setattr(features, "thread_count", lambda: 2)
-    files, counts = features.hash_files(image_paths), []
+    monkeypatch.setattr(feature_store, "thread_count", lambda: 2)
+    files, counts = feature_store.hash_files(image_paths), []
     other = FeatureStore.open(tmp_path, spec)
     see, sizes = count_images(tower)
 
@@ -86,10 +86,10 @@ BUILDER = """
 import sys
 from pathlib import Path
 import torch
-from blipfit.data import features
-from blipfit.data.features import FeatureSpec, FeatureStore
-features.SHARD_IMAGES = 4
-files = features.hash_files(Path(name) for name in sys.argv[2:])
+from blipfit.data import feature_store
+from blipfit.data.feature_store import FeatureSpec, FeatureStore
+feature_store.SHARD_IMAGES = 4
+files = feature_store.hash_files(Path(name) for name in sys.argv[2:])
 store = FeatureStore.open(Path(sys.argv[1]), FeatureSpec("0" * 64, 16, (48, 16), torch.float16, "cpu"))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -102,7 +102,7 @@ assert not store.missing(files)
 def test_two_processes_build_at_once(image_paths: list[Path], tmp_path: Path):
     """The pixels themselves are the features, so that the other process needs no model."""
     spec = FeatureSpec("0" * 64, 16, (48, 16), torch.float16, "cpu")
-    files = features.hash_files(image_paths)
+    files = feature_store.hash_files(image_paths)
     command = [sys.executable, "-W", "error", "-c", BUILDER, str(tmp_path), *map(str, image_paths)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:
@@ -122,7 +122,7 @@ def test_two_processes_build_at_once(image_paths: list[Path], tmp_path: Path):
 def test_reading_ahead_keeps_the_order(
     tower, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path, exact_features
 ):
-    store, files = FeatureStore.open(tmp_path, spec), features.hash_files(image_paths)
+    store, files = FeatureStore.open(tmp_path, spec), feature_store.hash_files(image_paths)
     store.build(files, tower.see, 4)
     generator, hashes = np.random.default_rng(1), list(files)
     batches = [[hashes[n] for n in generator.integers(0, 21, size)] for size in (16, 3, 1, 16, 7, 30)]
@@ -136,16 +136,16 @@ def test_reading_ahead_keeps_the_order(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is needed to list memory maps")
 def test_shards_are_mapped_not_loaded(spec: FeatureSpec, tmp_path: Path, tower: Backbone, image_paths: list[Path]):
-    FeatureStore.open(tmp_path, spec).build(features.hash_files(image_paths), tower.see)
+    FeatureStore.open(tmp_path, spec).build(feature_store.hash_files(image_paths), tower.see)
     store = FeatureStore.open(tmp_path, spec)
-    [shard] = features.list_shards(store.home)
+    [shard] = feature_store.list_shards(store.home)
     assert str(shard) in Path("/proc/self/maps").read_text()
 
 
 def test_a_flipped_bit_is_found_at_the_first_reading(tower, spec, image_paths: list[Path], tmp_path: Path):
-    files = features.hash_files(image_paths[:4])
+    files = feature_store.hash_files(image_paths[:4])
     FeatureStore.open(tmp_path, spec).build(files, tower.see)
-    [shard] = features.list_shards(tmp_path / spec.key)
+    [shard] = feature_store.list_shards(tmp_path / spec.key)
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
@@ -170,9 +170,9 @@ def test_a_flipped_bit_is_found_at_the_first_reading(tower, spec, image_paths: l
     ids=["cut off", "cut in the header", "empty", "foreign", "list cut", "no list", "other image", "type"],
 )
 def test_a_damaged_shard_is_named_with_the_fix(damage, tower, spec, image_paths, tmp_path: Path, exact_features):
-    files = features.hash_files(image_paths[:4])
+    files = feature_store.hash_files(image_paths[:4])
     FeatureStore.open(tmp_path, spec).build(files, tower.see)
-    [shard] = features.list_shards(tmp_path / spec.key)
+    [shard] = feature_store.list_shards(tmp_path / spec.key)
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(UserError, match=rf"{shard.name} is damaged .* delete it"):
         FeatureStore.open(tmp_path, spec)

@@ -10,9 +10,9 @@ from blipfit import grid
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.evaluation import ranking, retention
-from blipfit.evaluation.protocol import build_feature_lookup
+from blipfit.evaluation.evaluation_task import Settings, load_task
 from blipfit.evaluation.retention import SampleScores
-from blipfit.evaluation.tasks import Settings, load_task
+from blipfit.evaluation.split_evaluation import build_feature_lookup
 from blipfit.model import tiny
 from blipfit.model.image_features import ImageFeatures
 

@@ -11,7 +11,7 @@ from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch
 from blipfit.model import cost, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 LENGTHS = Lengths(text=23, qformer=19, answer=5, candidates=3)
 
@@ -93,7 +93,7 @@ def count_flops(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
     size, A = backbone.image_size, lengths.answer
     counts: dict[str, int] = {}
 
-    cpu.onednn_is_faster()  # its trial products must not be counted
+    onednn.onednn_is_faster()  # its trial products must not be counted
 
     def count(name, stage, *inputs, **options):
         with FlopCounterMode(display=False) as counter:

@@ -24,8 +24,8 @@ from attention_inputs import (
     needs_onednn,
     padding_mask,
 )
-from blipfit.runtime import attention, cpu
-from blipfit.runtime.dropout import BANK_SIZE
+from blipfit.runtime import attention, onednn
+from blipfit.runtime.shared_dropout import BANK_SIZE
 
 TINY = 1e-12
 """A dropout probability that drops nothing, to test the other arithmetic of attention with dropout."""
@@ -181,7 +181,7 @@ def test_a_fully_masked_row_is_finite(p, dtype):
 @needs_onednn
 def test_a_fully_masked_row_is_finite_with_onednn(batched_shapes):
     query, key, value = make_leaf(N, H, T, D), make_leaf(N, H, S, D), make_leaf(N, H, S, D)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         output = _forward("onednn", query, key, value, torch.zeros(N, 1, T, S, dtype=torch.bool))
         output.sum().backward()
     assert output.isfinite().all()
@@ -223,7 +223,7 @@ def test_attention_that_is_not_batched_is_transformers_own(case, batched_shapes,
         return torch_attention(*inputs, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         actual = _forward("sdpa", query, key, value, mask, module=make_module(is_causal=False, **attributes))
         torch.testing.assert_close(actual, expected)
         assert _setting() == "bf16"
@@ -234,7 +234,7 @@ def test_attention_that_is_not_batched_is_transformers_own(case, batched_shapes,
 @needs_onednn
 def test_empty_inputs_are_not_batched():
     q, k = torch.randn(N, H, T, D), torch.randn(N, H, S, D)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         assert attention._can_batch(q, k, k, None)
         assert not attention._can_batch(q[:0], k[:0], k[:0], None)
         assert not attention._can_batch(q, k[:, :, :0], k[:, :, :0], None)
@@ -243,7 +243,7 @@ def test_empty_inputs_are_not_batched():
 @needs_onednn
 def test_masks_of_other_types_are_not_batched():
     q, k = torch.randn(N, H, T, D), torch.randn(N, H, S, D)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         for dtype in (torch.float32, torch.bool):
             assert attention._can_batch(q, k, k, torch.ones(N, 1, 1, S, dtype=dtype))
         for dtype in (torch.float64, torch.bfloat16, torch.long):
@@ -254,7 +254,7 @@ def test_masks_of_other_types_are_not_batched():
 @pytest.mark.parametrize(("length", "is_batched"), [(256, True), (257, False)])
 def test_attention_is_batched_up_to_a_length(length, is_batched, batched_shapes):
     x = torch.randn(1, 1, length, D)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         _forward("onednn", x, x, x, None)
     assert len(batched_shapes) == is_batched
 
@@ -268,7 +268,7 @@ def test_attention_outside_onednn_products_is_transformers_own(batched_shapes):
 @needs_onednn
 def test_attention_under_autocast_is_transformers_own(batched_shapes):
     q = make_leaf(N, H, T, D)
-    with torch.autocast("cpu", dtype=torch.bfloat16), cpu.onednn_products():
+    with torch.autocast("cpu", dtype=torch.bfloat16), onednn.onednn_products():
         _forward("onednn", q, q, q, None).sum().backward()
     assert batched_shapes == []
     assert q.grad is not None
@@ -282,7 +282,7 @@ def test_attention_in_another_thread_is_transformers_own(batched_shapes):
         _forward("onednn", q, q, q, None)
         settings.append(_setting())
 
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         thread = threading.Thread(target=compute)
         thread.start()
         thread.join()
@@ -306,7 +306,7 @@ def test_dropout_inside_onednn_products(p, batched_shapes, monkeypatch):
         return bmm(*inputs)
 
     monkeypatch.setattr(torch, "bmm", record)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         attention.forward(make_module(**{BANK_SIZE: 2}), q, q, q, None, dropout=p)
     assert batched_shapes == [q.shape]
     assert settings == ["bf16", "bf16"]

@@ -20,7 +20,7 @@ from attention_inputs import (
     padding_mask,
 )
 from blipfit.runtime import attention
-from blipfit.runtime.dropout import BANK_SIZE, sample_mask
+from blipfit.runtime.shared_dropout import BANK_SIZE, sample_mask
 
 
 def _reference(

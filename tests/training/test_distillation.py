@@ -13,7 +13,7 @@ from blipfit.commands import shrink
 from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import DistillationConfig, ModelConfig
-from blipfit.training import distillation, plan
+from blipfit.training import bank_member, distillation
 from blipfit.training.loop import train
 from blipfit.training.step import Stepper
 
@@ -101,7 +101,7 @@ def test_a_step_brings_the_student_nearer(small, family, smaller):
 def test_a_bank_learns_as_each_alone(small, family, smaller):
     student = checkpoints.load(smaller)
     both = [recipe(smaller, small[family], 28), recipe(smaller, small[family], 26)]
-    assert plan.bank_key(both[0]) == plan.bank_key(both[1])
+    assert bank_member.bank_key(both[0]) == bank_member.bank_key(both[1])
     encoded, features, _ = lesson(student)
 
     def values(recipes):
@@ -118,7 +118,7 @@ def test_a_bank_learns_as_each_alone(small, family, smaller):
 
 def test_other_teachings_share_no_bank(small, smaller, family):
     with_teacher = recipe(smaller, small[family])
-    assert plan.bank_key(with_teacher) != plan.bank_key(with_teacher.override(["distillation.visual=2"]))
+    assert bank_member.bank_key(with_teacher) != bank_member.bank_key(with_teacher.override(["distillation.visual=2"]))
     assert DistillationConfig() == grid.recipe("iconqa", 28).distillation
 
 

@@ -25,7 +25,7 @@ from blipfit.evaluation.ranking import summarize
 from blipfit.model.backbone import fingerprint, head
 from blipfit.recipe import Recipe
 from blipfit.run import Run
-from blipfit.training import events, loop, session
+from blipfit.training import bank_session, events, loop
 from blipfit.training import step as step_module
 from blipfit.training.events import Event, Listener
 from blipfit.training.model_cache import ModelCache
@@ -268,9 +268,9 @@ def test_interrupted_and_resumed_is_straight(recipe, train, monkeypatch, where):
     event, nth, seconds, goes_on_in = INTERRUPTIONS[where]
     both = [recipe(19, "training.max_epochs=3"), recipe(30, "training.max_epochs=3")]
     straight = train(both, "straight")
-    monkeypatch.setattr(session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(bank_session, "CHECK_EVERY", 1)
     if seconds is not None:
-        monkeypatch.setattr(session, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(bank_session, "SAVE_SECONDS", seconds)
     with pytest.raises(Interrupted):
         train(both, "broken", listener=interrupt_at(event, nth))
     starts = []
@@ -352,7 +352,7 @@ def test_a_broken_experiment_leaves_with_a_reason_and_the_others_go_on(recipe, t
 
 
 def test_all_experiments_may_break(recipe, train, monkeypatch):
-    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(bank_session, "SAVE_SECONDS", 0.0)
     runs = train([recipe(n, "training.learning_rate=1e30") for n in (13, 30)])
     assert [run.state() for run in runs] == ["new", "new"]
     assert all(run.failure_file.exists() for run in runs)
@@ -396,8 +396,8 @@ def test_a_run_with_padding_is_the_run_without_but_for_rounding(recipe, train, f
 def test_a_checkpointed_and_padded_run_is_resumed(recipe, train, monkeypatch):
     experiment = recipe(30, CHECKPOINTING, "performance.pad_to_multiple_of=8")
     (straight,) = train([experiment], "straight")
-    monkeypatch.setattr(session, "CHECK_EVERY", 1)
-    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(bank_session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(bank_session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
         train([experiment], "broken", listener=interrupt_at(events.StepsDone, 4))
     (resumed,) = train([experiment], "broken")
@@ -465,9 +465,9 @@ def _without_room_for_the_best_epoch(*arguments: Any) -> Stepper:
 PLACES = {
     "the trained tensors": (bank_module.Bank, "_allocate", _out_of_memory),
     "the optimizer": (step_module, "BankAdamW", _out_of_memory),
-    "the best epoch": (session, "Stepper", _without_room_for_the_best_epoch),
+    "the best epoch": (bank_session, "Stepper", _without_room_for_the_best_epoch),
     "the first step": (Stepper, "step", _out_of_memory),
-    "validation": (session.protocol, "validate", _out_of_memory),
+    "validation": (bank_session.split_evaluation, "validate", _out_of_memory),
 }
 
 
@@ -551,8 +551,8 @@ def test_adalora_interrupted_and_resumed_is_straight(recipe, train, monkeypatch)
     """Bit for bit: importances, masks and ranks live in the checkpoint, here of a step between two allocations."""
     both = [recipe(22, *ADALORA), recipe(30, *ADALORA)]
     straight = train(both, "straight")
-    monkeypatch.setattr(session, "CHECK_EVERY", 1)
-    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(bank_session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(bank_session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
         train(both, "broken", listener=interrupt_at(events.StepsDone, 8))
     for one, other in zip(straight, train(both, "broken"), strict=True):
@@ -592,8 +592,8 @@ def test_a_peft_method_interrupted_and_resumed_is_straight(recipe, train, monkey
     """Two runs of it, each in a bank of its own; the second is stopped between two steps."""
     both = [recipe(n, f"adapter.method={method}", "adapter.rank=8", "training.max_epochs=3") for n in (20, 32)]
     straight = train(both, "straight")
-    monkeypatch.setattr(session, "CHECK_EVERY", 1)
-    monkeypatch.setattr(session, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(bank_session, "CHECK_EVERY", 1)
+    monkeypatch.setattr(bank_session, "SAVE_SECONDS", 0.0)
     with pytest.raises(Interrupted):
         train(both, "broken", listener=interrupt_at(events.StepsDone, 26))
     starts = []

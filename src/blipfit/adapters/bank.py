@@ -24,7 +24,7 @@ from blipfit.adapters.placement import QUERY_TOKENS, component_of, resolve
 from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import AdapterConfig
-from blipfit.runtime import cpu, dropout
+from blipfit.runtime import onednn, shared_dropout
 
 LORA_A, LORA_B, LORA_E = "lora_A", "lora_B", "lora_E"
 """Names of a layer's low-rank tensors; E, the singular values, exists only in AdaLoRA."""
@@ -198,7 +198,7 @@ class Bank:
         for name in self._lora_ranks() if self._peft is None else ():
             self._replace(name, self._make_lora_layer(name))
         self._dropouts = {
-            part: dropout.share_masks(self.backbone.hf.get_submodule(part), self.K)
+            part: shared_dropout.share_masks(self.backbone.hf.get_submodule(part), self.K)
             for part in ("qformer", "language_model")
         }
 
@@ -247,7 +247,7 @@ class Bank:
     def remove(self) -> None:
         """Remove the bank from the backbone, which has its own modules and query tokens again."""
         for part, replaced_modules in self._dropouts.items():
-            dropout.restore_modules(self.backbone.hf.get_submodule(part), replaced_modules)
+            shared_dropout.restore_modules(self.backbone.hf.get_submodule(part), replaced_modules)
         self._dropouts = {}
         for name, module in reversed(self._originals.items()):
             parent, _, child = name.rpartition(".")
@@ -275,7 +275,7 @@ class Bank:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to `grads`; an experiment's loss changes only its own row."""
-        with cpu.onednn_products(loss.device.type), warnings.catch_warnings():
+        with onednn.onednn_products(loss.device.type), warnings.catch_warnings():
             # Each gradient is a view of a matrix by design; torch warns that its DDP is slower with such a layout.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             loss.backward()

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from blipfit import methods
 from blipfit.errors import UserError
-from blipfit.evaluation import text
+from blipfit.evaluation import bootstrap
 from blipfit.model import shapes
 from blipfit.recipe import LANGUAGE_SUBLAYERS, QFORMER_SUBLAYERS, Recipe
 from blipfit.run import Run
@@ -72,7 +72,7 @@ class EffectPairs:
 
     def record(self, effect: Effect) -> dict[str, Any]:
         """The effect with its mean and interval."""
-        estimate = text.mean([difference for _, _, difference in self.differences])
+        estimate = bootstrap.mean([difference for _, _, difference in self.differences])
         has_spread = len(self.differences) > 1
         return {
             **effect._asdict(),

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from blipfit import grid
 from blipfit import recipe as recipes
-from blipfit.adapters import count, opening, peft_format, placement
-from blipfit.data.features import format_bytes
+from blipfit.adapters import count, open_model, peft_format, placement
+from blipfit.data.feature_store import format_bytes
 from blipfit.errors import UserError
 from blipfit.model import cost, latency, shapes
 from blipfit.model.cost import Lengths
@@ -31,7 +31,7 @@ def run(
     recipe, run = _resolve(subject, experiment, model)
     source = None
     if run and recipe and (device or model or recipe.model.name not in shapes.PUBLISHED):
-        source = opening.locate_adapter(run.folder, None if model is None else ModelConfig(name=model))
+        source = open_model.locate_adapter(run.folder, None if model is None else ModelConfig(name=model))
     name = source.model.name if source else recipe.model.name if recipe else grid.model_name("t5", model or subject)
     hf = shapes.on_meta(name)
     trained = count.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
@@ -55,8 +55,8 @@ def run(
     if source and source.warnings:
         record["warnings"] = list(source.warnings)
     if device is not None:
-        source = source or opening.locate(recipe.model if recipe else name)
-        model_with_adapter = opening.load(source, device, recipe.training.precision if recipe else None)
+        source = source or open_model.locate(recipe.model if recipe else name)
+        model_with_adapter = open_model.load(source, device, recipe.training.precision if recipe else None)
         weights = cost.weight_bytes(model_with_adapter.backbone.hf)
         with model_with_adapter.adapter() as backbone:
             record["measured"] = {"weight_bytes": weights, **latency.measure(backbone, lengths)}

@@ -13,11 +13,11 @@ from blipfit import data, grid
 from blipfit.data import encoded_split
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.images import open_image
-from blipfit.evaluation import protocol, ranking
+from blipfit.evaluation import ranking, split_evaluation
 from blipfit.model import loading
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.report import pictures, terminal
+from blipfit.report import image_sheet, terminal
 from blipfit.report.progress import TrainingDisplay
 from blipfit.run import read_lines, replacing
 from blipfit.training.loop import train
@@ -48,9 +48,9 @@ def run(folder: Path, device: torch.device, seed: int = 42) -> dict[str, Any]:
     images = [open_image(test.questions[i].image) for i in examples]
     screen.print("Three images, each with a kind of question that this miniature InstructBLIP was never trained on:\n")
     if screen.is_terminal:
-        screen.print(pictures.in_terminal(images))
+        screen.print(image_sheet.in_terminal(images))
     features = ImageFeatures.for_evaluation(backbone, first.data.images).features
-    (evaluation,) = protocol.evaluate_split(backbone, test, features, first.evaluation)
+    (evaluation,) = split_evaluation.evaluate_split(backbone, test, features, first.evaluation)
     evaluation.require_finite()
     predictions = {"base": evaluation.records}
     for i in examples:
@@ -141,5 +141,5 @@ def _write_sheet(
         answers = [f"{name}: {lines[i]['prediction']}" for name, lines in predictions.items()]
         captions.append("\n".join([question.question, f"right: {question.answer}", *answers]))
     with replacing(file) as temporary:
-        pictures.contact_sheet(images, captions).save(temporary, format="PNG")
+        image_sheet.contact_sheet(images, captions).save(temporary, format="PNG")
     return file

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from blipfit.adapters import opening
-from blipfit.adapters.opening import Source
-from blipfit.commands import arguments
+from blipfit.adapters import open_model
+from blipfit.adapters.open_model import Source
+from blipfit.commands import resolve_arguments
 from blipfit.data import encoded_split, split_checks
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import benchmarks, protocol, text
-from blipfit.evaluation.benchmarks import BASE, TUNED
-from blipfit.evaluation.tasks import EvaluationTask, Settings, load_task
+from blipfit.evaluation import compare_with_adapter, split_evaluation, text_metrics
+from blipfit.evaluation.compare_with_adapter import BASE, TUNED
+from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
 from blipfit.model import clip, tiny
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
@@ -40,14 +40,14 @@ def run(
     one it was made with.
     """
     recipe = Run(folder).recipe()
-    place = arguments.data_folder(recipe.data.name, data)
+    place = resolve_arguments.data_folder(recipe.data.name, data)
     base_model = None if model_name is None else ModelConfig(name=model_name)
-    model = opening.load(opening.locate_adapter(folder, base_model), device)
+    model = open_model.load(open_model.locate_adapter(folder, base_model), device)
     questions = encoded_split.load(model.backbone.text, recipe.data, place, split)
     features = ImageFeatures.for_evaluation(model.backbone, recipe.data.images)
 
     def metrics(backbone: Backbone) -> dict[str, Any]:
-        (evaluation,) = protocol.evaluate_split(backbone, questions, features.features, recipe.evaluation)
+        (evaluation,) = split_evaluation.evaluate_split(backbone, questions, features.features, recipe.evaluation)
         evaluation.require_finite()
         return evaluation.metrics
 
@@ -112,17 +112,17 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
     options = options or OnOptions()
     screen = terminal.console(stderr=True)
     base = None if options.model is None else ModelConfig(name=options.model)
-    source = opening.locate(subject, base)
+    source = open_model.locate(subject, base)
     if base is not None and source.adapter is None:
         raise UserError(f"{subject} is a model without an adapter, so --model has no meaning; leave one of them out")
-    folders = arguments.data_folders(on, options.data)
+    folders = resolve_arguments.data_folders(on, options.data)
     _refuse_training_questions(folders, options.split, None if source.recipe is None else source.recipe.data.name)
     settings = Settings(
         decoding=options.decoding,
         samples=options.samples,
         clip=_load_clip(source.model.name, options.clip, folders, device),
     )
-    model = opening.load(source, device)
+    model = open_model.load(source, device)
     mode = "stored" if source.recipe is None else source.recipe.data.images
     image_features = ImageFeatures.for_evaluation(model.backbone, mode)
     image_features.announce = lambda sentence: screen.print(sentence, soft_wrap=True)
@@ -134,7 +134,7 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
             return source.run.evaluation(task.title)
         return Evaluation.of_model(options.results, subject, task.title)
 
-    return benchmarks.compare_with_adapter(
+    return compare_with_adapter.compare_with_adapter(
         model,
         tasks,
         image_features.features,
@@ -227,7 +227,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
 def _text_notes(metrics: Mapping[str, Any]) -> list[str]:
     """Sentences on the metrics of open answers: what ROUGE cannot read, and which CLIP score is printed."""
     metrics = metrics.get("answers", metrics)
-    sentences = text.describe_unread(metrics.get("rouge_unread", {}))
+    sentences = text_metrics.describe_unread(metrics.get("rouge_unread", {}))
     if (clamped_mean := metrics.get("clip_score", {}).get("clamped_mean")) is not None:
         sentences.append(
             "CLIP score is mean_of_clamped, the mean of 100 × max(cosine, 0) of every pair; clamped_mean, which "

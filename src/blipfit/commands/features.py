@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 
 from blipfit import data, grid
-from blipfit.commands import arguments
-from blipfit.data import feature_stores, features
+from blipfit.commands import resolve_arguments
+from blipfit.data import feature_store, manage_feature_stores
 from blipfit.data.question import SPLITS
 from blipfit.errors import UserError
 from blipfit.model import loading
@@ -31,19 +31,22 @@ def run(
     device: torch.device | None,
 ) -> dict[str, Any]:
     """Do one of `ACTIONS`. Raises UserError if the action, store, data set or model does not exist."""
-    home = store or features.default_folder()
+    home = store or feature_store.default_folder()
     if action == "list":
-        stores = [_store_record(summary) for summary in feature_stores.list_stores(home)]
+        stores = [_store_record(summary) for summary in manage_feature_stores.list_stores(home)]
         return {"folder": str(home), "stores": stores}
     if action == "delete":
         if key is None:
             raise UserError("say which store: `blipfit features delete KEY`; `blipfit features list` shows the keys")
-        store_folder = feature_stores.find(home, key)
-        return {"deleted": store_folder.name, "freed": features.format_bytes(feature_stores.delete(store_folder))}
+        store_folder = manage_feature_stores.find(home, key)
+        return {
+            "deleted": store_folder.name,
+            "freed": feature_store.format_bytes(manage_feature_stores.delete(store_folder)),
+        }
     if action not in ACTIONS:
         raise UserError(f"unknown action {action!r}; known: {', '.join(ACTIONS)}")
     if action == "check" and dataset is None:
-        return {"checked": [_check(summary.home) for summary in feature_stores.list_stores(home)]}
+        return {"checked": [_check(summary.home) for summary in manage_feature_stores.list_stores(home)]}
     if dataset is None:
         raise UserError(f"say which data set: `blipfit features {action} --on scienceqa`")
     return _with_model(action, dataset, folder, model, home, device)
@@ -53,7 +56,7 @@ def _with_model(
     action: str, dataset: str, folder: Path | None, model: str, home: Path, device: torch.device | None
 ) -> dict[str, Any]:
     screen = terminal.console(stderr=True)
-    source = arguments.data_folder(dataset, folder)
+    source = resolve_arguments.data_folder(dataset, folder)
     splits = ("test",) if dataset == "mme" else SPLITS
     questions = [question for split in splits for question in data.load(dataset, source, split)]
     backbone = loading.load(ModelConfig(name=grid.model_name("t5", model)), device=device or "cpu")
@@ -66,12 +69,12 @@ def _with_model(
 
 
 def _check(store_folder: Path) -> dict[str, Any]:
-    summary = feature_stores.check(store_folder)
+    summary = manage_feature_stores.check(store_folder)
     damaged = {str(path): reason for path, reason in summary.damaged.items()}
     return {"store": store_folder.name, "images": summary.images, "damaged": damaged}
 
 
-def _store_record(summary: feature_stores.StoreSummary) -> dict[str, Any]:
+def _store_record(summary: manage_feature_stores.StoreSummary) -> dict[str, Any]:
     return {**asdict(summary), "home": str(summary.home), "key": summary.key}
 
 
@@ -89,7 +92,7 @@ def render(record: Mapping[str, Any]) -> list[Any]:
             f"{store['images']:,}",
             "×".join(map(str, store["shape"])),
             store["dtype"],
-            features.format_bytes(store["bytes"]),
+            feature_store.format_bytes(store["bytes"]),
             str(len(store["damaged"])),
         )
     return [table]

@@ -17,7 +17,7 @@ def run(folder: Path, families: str) -> dict[str, Any]:
 
     Raises UserError if a family is unknown.
     """
-    from blipfit.pretraining.miniatures import pretrain_tiny
+    from blipfit.pretraining.make_miniatures import pretrain_tiny
     from blipfit.pretraining.recipe import RECIPE
 
     names: list[Family] = [name for name in get_args(Family) if name in families.split(",")]

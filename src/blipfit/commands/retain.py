@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from blipfit.adapters import opening
-from blipfit.commands import arguments
+from blipfit.adapters import open_model
+from blipfit.commands import resolve_arguments
 from blipfit.errors import UserError
 from blipfit.evaluation import retention
 from blipfit.evaluation.retention import SampleScores
@@ -37,8 +37,8 @@ def run(
     names = [base, *candidates]
     if len(set(names)) < len(names):
         raise UserError("a model is named twice; give the original once and every candidate once")
-    models = [opening.locate(name).model.name for name in names]  # checks all before the first is evaluated
-    folders = arguments.data_folders(on, data)
+    models = [open_model.locate(name).model.name for name in names]  # checks all before the first is evaluated
+    folders = resolve_arguments.data_folders(on, data)
     screen = terminal.console(stderr=True)
     scores = retention.score_models(
         names, folders, device, split, limit, announce=lambda sentence: screen.print(sentence, soft_wrap=True)

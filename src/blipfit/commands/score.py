@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.errors import UserError
-from blipfit.evaluation import mme, rewardbench
+from blipfit.evaluation import mme_scores, rewardbench_scores
 from blipfit.report import benchmark_tables
 
 
@@ -15,9 +15,9 @@ def run(benchmark: str, source: Path, samples: int | None) -> dict[str, Any]:
     Raises UserError if the benchmark is unknown or the source cannot be read.
     """
     if benchmark == "mme":
-        return mme.score_mme(source)
+        return mme_scores.score_mme(source)
     if benchmark == "rewardbench":
-        return rewardbench.score_rewardbench(source, samples)
+        return rewardbench_scores.score_rewardbench(source, samples)
     raise UserError(
         f"unknown benchmark {benchmark!r}; known: mme (a folder of answer files), rewardbench (a file of judgements)"
     )

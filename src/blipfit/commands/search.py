@@ -8,7 +8,7 @@ from typing import Any
 from blipfit import inference
 from blipfit.data.images import open_image
 from blipfit.errors import UserError
-from blipfit.report import pictures
+from blipfit.report import image_sheet
 from blipfit.run import replacing
 
 
@@ -20,10 +20,10 @@ def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) 
     """
     left_out: list[dict[str, str]] = []
     matches = model.search(folder, text, top, skip=lambda file, error: leave_out(left_out, file, error))
-    images = [pictures.shrink(open_image(match.image)) for match in matches]
+    images = [image_sheet.shrink(open_image(match.image)) for match in matches]
     captions = [f"{number}. {match.image.name}\n{match.score:+.1f}" for number, match in enumerate(matches, start=1)]
     with replacing(sheet) as temporary:
-        pictures.contact_sheet(images, captions).save(temporary, format="PNG")
+        image_sheet.contact_sheet(images, captions).save(temporary, format="PNG")
     listed = [{"image": str(match.image), "score": match.score} for match in matches]
     record = {"text": text, "folder": str(folder), "found": listed, "left_out": left_out, "sheet": str(sheet)}
     return record | ({"warnings": list(model.warnings)} if model.warnings else {})

@@ -9,13 +9,13 @@ import torch
 from rich.table import Table
 
 from blipfit import data
-from blipfit.commands import arguments
+from blipfit.commands import resolve_arguments
 from blipfit.commands.cost import format_gigaflops
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
-from blipfit.compression.rewrite import locate_checkpoint, refuse_existing
+from blipfit.compression.checkpoint_writer import locate_checkpoint, refuse_existing
 from blipfit.compression.shrink import shrink, write_checkpoint
-from blipfit.compression.size import COMMAND_OPTIONS, Size, reduce_size, resize_config
+from blipfit.compression.target_size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.errors import UserError
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
@@ -86,7 +86,7 @@ def run(
 
 
 def _questions(backbone: Backbone, dataset: str, folder: Path | None, count: int, seed: int) -> Calibration:
-    source = arguments.data_folder(dataset, folder)
+    source = resolve_arguments.data_folder(dataset, folder)
     sample = sample_questions(data.load(dataset, source, "train"), count, seed)
     return Calibration.from_questions(
         backbone, sample, data.dataset(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")

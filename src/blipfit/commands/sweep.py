@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from blipfit import sweep
-from blipfit.commands import arguments, train
+from blipfit.commands import resolve_arguments, train
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
@@ -26,15 +26,15 @@ def load_recipes(
     recipes: list[Recipe] = []
     for text in ids:
         if text.endswith((".yaml", ".yml")):
-            recipes += arguments.load_recipes(text, [], model, assignments)
+            recipes += resolve_arguments.load_recipes(text, [], model, assignments)
             continue
         names = sweep.parse_experiments(text)
         for dataset in datasets.split(","):
-            recipes += arguments.load_recipes(dataset, names, model, assignments)
+            recipes += resolve_arguments.load_recipes(dataset, names, model, assignments)
     names = list(dict.fromkeys(recipe.data.name for recipe in recipes))
     if data is not None and len(names) > 1:
         raise UserError(f"--data names one folder, the sweep reads {', '.join(names)}; leave it out to use data/NAME")
-    return recipes, {name: arguments.data_folder(name, data) for name in names}
+    return recipes, {name: resolve_arguments.data_folder(name, data) for name in names}
 
 
 def run(

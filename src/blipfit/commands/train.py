@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from blipfit.commands import arguments
-from blipfit.evaluation import text
+from blipfit.commands import resolve_arguments
+from blipfit.evaluation import text_metrics
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
@@ -20,7 +20,7 @@ def run(recipes: Sequence[Recipe], data: Path | None, results: Path, device: tor
 
     Raises UserError before anything is trained if the data, a model or a run folder does not fit.
     """
-    folder = arguments.data_folder(recipes[0].data.name, data)
+    folder = resolve_arguments.data_folder(recipes[0].data.name, data)
     with TrainingDisplay() as display:
         runs = train(recipes, folder, results, device=device, listener=display)
     return summarize(runs)
@@ -42,7 +42,7 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     if results:
         lines.append(terminal.results_table(results))
         lines += terminal.leaderboard_tables(results)
-        unread = [text.describe_unread(result["metrics"]["test"].get("rouge_unread", {})) for result in results]
+        unread = [text_metrics.describe_unread(result["metrics"]["test"].get("rouge_unread", {})) for result in results]
         lines += dict.fromkeys(sentence for sentences in unread for sentence in sentences)
     else:
         lines.append("no experiment was finished")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blipfit.compression.calibration import Calibration
 from blipfit.compression.selection import Selection, query_scale
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
 RIDGE = 1e-3
 """Weight of the ridge penalty on a correction, relative to the variance of each input."""
@@ -59,7 +59,7 @@ def repair(original: Backbone, small: Any, selection: Selection, questions: Cali
         queries = selection.queries.to(original.device)
         targets = [visual[:, queries] for visual in _compute_visual(exact, questions)]
         before = lost_variance(_compute_visual(cut, questions), targets)
-        with cpu.onednn_products():  # the arithmetic in which the targets were computed
+        with onednn.onednn_products():  # the arithmetic in which the targets were computed
             _LayerwiseFit(exact, cut, selection, questions).run(targets)
         return {"before": before, "after": lost_variance(_compute_visual(cut, questions), targets)}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.data import records
-from blipfit.data.prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.data.question import SPLITS, Question
+from blipfit.data.write_prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.errors import UserError
 
 ARCHIVE = "https://iconqa2021.s3.us-west-1.amazonaws.com/iconqa_data.zip"

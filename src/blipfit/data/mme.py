@@ -11,8 +11,8 @@ from typing import Any
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image
-from blipfit.data.prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.data.question import Question
+from blipfit.data.write_prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.errors import UserError
 
 PERCEPTION = (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.data import file_kinds, records
-from blipfit.data.prepared import BAD_ENTRIES, ImageHashes, PrepareReport, Source, hash_images, output_folder
 from blipfit.data.question import SPLITS, Question
+from blipfit.data.write_prepared import BAD_ENTRIES, ImageHashes, PrepareReport, Source, hash_images, output_folder
 from blipfit.errors import UserError
 
 KEYS = ("image", "question", "choices", "answer", "context", "id")

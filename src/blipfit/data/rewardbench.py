@@ -18,8 +18,8 @@ from PIL import Image
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image, open_image
-from blipfit.data.prepared import OutputFolder, PrepareReport, Source, output_folder
 from blipfit.data.question import SPLITS, Question
+from blipfit.data.write_prepared import OutputFolder, PrepareReport, Source, output_folder
 from blipfit.errors import UserError
 
 HUB_NAME = "MMInstruction/VL-RewardBench"

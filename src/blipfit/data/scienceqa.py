@@ -13,9 +13,9 @@ from typing import Any
 
 from blipfit.data import hub, records
 from blipfit.data.images import decode_image
-from blipfit.data.prepared import OutputFolder, PrepareReport, Source, check_images, output_folder
 from blipfit.data.prompts import format_choices
 from blipfit.data.question import SPLITS, Question
+from blipfit.data.write_prepared import OutputFolder, PrepareReport, Source, check_images, output_folder
 from blipfit.errors import UserError
 
 HUB_NAME = "derek-thomas/ScienceQA"

@@ -1,9 +1,9 @@
 """Evaluate generated answers: ROUGE, exact match and, with a CLIP model, the CLIP score."""
 
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.evaluation import clip_score, protocol, text
-from blipfit.evaluation.protocol import FeatureFunction
-from blipfit.evaluation.tasks import Settings, TaskResult, percent_values
+from blipfit.evaluation import bootstrap, clip_score, split_evaluation
+from blipfit.evaluation.evaluation_task import Settings, TaskResult, percent_values
+from blipfit.evaluation.split_evaluation import FeatureFunction
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 
@@ -16,7 +16,7 @@ def evaluate_open_answers(
     Raises UserError with the question's id if the loss of a reference answer is NaN or infinite.
     """
     config = EvaluationConfig(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
-    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, config)
+    (evaluation,) = split_evaluation.evaluate_split(backbone, encoded_split, get_features, config)
     evaluation.require_finite()
     records, metrics = evaluation.records, evaluation.metrics
     values = {"rougeL": percent_values(records, "rougeL"), "exact": percent_values(records, "correct")}
@@ -28,7 +28,7 @@ def evaluate_open_answers(
         metrics["clip_score"] = {
             "clip": settings.clip.name,
             "cut": scores.truncated_texts,
-            **text.mean(scores.values),
+            **bootstrap.mean(scores.values),
             "rule": "mean_of_clamped",
             "mean_of_clamped": scores.mean_of_clamped,
             "clamped_mean": scores.clamped_mean,

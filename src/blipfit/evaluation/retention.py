@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipfit.adapters import opening
-from blipfit.evaluation import ranking, text
-from blipfit.evaluation.benchmarks import evaluate_task
-from blipfit.evaluation.protocol import FeatureFunction, build_feature_lookup
-from blipfit.evaluation.tasks import EvaluationTask, Settings, load_task
+from blipfit.adapters import open_model
+from blipfit.evaluation import bootstrap, ranking
+from blipfit.evaluation.compare_with_adapter import evaluate_task
+from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
+from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 
@@ -82,7 +82,7 @@ def score_models(
     """
     results: list[dict[str, SampleScores]] = []
     for name in names:
-        with opening.open_model(name, device, "auto").adapter() as backbone:
+        with open_model.open_model(name, device, "auto").adapter() as backbone:
             get_features = ImageFeatures.from_backbone(backbone, "off").features
             model_scores: dict[str, SampleScores] = {}
             for data_set, folder in data_sets:
@@ -99,7 +99,7 @@ def score_models(
 
 def summarize(scores: SampleScores, seed: int = 0) -> dict[str, Any]:
     """Return the mean score with its 95 % interval and the chance level, in percent."""
-    mean = text.mean(scores.scores, seed=seed)
+    mean = bootstrap.mean(scores.scores, seed=seed)
     return {
         "accuracy": round(100 * mean["mean"], 4),
         "interval": [round(100 * end, 4) for end in mean["interval"]],
@@ -115,14 +115,14 @@ def compute_retention(base: SampleScores, candidate: SampleScores, seed: int = 0
     not above 0: such an original has nothing to retain.
     """
     before, after, chance = (np.asarray(v, dtype=float) for v in (base.scores, candidate.scores, base.chance))
-    above_chance = text.mean(before - chance, seed=seed)
+    above_chance = bootstrap.mean(before - chance, seed=seed)
     corrected: dict[str, Any] = {"ratio": None, "interval": None, "samples": len(before)}
     if above_chance["interval"] is not None and above_chance["interval"][0] > 0:
-        corrected = text.ratio(before - chance, after - chance, seed=seed)
+        corrected = bootstrap.ratio(before - chance, after - chance, seed=seed)
     return {
         **summarize(candidate, seed),
-        "difference": text.difference(before, after, seed=seed),
-        "raw": text.ratio(before, after, seed=seed),
+        "difference": bootstrap.difference(before, after, seed=seed),
+        "raw": bootstrap.ratio(before, after, seed=seed),
         "corrected": corrected,
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blipfit.data.batches import CandidateBatch, PromptBatch, TargetBatch, TextEncoder
 from blipfit.model import checkpoint_files
 from blipfit.recipe import Family
-from blipfit.runtime import attention, cpu
+from blipfit.runtime import attention, onednn
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Backbone:
         enabled = self.autocast_dtype is not None and (stage == "answer" or torch.is_grad_enabled())
         with (
             torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled),
-            cpu.onednn_products(self.device.type),
+            onednn.onednn_products(self.device.type),
         ):
             yield
 

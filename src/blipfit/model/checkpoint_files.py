@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from blipfit.data import features
+from blipfit.data import feature_store
 from blipfit.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -213,7 +213,7 @@ def digest(files: Sequence[Path]) -> str:
 @lru_cache(maxsize=16)
 def _digest(versions: tuple[tuple[str, int, int, int], ...]) -> str:
     """Hash files; size, time and inode are arguments only to be part of the cache key."""
-    with ThreadPoolExecutor(features.thread_count()) as pool:
+    with ThreadPoolExecutor(feature_store.thread_count()) as pool:
         lines = [line for file, *_ in versions for line in pool.map(_hash_named, _read_tensors(file))]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blipfit.data import features, images
-from blipfit.data.features import VISION_BATCH_SIZE, Comparison, FeatureSpec, FeatureStore
+from blipfit.data import feature_store, images
+from blipfit.data.feature_store import VISION_BATCH_SIZE, Comparison, FeatureSpec, FeatureStore
 from blipfit.data.image_hashes import hash_image
 from blipfit.data.prefetch import prefetch
 from blipfit.data.question import Question
@@ -54,13 +54,13 @@ class ImageFeatures:
     ) -> "ImageFeatures":
         """Create the image features of a backbone, in mode `stored` with its feature store.
 
-        `folder`: where feature stores are, by default `features.default_folder()`. `announce(sentence)` is called
+        `folder`: where feature stores are, by default `feature_store.default_folder()`. `announce(sentence)` is called
         before features are computed for the store, with their number and size. In mode `stored` the vision weights are
         hashed, which takes about a second for 2 GB.
         """
         store = None
         if mode == "stored":
-            store = FeatureStore.open(folder or features.default_folder(), feature_spec(backbone), backbone.name)
+            store = FeatureStore.open(folder or feature_store.default_folder(), feature_spec(backbone), backbone.name)
         return cls(backbone, mode, store, announce)
 
     @classmethod
@@ -109,7 +109,7 @@ class ImageFeatures:
             return 0
         missing = self.missing(questions)
         if missing:
-            size = features.format_bytes(features.estimate_bytes(len(missing), self.store.spec.shape))
+            size = feature_store.format_bytes(feature_store.estimate_bytes(len(missing), self.store.spec.shape))
             self.announce(f"image features: {len(missing)} images to compute once, {size} in {self.store.home}")
             self.store.build(missing, self._see_without_autocast, VISION_BATCH_SIZE, progress)
         return len(missing)
@@ -179,7 +179,7 @@ def feature_spec(backbone: Backbone) -> FeatureSpec:
 def tower_fingerprint(vision: Any) -> str:
     """Return the SHA-256 of a vision tower's tensors and settings, without the trained layer norm at its end."""
     tensors = {name: tensor for name, tensor in vision.state_dict().items() if not name.startswith("post_layernorm.")}
-    with ThreadPoolExecutor(features.thread_count()) as pool:
+    with ThreadPoolExecutor(feature_store.thread_count()) as pool:
         digests = list(pool.map(checkpoint_files.hash_tensor, tensors.values()))
     lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
     lines += [f"{name} {getattr(vision.config, name)}" for name in _SETTINGS]
@@ -195,5 +195,5 @@ def _hash_files(questions: Sequence[Question]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for transparency in dict.fromkeys(question.transparency for question in questions):
         paths = (question.image for question in questions if question.transparency == transparency)
-        files |= features.hash_files(paths, transparency)
+        files |= feature_store.hash_files(paths, transparency)
     return files

@@ -2,7 +2,7 @@
 
 They are three folders in Hugging Face format in `miniatures/`. `InstructBlipForConditionalGeneration` and
 `InstructBlipProcessor` load `tiny-t5` and `tiny-vicuna`; `CLIPModel` and `CLIPProcessor` load `tiny-clip`. Weights are
-stored in float16 and load as float32. `blipfit.pretraining.miniatures` trains them.
+stored in float16 and load as float32. `blipfit.pretraining.make_miniatures` trains them.
 """
 
 import json

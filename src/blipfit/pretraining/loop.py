@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blipfit.runtime import cpu, memory
+from blipfit.runtime import memory, onednn
 
 Losses = dict[str, Tensor]
 Log = Callable[[dict[str, Any]], None]
@@ -113,13 +113,13 @@ def _take_step(
     parameters: Iterable[nn.Parameter],
     clip: float,
 ) -> Losses:
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         losses = losses_at(step)
     total = sum(losses.values(), torch.zeros(()))
     if not torch.isfinite(total):
         raise FloatingPointError(f"the loss of step {step} is not finite: {losses}")
     optimizer.zero_grad(set_to_none=True)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         total.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()

@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass, replace
 
 from blipfit.data import icons
-from blipfit.data.icons.facts import QUARTERS, TIMES, pluralize
 from blipfit.data.icons.scene import LAST_MARK
+from blipfit.data.icons.scene_words import QUARTERS, TIMES, pluralize
 from blipfit.data.prompts import PROMPTS, PromptedQuestion
 from blipfit.model.tiny_tokenizers import COMMON_WORDS
 from blipfit.pretraining.texts import build_question, format_multiple_choice, sample_caption

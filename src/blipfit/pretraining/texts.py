@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blipfit.data import icons
-from blipfit.data.icons.facts import TIMES, pluralize
+from blipfit.data.icons.scene_words import TIMES, pluralize
 from blipfit.data.icons.statements import NUMBERS
 from blipfit.data.prompts import PROMPTS, PromptedQuestion, iconqa_v1
 from blipfit.data.question import Question

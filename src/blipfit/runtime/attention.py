@@ -2,7 +2,7 @@
 
 Ordinary attention is transformers' own (`sdpa`). Two cases are computed here as batched matrix products with their own
 backward pass: attention with dropout, because all experiments of a bank share its noise, and on some CPUs short
-attention in fp32 (`cpu.onednn_products`).
+attention in fp32 (`onednn.onednn_products`).
 
 Dimensions: `N` rows, `H` heads, `T` queries, `S` keys, `D` width of a head; in a bank, N = K·B with `K` experiments and
 `B` rows of the batch. `N·H` is a single dimension of that size. A suffix such as `_NHTS` lists a tensor's dimensions.
@@ -17,8 +17,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from blipfit.runtime import cpu
-from blipfit.runtime.dropout import BANK_SIZE, apply_mask, sample_mask
+from blipfit.runtime import onednn
+from blipfit.runtime.shared_dropout import BANK_SIZE, apply_mask, sample_mask
 
 NAME = "blipfit"
 MAX_PAIRS = 2**16
@@ -70,9 +70,9 @@ def forward(
         attention_mask, is_causal = None, True
     if dropout == 0 and not _can_batch(query, key, value, attention_mask):
         arguments = (module, query, key, value, attention_mask, 0.0, scaling, is_causal, position_bias)
-        if not cpu.uses_onednn(query.device.type) or torch.compiler.is_compiling():
+        if not onednn.uses_onednn(query.device.type) or torch.compiler.is_compiling():
             return sdpa_attention_forward(*arguments, **options)  # type: ignore[no-any-return]
-        with cpu.without_onednn():
+        with onednn.without_onednn():
             return sdpa_attention_forward(*arguments, **options)  # type: ignore[no-any-return]
     if query.shape[1] != key.shape[1]:
         raise NotImplementedError("dropout in attention with grouped key heads is not supported")
@@ -89,7 +89,7 @@ def forward(
 def _can_batch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether attention without dropout can be computed as batched products, and is faster that way."""
     return (
-        cpu.uses_onednn(query.device.type)
+        onednn.uses_onednn(query.device.type)
         and all(tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in (query, key, value))
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and query.shape[2] * key.shape[2] <= MAX_PAIRS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfit.adapters import opening
+from blipfit.adapters import open_model
 from blipfit.data.batches import TargetBatch
 from blipfit.errors import UserError
 from blipfit.grid import SHRINK_RECORD, shrink_record
@@ -74,7 +74,7 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     config = recipe.distillation
     if config.teacher is None:
         return None
-    model = opening.open_model(config.teacher, student.device, recipe.training.precision)
+    model = open_model.open_model(config.teacher, student.device, recipe.training.precision)
     _share_equal_weights(config.teacher, model.backbone.hf, student)
     model.install_adapter()
     model.backbone.hf.requires_grad_(False).eval()
@@ -84,7 +84,7 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
 def locate(name: str) -> None:
     """Raise UserError if the teacher is neither a finished run nor a model that can be loaded."""
     try:
-        opening.locate(name)
+        open_model.locate(name)
     except UserError as error:
         raise UserError(
             f"the teacher cannot be used: {error}; name another with --set distillation.teacher=…"

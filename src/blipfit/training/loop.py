@@ -16,18 +16,18 @@ from blipfit.data import prompts
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
-from blipfit.evaluation import protocol
+from blipfit.evaluation import split_evaluation
 from blipfit.model import loading
 from blipfit.model.backbone import fingerprint, head
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed, memory
-from blipfit.training import distillation, events, plan, record
+from blipfit.training import batch_order, distillation, events, record
+from blipfit.training.bank_member import Member, group_into_banks
+from blipfit.training.bank_session import BankSession, fail_run
 from blipfit.training.events import Listener
-from blipfit.training.member import Member, group_into_banks
 from blipfit.training.model_cache import ModelCache
-from blipfit.training.session import BankSession, fail_run
 
 
 def train(
@@ -121,8 +121,8 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
             f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
         )
     if recipe.adapter.method == "adalora":
-        Schedule.from_config(recipe.adapter, 1, plan.total_steps(count, recipe.training))
-    protocol.check_evaluation(recipe.evaluation, recipe.data.name, questions)
+        Schedule.from_config(recipe.adapter, 1, batch_order.total_steps(count, recipe.training))
+    split_evaluation.check_evaluation(recipe.evaluation, recipe.data.name, questions)
 
 
 def _build_features(image_features: ImageFeatures, encoded_split: EncodedSplit, listener: Listener) -> None:
@@ -179,7 +179,7 @@ def _evaluate_finished(session: BankSession, head_hash: str) -> None:
                 raise AssertionError(f"{experiment.recipe.title}: training changed nothing")  # our defect, never data
         config, features = finished[0].recipe.evaluation, session.evaluation_features.features
         evaluations = {
-            split: protocol.evaluate_split(backbone, session.splits[split], features, config)
+            split: split_evaluation.evaluate_split(backbone, session.splits[split], features, config)
             for split in ("val", "test")
         }
     finally:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blipfit.adapters.bank import Bank
 from blipfit.recipe import TrainingConfig
-from blipfit.runtime import execution
+from blipfit.runtime import compile_and_checkpoint
 
 
 class BankAdamW:
@@ -21,7 +21,7 @@ class BankAdamW:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(bank.values), torch.zeros_like(bank.values)
         self._decays_P = bank.decay_mask()
         self.recipes = list(recipes)
-        self._update = execution.compile_function(self.update) if compiled else self.update
+        self._update = compile_and_checkpoint.compile_function(self.update) if compiled else self.update
         self._place_columns()
 
     def _place_columns(self) -> None:

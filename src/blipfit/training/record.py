@@ -11,7 +11,7 @@ from blipfit import grid, run
 from blipfit.adapters import peft_format
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.errors import UserError
-from blipfit.evaluation.protocol import SplitEvaluation
+from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.run import Run

@@ -14,9 +14,9 @@ from blipfit.data.batches import EncodedQuestion, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.runtime import distributed, memory
-from blipfit.runtime.execution import LayerExecution
+from blipfit.runtime.compile_and_checkpoint import LayerExecution
 from blipfit.runtime.graphs import CapturedFunction
-from blipfit.training import distillation, plan
+from blipfit.training import batch_order, distillation
 from blipfit.training.optimizer import BankAdamW, rate_at
 
 
@@ -41,7 +41,7 @@ class Stepper:
         self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         try:
             self.optimizer = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
-            totals = [plan.total_steps(len(encoded), recipe.training) for recipe in recipes]
+            totals = [batch_order.total_steps(len(encoded), recipe.training) for recipe in recipes]
             self.allocator = Allocator(self.bank, totals) if self.bank.is_adalora else None
         except BaseException:  # out of memory, above all: the backbone goes back as it was
             self.bank.remove()
@@ -64,7 +64,7 @@ class Stepper:
         Returns the losses summed over this process's label tokens (K, on the device), and the number of all label
         tokens. The gradient is that of the sum divided by this number, so it does not depend on the micro-batches.
         """
-        micros = [distributed.shard(micro) for micro in plan.micro_batches(batch, self.training)]
+        micros = [distributed.shard(micro) for micro in batch_order.micro_batches(batch, self.training)]
         multiple = self.recipes[0].performance.pad_to_multiple_of
         targets = [self.backbone.text.targets([self.encoded[i] for i in micro], multiple) for micro in micros]
         labels = sum(len(self.encoded[i].target) for i in batch)
@@ -74,7 +74,7 @@ class Stepper:
         try:
             for number, (micro_features, target) in enumerate(zip(features, targets, strict=True)):
                 # Processes have different rows, so they need different noise.
-                noise_seed = plan.step_seed(self.training.seed, epoch, step, number)
+                noise_seed = batch_order.step_seed(self.training.seed, epoch, step, number)
                 torch.manual_seed(noise_seed + distributed.state().process_index)
                 total += self._run(micro_features, target.to(self.backbone.device), labels, labels / len(batch))
         finally:

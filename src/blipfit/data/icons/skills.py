@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from blipfit.data.icons.facts import (
+from blipfit.data.icons.scene import BOARD, COLORS, LAST_MARK, MAX_PER_KIND, MAX_SHAPES, SHAPES, Icon, Scene
+from blipfit.data.icons.scene_words import (
     QUARTERS,
     TIMES,
     add_article,
@@ -22,7 +23,6 @@ from blipfit.data.icons.facts import (
     sample_relation,
     sample_unique_name,
 )
-from blipfit.data.icons.scene import BOARD, COLORS, LAST_MARK, MAX_PER_KIND, MAX_SHAPES, SHAPES, Icon, Scene
 
 ORDINALS = ("first", "second", "third", "fourth")
 # From an icon to the neighboring cell on that side: rows down, columns to the right.

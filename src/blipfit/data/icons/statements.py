@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blipfit.data.icons.facts import (
+from blipfit.data.icons.scene import BOARD, COLORS, LAST_MARK, MAX_PER_KIND, MAX_SHAPES, SHAPES, Icon, Scene
+from blipfit.data.icons.scene_words import (
     QUARTERS,
     TIMES,
     add_article,
@@ -17,7 +18,6 @@ from blipfit.data.icons.facts import (
     sample_present_and_absent,
     sample_relation,
 )
-from blipfit.data.icons.scene import BOARD, COLORS, LAST_MARK, MAX_PER_KIND, MAX_SHAPES, SHAPES, Icon, Scene
 
 NUMBERS = (
     "no",

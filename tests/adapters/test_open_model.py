@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from blipfit import grid, inference
-from blipfit.adapters import opening, peft_format
+from blipfit.adapters import open_model, peft_format
 from blipfit.commands import cost, evaluate
 from blipfit.errors import UserError
 from blipfit.model.cost import Lengths
@@ -27,7 +27,7 @@ def run(small, family, iconqa, tmp_path):
 
 
 def test_a_model_has_no_adapter(small, family):
-    model = opening.open_model(small[family], "cpu")
+    model = open_model.open_model(small[family], "cpu")
     assert model.source.adapter is None
     assert model.source.recipe is None
     with model.adapter() as backbone:
@@ -37,7 +37,7 @@ def test_a_model_has_no_adapter(small, family):
 
 
 def test_a_run_has_its_adapter_and_recipe(run):
-    model = opening.open_model(run.folder, "cpu")
+    model = open_model.open_model(run.folder, "cpu")
     assert model.source.recipe == run.recipe()
     assert model.source.adapter_sha256 == run.result()["adapter_sha256"]
     bare = model.backbone.hf.query_tokens.clone()
@@ -47,14 +47,14 @@ def test_a_run_has_its_adapter_and_recipe(run):
 
 
 def test_an_adapter_folder_knows_its_base_model(run, small, family):
-    source = opening.locate(run.adapter)
+    source = open_model.locate(run.adapter)
     assert (source.model.name, source.recipe) == (str(small[family]), None)
     assert source.adapter_sha256 == run.result()["adapter_sha256"]
 
 
 def test_the_base_model_can_be_another_copy(run, small, family, tmp_path):
     shutil.copytree(small[family], tmp_path / "copy")
-    model = opening.open_model(run.folder, "cpu", base=ModelConfig(name=str(tmp_path / "copy")))
+    model = open_model.open_model(run.folder, "cpu", base=ModelConfig(name=str(tmp_path / "copy")))
     with model.adapter():
         assert model.backbone.name == str(tmp_path / "copy")
 
@@ -62,7 +62,7 @@ def test_the_base_model_can_be_another_copy(run, small, family, tmp_path):
 def test_a_model_of_the_other_family_is_refused(run, small, family):
     other = small["vicuna" if family == "t5" else "t5"]
     with pytest.raises(UserError, match="has a language model of another family"):
-        opening.open_model(run.folder, "cpu", base=ModelConfig(name=str(other)))
+        open_model.open_model(run.folder, "cpu", base=ModelConfig(name=str(other)))
 
 
 def test_an_exchanged_adapter_is_refused(run):
@@ -70,25 +70,25 @@ def test_an_exchanged_adapter_is_refused(run):
     base = peft_format.base(run.adapter)
     peft_format.save(run.adapter, adapter, state | {"query_tokens": state["query_tokens"] + 1e-3}, base)
     with pytest.raises(UserError, match=r"is not the adapter that .*result.json was made with"):
-        opening.locate(run.folder)
+        open_model.locate(run.folder)
 
 
 def test_an_adapter_of_another_base_model_is_refused(run):
     adapter, state = peft_format.read(run.adapter)
     peft_format.save(run.adapter, adapter, state, "another/model")
     with pytest.raises(UserError, match=r"was trained on another/model, but .*recipe.yaml names"):
-        opening.locate(run.folder)
+        open_model.locate(run.folder)
 
 
 def test_an_unfinished_run_is_refused(run):
     run.result_file.unlink()
     with pytest.raises(UserError, match="is not finished; run the same `blipfit train` again"):
-        opening.locate(run.folder)
+        open_model.locate(run.folder)
 
 
 def test_a_folder_without_an_adapter_is_refused_as_one(tmp_path):
     with pytest.raises(UserError, match="is not an adapter folder"):
-        opening.locate_adapter(tmp_path)
+        open_model.locate_adapter(tmp_path)
 
 
 def change_weights(folder):
@@ -112,12 +112,12 @@ def train_beside(small, family, tmp_path, monkeypatch):
 
 def test_a_base_with_other_weights_is_refused(train_beside, iconqa, tmp_path):
     run = train_beside(iconqa)
-    assert run.result()["base_sha256"] == opening.locate(run.folder).trained_on.sha256
+    assert run.result()["base_sha256"] == open_model.locate(run.folder).trained_on.sha256
     assert run.result()["base_folder"] == str(tmp_path / "base")
     change_weights(tmp_path / "base")
     for folder in (run.folder, run.adapter):
         with pytest.raises(UserError, match=r"was trained on other weights of its base model.*--model base"):
-            opening.locate(folder)
+            open_model.locate(folder)
     with pytest.raises(UserError, match="with other weights of base than it has now"):
         train_beside(iconqa)
     with pytest.raises(UserError, match="other weights"):
@@ -145,11 +145,11 @@ def test_a_given_base_with_other_weights_is_a_warning_in_the_record(train_beside
 
 def test_a_relative_base_is_found_from_another_folder(train_beside, iconqa, tmp_path, monkeypatch):
     run = train_beside(iconqa)
-    assert opening.locate(run.folder).model.name == "base"
+    assert open_model.locate(run.folder).model.name == "base"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert opening.locate(run.folder).model.name == str(tmp_path / "base")
-    assert opening.locate(run.adapter).model.name == str(tmp_path / "base")
+    assert open_model.locate(run.folder).model.name == str(tmp_path / "base")
+    assert open_model.locate(run.adapter).model.name == str(tmp_path / "base")
 
 
 def test_a_moved_base_is_one_sentence_and_can_be_given(train_beside, iconqa, tmp_path):
@@ -157,8 +157,8 @@ def test_a_moved_base_is_one_sentence_and_can_be_given(train_beside, iconqa, tmp
     (tmp_path / "base").rename(tmp_path / "other")
     for folder, name in ((run.folder, "recipe.yaml"), (run.adapter, "adapter")):
         with pytest.raises(UserError, match=rf"the base model base of .*{name} is not at .*--model"):
-            opening.locate(folder)
-    source = opening.locate(run.folder, ModelConfig(name=str(tmp_path / "other")))
+            open_model.locate(folder)
+    source = open_model.locate(run.folder, ModelConfig(name=str(tmp_path / "other")))
     assert source.warnings == ()
     assert source.recipe == run.recipe()
 
@@ -169,7 +169,7 @@ def test_a_run_of_an_older_version_opens_without_a_digest(run, small, family, ic
     result = run.result()
     del result["base_sha256"], result["base_folder"]
     run.result_file.write_text(json.dumps(result))
-    source = opening.locate(run.folder)
+    source = open_model.locate(run.folder)
     assert (source.trained_on.sha256, source.warnings) == (None, ())
     assert evaluate.run(run.folder, iconqa, "test", "cpu")["tuned"]["accuracy"] == result["metrics"]["test"]["accuracy"]
 
@@ -178,7 +178,7 @@ def test_a_run_of_an_older_version_opens_without_a_digest(run, small, family, ic
 def test_a_damaged_result_is_one_sentence(run, text):
     run.result_file.write_text(text)
     with pytest.raises(UserError, match=r"result\.json is damaged"):
-        opening.locate(run.folder)
+        open_model.locate(run.folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -191,4 +191,4 @@ def test_an_adapter_that_is_not_finite_is_refused(run, file, value):
     tensors[max(tensors)].view(-1)[0] = value
     save_file(tensors, path, header)
     with pytest.raises(UserError, match=r"the tensor \S+ is not finite"):
-        opening.locate(run.folder)
+        open_model.locate(run.folder)

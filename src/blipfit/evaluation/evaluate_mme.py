@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from blipfit.evaluation import generation, mme
-from blipfit.evaluation.protocol import FeatureFunction, build_feature_lookup
-from blipfit.evaluation.tasks import EvaluationTask, Settings, TaskResult, percent_values
+from blipfit.evaluation import generation, mme_scores
+from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
+from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 MAX_ANSWER_TOKENS = 10
@@ -23,21 +23,21 @@ def evaluate_mme(
         replace(generation.PRESETS["greedy"], max_tokens=MAX_ANSWER_TOKENS),
         settings.batch_size,
     )
-    answers: dict[str, list[mme.Answer]] = {}
+    answers: dict[str, list[mme_scores.Answer]] = {}
     records = []
     for question, response in zip(encoded_split.questions, responses, strict=True):
-        answer = mme.Answer(question.tags["file"], question.question, question.answer.lower(), response)
+        answer = mme_scores.Answer(question.tags["file"], question.question, question.answer.lower(), response)
         answers.setdefault(question.tags["subtask"], []).append(answer)
         records.append(
             {
                 "id": question.id,
                 "prediction": response,
                 "answer": question.answer,
-                "correct": mme.classify_response(response) == answer.truth,
+                "correct": mme_scores.classify_response(response) == answer.truth,
             }
         )
     metrics = {
-        **mme.score_answers(answers),
+        **mme_scores.score_answers(answers),
         "method": "generation",
         "decoding": f"greedy, {MAX_ANSWER_TOKENS} tokens",
     }

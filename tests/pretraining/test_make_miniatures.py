@@ -12,7 +12,7 @@ from transformers import CLIPProcessor
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.model import tiny
-from blipfit.pretraining import miniatures
+from blipfit.pretraining import make_miniatures
 from blipfit.pretraining.answers import AnswerModules, compute_answer_losses, compute_lookup_loss
 from blipfit.pretraining.loop import Schedule
 from blipfit.pretraining.queries import QFormerWithHeads, compute_cells_loss, read_cells
@@ -45,15 +45,15 @@ TOY = replace(
 def toy_stages(tmp_path_factory):
     """A folder with toy tokenizers, a toy tower, a toy Q-Former and language models; the state files by family."""
     folder = tmp_path_factory.mktemp("miniatures")
-    miniatures.train_tokenizers(TOY, folder)
+    make_miniatures.train_tokenizers(TOY, folder)
     tower, queries = folder / "state/tower.safetensors", folder / "state/queries.safetensors"
-    miniatures.train_tower(TOY, folder, tower, ignore)
-    miniatures.train_queries(TOY, folder, tower, queries, ignore)
+    make_miniatures.train_tower(TOY, folder, tower, ignore)
+    make_miniatures.train_queries(TOY, folder, tower, queries, ignore)
     states = {}
     for family in ("t5", "vicuna"):
         words = folder / f"state/{family}-words.safetensors"
-        miniatures.train_words(TOY, family, folder, words, ignore)
-        states[family] = miniatures.StateFiles(tower, queries, words)
+        make_miniatures.train_words(TOY, family, folder, words, ignore)
+        states[family] = make_miniatures.StateFiles(tower, queries, words)
     return folder, states
 
 
@@ -69,7 +69,7 @@ def load_module_weights(state_file):
 
 def initial_loss(folder, state, recipe, family):
     """The loss on some new pictures with the weights of these state files, before the answers' stage."""
-    backbone = miniatures.build_backbone(family, folder, state.tower, state.queries, state.words, seed=recipe.seed)
+    backbone = make_miniatures.build_backbone(family, folder, state.tower, state.queries, state.words, seed=recipe.seed)
     modules = AnswerModules(backbone)
     with torch.no_grad():
         return sum(compute_answer_losses(backbone, modules, 1, 0, 8, Mixture()).values())
@@ -97,7 +97,7 @@ def test_qformer_learns_what_is_in_the_cells(toy_stages):
     scenes = [icons.make_scene(6, index) for index in range(12)]
     losses = []
     for files in ((tower,), (tower, queries)):
-        backbone = miniatures.build_backbone("t5", folder, *files, seed=TOY.seed)
+        backbone = make_miniatures.build_backbone("t5", folder, *files, seed=TOY.seed)
         module = QFormerWithHeads(backbone.hf)
         if len(files) == 2:
             module.load_state_dict(load_module_weights(queries))
@@ -115,7 +115,7 @@ def test_answers_are_learned(toy_stages, family):
     recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2), answers_mixture=Mixture())
     records = []
     state_file = folder / f"learn/{family}.safetensors"
-    miniatures.train_answers(recipe, family, folder, states[family], state_file, records.append, curve_questions=0)
+    make_miniatures.train_answers(recipe, family, folder, states[family], state_file, records.append, curve_questions=0)
     last = sum(records[-1][name] for name in ("answers", "captions", "heads"))
     assert last < 0.9 * float(initial_loss(folder, states[family], recipe, family))
 
@@ -125,14 +125,14 @@ def test_letters_are_learned_from_text(toy_stages, family):
     folder, states = toy_stages
     losses = []
     for words in (None, states[family].words):
-        backbone = miniatures.build_backbone(family, folder, words=words, seed=TOY.seed)
+        backbone = make_miniatures.build_backbone(family, folder, words=words, seed=TOY.seed)
         with torch.no_grad():
             losses.append(compute_lookup_loss(backbone, 16, random.Random(1)))
     assert losses[1] < 0.95 * losses[0]
 
 
 def test_two_heads_of_t5_start_by_attending_to_the_neighbors(toy_stages):
-    backbone = miniatures.build_backbone("t5", toy_stages[0], seed=TOY.seed)
+    backbone = make_miniatures.build_backbone("t5", toy_stages[0], seed=TOY.seed)
     attention = backbone.language.encoder.block[0].layer[0].SelfAttention
     bias = attention.compute_bias(6, 6, torch.device("cpu"))[0]
     assert all(bias[0, token].argmax() == token - 1 for token in range(1, 6))
@@ -142,9 +142,9 @@ def test_two_heads_of_t5_start_by_attending_to_the_neighbors(toy_stages):
 def test_an_interrupted_run_gives_the_same_weights(toy_stages):
     folder, states = toy_stages
     straight, stopped = folder / "straight.safetensors", folder / "stopped.safetensors"
-    miniatures.train_answers(TOY, "t5", folder, states["t5"], straight, ignore, curve_questions=0)
-    miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, until=3, curve_questions=0)
-    miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, curve_questions=0)
+    make_miniatures.train_answers(TOY, "t5", folder, states["t5"], straight, ignore, curve_questions=0)
+    make_miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, until=3, curve_questions=0)
+    make_miniatures.train_answers(TOY, "t5", folder, states["t5"], stopped, ignore, curve_questions=0)
     expected, weights = (load_file(path.with_stem(f"{path.stem}-reading")) for path in (straight, stopped))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -153,7 +153,7 @@ def test_an_interrupted_run_gives_the_same_weights(toy_stages):
 def test_a_second_call_trains_nothing_and_gives_the_same(tmp_path):
     records = []
     arguments = {"families": ("t5",), "questions": 38, "pictures": 2, "curve_questions": 0}
-    results = miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments)
+    results = make_miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments)
     stages = list(dict.fromkeys(record["stage"] for record in records))
     assert stages == ["tower", "queries", "relating", "t5 words", "t5"]
     assert results == {"t5": json.loads((tmp_path / "t5.json").read_text(encoding="utf-8"))}
@@ -161,7 +161,7 @@ def test_a_second_call_trains_nothing_and_gives_the_same(tmp_path):
     assert set(results["t5"]["by_skill"]) == set(icons.PRETRAINED)
     expected = load_file(tmp_path / "tiny-t5" / "model.safetensors")
     records.clear()
-    assert miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments) == results
+    assert make_miniatures.pretrain_tiny(tmp_path, TOY, listener=records.append, **arguments) == results
     assert records == []
     weights = load_file(tmp_path / "tiny-t5" / "model.safetensors")
     assert weights.keys() == expected.keys()
@@ -171,7 +171,7 @@ def test_a_second_call_trains_nothing_and_gives_the_same(tmp_path):
 def test_the_tower_stays_frozen(toy_stages):
     folder, states = toy_stages
     tower = states["t5"].tower
-    backbone = miniatures.build_backbone("t5", folder, tower, states["t5"].queries, seed=0)
+    backbone = make_miniatures.build_backbone("t5", folder, tower, states["t5"].queries, seed=0)
     trained = dict(AnswerModules(backbone).named_parameters())
     weight = backbone.hf.vision_model.encoder.layers[0].mlp.fc1.weight
     assert not any(value is weight for value in trained.values())
@@ -180,10 +180,10 @@ def test_the_tower_stays_frozen(toy_stages):
 
 
 def test_state_of_another_recipe_is_refused(tmp_path):
-    miniatures._check_recipe(tmp_path, TOY)
-    miniatures._check_recipe(tmp_path, TOY)
+    make_miniatures._check_recipe(tmp_path, TOY)
+    make_miniatures._check_recipe(tmp_path, TOY)
     with pytest.raises(UserError, match="another pre-training recipe"):
-        miniatures._check_recipe(tmp_path, RECIPE)
+        make_miniatures._check_recipe(tmp_path, RECIPE)
 
 
 def test_the_hash_depends_on_the_recipe_alone():

@@ -10,7 +10,7 @@ import pytest
 from blipfit.data.mme import SUBTASKS
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import mme
+from blipfit.evaluation import mme_scores
 
 LAVIN = Path(__file__).parents[2].parent / "shared" / "data" / "mme" / "LaVIN"
 # What the official tool prints for these files.
@@ -40,7 +40,7 @@ def lavin() -> Path:
 
 
 def test_real_answers_score_as_the_official_tool_scores_them(lavin: Path):
-    record = mme.score_mme(lavin)
+    record = mme_scores.score_mme(lavin)
     assert (record["perception"], record["cognition"]) == (963.61, 249.64)
     assert {subtask: facts["score"] for subtask, facts in record["subtasks"].items()} == OFFICIAL
     assert record["questions"] == 2374
@@ -74,7 +74,7 @@ def test_real_answers_score_as_the_official_tool_scores_them(lavin: Path):
     ],
 )
 def test_responses_are_classified_by_the_official_rule(response: str, counts_as: str):
-    assert mme.classify_response(response) == counts_as
+    assert mme_scores.classify_response(response) == counts_as
 
 
 RESPONSES = [
@@ -148,7 +148,7 @@ def test_a_second_implementation_agrees_on_10000_files():
         if isinstance(expected, tuple):
             kinds["scored"] += 1
             acc, acc_plus = expected
-            record = mme.score_answers({subtask: mme.parse_answers(content, "FILE")})
+            record = mme_scores.score_answers({subtask: mme_scores.parse_answers(content, "FILE")})
             facts = record["subtasks"][subtask]
             assert Fraction(facts["right"], facts["questions"]) == acc
             assert Fraction(facts["both_right"], facts["images"]) == acc_plus
@@ -157,7 +157,7 @@ def test_a_second_implementation_agrees_on_10000_files():
         else:
             kinds["pairing" if expected is None else "line"] += 1
             with pytest.raises(UserError, match=r"FILE[: ]" if expected is None else f"FILE:{expected}: "):
-                mme.parse_answers(content, "FILE")
+                mme_scores.parse_answers(content, "FILE")
     assert min(kinds.values()) > 500, kinds
 
 
@@ -166,7 +166,7 @@ def test_totals_of_whole_benchmarks_equal_those_of_a_second_implementation():
     generator = random.Random(12)
     for _ in range(100):
         contents = {subtask: valid_file(generator) for subtask in SUBTASKS}
-        record = mme.score_answers({s: mme.parse_answers(content, s) for s, content in contents.items()})
+        record = mme_scores.score_answers({s: mme_scores.parse_answers(content, s) for s, content in contents.items()})
         scores = {s: 100 * sum(independent(content.encode())) for s, content in contents.items()}  # type: ignore[arg-type]
         perception = sum(scores[s] for s in list(SUBTASKS)[:10])
         assert record["perception"] == round(float(perception), 2)
@@ -185,7 +185,7 @@ def test_a_file_is_read_as_its_text(tmp_path: Path):
     for _ in range(50):
         content = valid_file(generator)
         (tmp_path / "count.txt").write_text(content, encoding="utf-8")
-        assert mme.read_answers(tmp_path) == {"count": mme.parse_answers(content, "")}
+        assert mme_scores.read_answers(tmp_path) == {"count": mme_scores.parse_answers(content, "")}
 
 
 def lines(*responses: str) -> str:
@@ -198,7 +198,7 @@ def test_two_subtasks_calculated_by_hand(tmp_path: Path):
     (tmp_path / "count.txt").write_text(lines("yes", "no", "yes", "maybe"))
     (tmp_path / "text_translation.txt").write_text(lines("no", "yes"))
     (tmp_path / "notes.txt").write_text("mine")
-    record = mme.score_mme(tmp_path)
+    record = mme_scores.score_mme(tmp_path)
     assert record["perception"] == 75 + 50
     assert record["cognition"] == 0
     assert record["subtasks"]["count"]["acc"] == 75
@@ -219,7 +219,7 @@ def test_two_subtasks_calculated_by_hand(tmp_path: Path):
 def test_totals_are_sums_of_unrounded_scores(tmp_path: Path):
     for subtask in ("existence", "count"):
         (tmp_path / f"{subtask}.txt").write_text(lines("yes", "no", "yes", "x", "x", "x"))
-    record = mme.score_mme(tmp_path)
+    record = mme_scores.score_mme(tmp_path)
     assert record["subtasks"]["count"]["score"] == 83.33
     assert record["perception"] == 166.67
 
@@ -236,15 +236,15 @@ def test_invalid_files_are_refused_with_the_line(tmp_path: Path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
-            mme.score_mme(tmp_path)
+            mme_scores.score_mme(tmp_path)
     file.write_bytes(b"a.jpg\tQ?\tYes\tyes\na.jpg\tQ?\tNo\t\xff\n")
     with pytest.raises(UserError, match=r"count.txt:2: not UTF-8 text"):
-        mme.score_mme(tmp_path)
+        mme_scores.score_mme(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match="contains none of MME's answer files"):
-        mme.score_mme(tmp_path)
+        mme_scores.score_mme(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
-        mme.score_mme(tmp_path / "nowhere")
+        mme_scores.score_mme(tmp_path / "nowhere")
 
 
 def benchmark_lines(lavin: Path, subtask: str) -> list[str]:
@@ -276,7 +276,7 @@ def test_what_is_not_the_benchmark_is_not_reported_as_mme(lavin: Path, tmp_path:
         changed = change(lines) if subtask == "count" else lines
         if changed is not None:
             (tmp_path / f"{subtask}.txt").write_text("".join(changed))
-    record = mme.score_mme(tmp_path)
+    record = mme_scores.score_mme(tmp_path)
     assert record["benchmark"] is False
     assert any(re.search(sentence, deviation) for deviation in record["deviations"]), record["deviations"]
 
@@ -291,14 +291,14 @@ def questions(*places: tuple[str, str]) -> list[Question]:
 def test_written_answers_are_read_back_and_count_the_same(tmp_path: Path):
     mme_questions = questions(*[("count", "1.jpg")] * 2, *[("OCR", "1.jpg")] * 2, *[("count", "2.jpg")] * 2)
     responses = ["Yes,\tit is\nindeed", "\r\n\r\nno", "", "no", "\tyes", "n\to"]
-    mme.write_answers(tmp_path / "new", mme_questions, responses)
-    answers_by_subtask = mme.read_answers(tmp_path / "new")
+    mme_scores.write_answers(tmp_path / "new", mme_questions, responses)
+    answers_by_subtask = mme_scores.read_answers(tmp_path / "new")
     assert [a.response for a in answers_by_subtask["count"]] == ["Yes, it is indeed", "    no", " yes", "n o"]
     by_id = dict(zip((q.id for q in mme_questions), responses, strict=True))
     for subtask, answers in answers_by_subtask.items():
         originals = [by_id[q.id] for q in mme_questions if q.tags["subtask"] == subtask]
-        assert [mme.classify_response(a.response) for a in answers] == [
-            mme.classify_response(text) for text in originals
+        assert [mme_scores.classify_response(a.response) for a in answers] == [
+            mme_scores.classify_response(text) for text in originals
         ]
     first = (tmp_path / "new" / "count.txt").read_text().split("\n")[0]
     assert first == "1.jpg\tIs it?\tYes\tYes, it is indeed"
@@ -306,21 +306,21 @@ def test_written_answers_are_read_back_and_count_the_same(tmp_path: Path):
 
 def test_answers_out_of_order_or_mixed_with_others_are_not_written(tmp_path: Path):
     with pytest.raises(UserError, match="must name one image"):
-        mme.write_answers(tmp_path / "a", questions(("count", "1.jpg"), ("count", "2.jpg")), ["yes", "no"])
+        mme_scores.write_answers(tmp_path / "a", questions(("count", "1.jpg"), ("count", "2.jpg")), ["yes", "no"])
     assert not (tmp_path / "a").exists()
-    mme.write_answers(tmp_path, questions(*[("OCR", "1.jpg")] * 2), ["yes", "no"])
+    mme_scores.write_answers(tmp_path, questions(*[("OCR", "1.jpg")] * 2), ["yes", "no"])
     with pytest.raises(UserError, match=r"contains answers to other subtasks \(OCR\)"):
-        mme.write_answers(tmp_path, questions(*[("count", "1.jpg")] * 2), ["yes", "no"])
+        mme_scores.write_answers(tmp_path, questions(*[("count", "1.jpg")] * 2), ["yes", "no"])
 
 
 def test_real_answers_are_written_back_byte_for_byte(lavin: Path, tmp_path: Path):
-    answers = mme.read_answers(lavin)
+    answers = mme_scores.read_answers(lavin)
     mme_questions = [
         Question("", Path(a.image), a.question, a.truth.capitalize(), tags={"subtask": s, "file": a.image})
         for s, subtask_answers in answers.items()
         for a in subtask_answers
     ]
     responses = [a.response for subtask_answers in answers.values() for a in subtask_answers]
-    mme.write_answers(tmp_path, mme_questions, responses)
+    mme_scores.write_answers(tmp_path, mme_questions, responses)
     for subtask in SUBTASKS:
         assert (tmp_path / f"{subtask}.txt").read_bytes() == (lavin / f"{subtask}.txt").read_bytes()

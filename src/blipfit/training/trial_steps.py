@@ -10,12 +10,12 @@ from torch import Tensor
 
 from blipfit.adapters.bank import TRAINING_MATRICES
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.evaluation import protocol
+from blipfit.evaluation import split_evaluation
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.runtime import memory
-from blipfit.training import plan
+from blipfit.training import batch_order
 from blipfit.training.step import Stepper
 
 TIMED_STEPS = 3
@@ -63,14 +63,14 @@ def measure(
 
 def _take_steps(stepper: Stepper, encoded_split: EncodedSplit, image_features: ImageFeatures, before: int) -> Trial:
     training = stepper.training
-    batches = plan.effective_batches(encoded_split.lengths, training, 0)[: TIMED_STEPS + 1]
+    batches = batch_order.effective_batches(encoded_split.lengths, training, 0)[: TIMED_STEPS + 1]
     stepper.train_mode()
     times = []
     activations = _SavedActivations(stepper)
     best = stepper.bank.values.clone()  # training has this copy too
     for number in range(TIMED_STEPS + 1):
         batch = batches[number % len(batches)]
-        micros = plan.micro_batches(batch, training)
+        micros = batch_order.micro_batches(batch, training)
         questions = [[encoded_split.questions[i] for i in micro] for micro in micros]
         features = [image_features.features(rows) for rows in questions]
         if number == 0:  # the warm-up; counting the saved tensors makes it slow
@@ -96,7 +96,7 @@ def _evaluation_seconds(stepper: Stepper, encoded_split: EncodedSplit, image_fea
     longest = encoded_split.longest(config.batch_size)  # evaluation sorts by length, so these share a batch
     features = image_features.features(longest.questions)
     started = time.perf_counter()
-    protocol.validate(stepper.backbone, longest, lambda questions: features[: len(questions)], config)
+    split_evaluation.validate(stepper.backbone, longest, lambda questions: features[: len(questions)], config)
     _wait(stepper.backbone)
     return (time.perf_counter() - started) / len(longest)
 

@@ -12,7 +12,7 @@ import torch
 
 from blipfit.data import feature_shard
 from blipfit.data.feature_shard import DamagedShard
-from blipfit.data.features import MANIFEST, list_shards
+from blipfit.data.feature_store import MANIFEST, list_shards
 from blipfit.errors import UserError
 from blipfit.run import read_json
 

@@ -13,7 +13,7 @@ from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import protocol, text
+from blipfit.evaluation import split_evaluation, text_metrics
 from blipfit.recipe import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig, Recipe, TrainingConfig
 from blipfit.run import read_lines
 from blipfit.training import loop
@@ -39,7 +39,7 @@ def _features_of(backbone, encoded_split):
 
 def test_the_loss_equals_that_of_single_answers(backbone, encoded_split):
     get_features = _features_of(backbone, encoded_split)
-    (loss,) = protocol.compute_losses(backbone, encoded_split, get_features, 3)
+    (loss,) = split_evaluation.compute_losses(backbone, encoded_split, get_features, 3)
     total = 0.0
     with torch.no_grad():
         for question, encoded in zip(encoded_split.questions, encoded_split.encoded, strict=True):
@@ -53,7 +53,7 @@ def test_a_higher_validation_score_means_a_lower_loss(backbone, encoded_split):
     bank = Bank(backbone, [AdapterConfig(qformer=("ffn",), rank=1)] * 3, [0, 0, 0])
     bank.tensor(1, "language_projection.bias").add_(3.0)
     bank.tensor(2, "language_projection.bias").add_(math.nan)
-    results = protocol.validate(backbone, encoded_split, get_features, OPEN)
+    results = split_evaluation.validate(backbone, encoded_split, get_features, OPEN)
     assert [result.measure for result in results] == ["val_loss"] * 3
     assert results[0].value != results[1].value
     assert (results[0].score > results[1].score) == (results[0].value < results[1].value)
@@ -79,9 +79,9 @@ def test_a_loss_that_is_not_finite_names_its_question(backbone, encoded_split, v
                 features[row] = value
         return features
 
-    (result,) = protocol.validate(backbone, encoded_split, get_features, OPEN)
+    (result,) = split_evaluation.validate(backbone, encoded_split, get_features, OPEN)
     assert (result.finite, result.non_finite_question) == (False, "4")
-    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, OPEN)
+    (evaluation,) = split_evaluation.evaluate_split(backbone, encoded_split, get_features, OPEN)
     assert not evaluation.finite
     with pytest.raises(UserError, match="question 4: the model's score is NaN or infinite"):
         evaluation.require_finite()
@@ -92,9 +92,9 @@ def test_a_ranking_that_is_not_finite_names_its_question(backbone, encoded_split
     split = EncodedSplit(encoded_split.questions, prompted, backbone.text.encode(prompted))
     _bank_with_nan(backbone)
     config = EvaluationConfig(batch_size=3)
-    results = protocol.validate(backbone, split, _features_of(backbone, split), config)
+    results = split_evaluation.validate(backbone, split, _features_of(backbone, split), config)
     assert [(result.finite, result.non_finite_question) for result in results] == [(True, None), (False, "0")]
-    good, bad = protocol.evaluate_split(backbone, split, _features_of(backbone, split), config)
+    good, bad = split_evaluation.evaluate_split(backbone, split, _features_of(backbone, split), config)
     good.require_finite()
     assert (good.finite, bad.finite) == (True, False)
     with pytest.raises(UserError, match="question 0: the model's score"):
@@ -103,10 +103,10 @@ def test_a_ranking_that_is_not_finite_names_its_question(backbone, encoded_split
 
 def test_generated_texts_are_compared_with_the_reference_answers(backbone, encoded_split):
     get_features = _features_of(backbone, encoded_split)
-    (evaluation,) = protocol.evaluate_split(backbone, encoded_split, get_features, OPEN)
-    (texts,) = protocol.generate_texts(backbone, encoded_split, get_features, OPEN)
+    (evaluation,) = split_evaluation.evaluate_split(backbone, encoded_split, get_features, OPEN)
+    (texts,) = split_evaluation.generate_texts(backbone, encoded_split, get_features, OPEN)
     assert [record["prediction"] for record in evaluation.records] == texts
-    rouge = text.rouge(texts, [p.target for p in encoded_split.prompted])
+    rouge = text_metrics.rouge(texts, [p.target for p in encoded_split.prompted])
     assert [record["rougeL"] for record in evaluation.records] == pytest.approx(rouge["rougeL"].tolist(), abs=1e-6)
     metrics = evaluation.metrics
     assert (metrics["method"], metrics["decoding"], metrics["stemmer"]) == ("generation", "short-answer", False)

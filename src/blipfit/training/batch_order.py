@@ -1,34 +1,10 @@
-"""Which experiments can share a bank, and the order of batches."""
+"""The order of batches: question indices of every step, and the seed of its dropout noise."""
 
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from blipfit.methods import PEFT
-from blipfit.recipe import Recipe, TrainingConfig
-
-# Training fields that may differ inside a bank; everything else is equal for its members.
-_PER_EXPERIMENT = {"learning_rate", "weight_decay", "betas", "max_epochs", "patience"}
-
-
-def bank_key(recipe: Recipe) -> tuple[Any, ...]:
-    """Experiments with equal keys see the same batches through the same backbone, so they can share a bank."""
-    shared = recipe.training.model_dump(exclude=_PER_EXPERIMENT)
-    return (
-        recipe.model.name,
-        recipe.model.revision or "",
-        recipe.model.quantization,
-        recipe.data.model_dump_json(),
-        repr(sorted(shared.items())),
-        recipe.evaluation.model_dump_json(),
-        recipe.distillation.model_dump_json(),
-        recipe.performance.model_dump_json(),
-        recipe.adapter.qformer == "full",
-        recipe.adapter.method,
-        recipe.title if recipe.adapter.method in PEFT else "",  # peft's layers hold one experiment
-    )
-
+from blipfit.recipe import TrainingConfig
 
 GROUPED_BATCHES = 8
 """So many batches are sorted by length together: enough for little padding, few enough that batches stay mixed."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfit.data import features, images
-from blipfit.data.features import VISION_BATCH_SIZE, FeatureSpec, FeatureStore
+from blipfit.data import feature_store, images
+from blipfit.data.feature_store import VISION_BATCH_SIZE, FeatureSpec, FeatureStore
 from blipfit.errors import UserError
 from blipfit.model import image_features, loading
 from blipfit.model.backbone import Backbone
@@ -26,8 +26,8 @@ def test_stored_features_are_the_computed_ones_bit_for_bit(precision: str, image
     spec = image_features.feature_spec(tower)
     # The residual stream of a 16-bit tower is in fp32 too; float16 keeps 3 more bits of it than bfloat16.
     assert spec.dtype == torch.float16
-    FeatureStore.open(tmp_path, spec).build(features.hash_files(image_paths), tower.see)
-    stored = FeatureStore.open(tmp_path, spec).read([features.hash_file(path) for path in image_paths])
+    FeatureStore.open(tmp_path, spec).build(feature_store.hash_files(image_paths), tower.see)
+    stored = FeatureStore.open(tmp_path, spec).read([feature_store.hash_file(path) for path in image_paths])
     assert stored.shape == (21, 65, 128)
     expected = compute_features(tower, image_paths)
     assert has_same_bits(stored, expected.to(spec.dtype))
@@ -38,23 +38,23 @@ def test_rounding_is_to_the_nearest_float16(
     tower, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path, exact_features
 ):
     store = FeatureStore.open(tmp_path, spec)
-    store.build(features.hash_files(image_paths[:2]), tower.see)
-    stored = store.read([features.hash_file(path) for path in image_paths[:2]])
+    store.build(feature_store.hash_files(image_paths[:2]), tower.see)
+    stored = store.read([feature_store.hash_file(path) for path in image_paths[:2]])
     assert np.array_equal(stored.numpy(), exact_features[:2].numpy().astype(np.float16))
 
 
 def test_a_short_last_batch_is_padded(tower: Backbone, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path):
     see, sizes = count_images(tower)
-    FeatureStore.open(tmp_path, spec).build(features.hash_files(image_paths), see)
+    FeatureStore.open(tmp_path, spec).build(feature_store.hash_files(image_paths), see)
     assert sizes == [VISION_BATCH_SIZE] * 2
 
 
 def test_compare_finds_another_tower(tower: Backbone, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path):
-    store, files = FeatureStore.open(tmp_path, spec), features.hash_files(image_paths)
+    store, files = FeatureStore.open(tmp_path, spec), feature_store.hash_files(image_paths)
     store.build(files, tower.see)
     result = store.compare(files, tower.see)
     assert (result.images, result.different, result.largest) == (21, [], 0.0)
-    changed_image = features.hash_file(image_paths[18])
+    changed_image = feature_store.hash_file(image_paths[18])
     row = list(files).index(changed_image) % VISION_BATCH_SIZE
 
     def see_with_one_change(pixels: torch.Tensor) -> torch.Tensor:
@@ -72,13 +72,13 @@ def test_renamed_and_copied_images_are_found(
     tower: Backbone, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path
 ):
     store = FeatureStore.open(tmp_path / "stores", spec)
-    store.build(features.hash_files(image_paths[:5]), tower.see)
+    store.build(feature_store.hash_files(image_paths[:5]), tower.see)
     renamed, copy = tmp_path / "other.png", tmp_path / "copy.png"
     shutil.copy(image_paths[1], renamed)
     shutil.copy(image_paths[1], copy)
-    files = features.hash_files([renamed, copy, image_paths[1], image_paths[6]])
+    files = feature_store.hash_files([renamed, copy, image_paths[1], image_paths[6]])
     assert list(files.values()) == [renamed, image_paths[6]]
-    assert store.missing(files) == [features.hash_file(image_paths[6])]
+    assert store.missing(files) == [feature_store.hash_file(image_paths[6])]
     store.build(files, tower.see)
     assert len(store) == 6
 
@@ -86,23 +86,23 @@ def test_renamed_and_copied_images_are_found(
 def test_a_changed_file_is_another_image(image_paths: list[Path], tmp_path: Path):
     path = tmp_path / "image.png"
     shutil.copy(image_paths[0], path)
-    before = features.hash_file(path)
+    before = feature_store.hash_file(path)
     assert before == hashlib.sha256(image_paths[0].read_bytes()).hexdigest()
     shutil.copy(image_paths[1], path)
-    assert features.hash_file(path) == features.hash_file(image_paths[1]) != before
+    assert feature_store.hash_file(path) == feature_store.hash_file(image_paths[1]) != before
 
 
 def test_an_image_that_changes_during_the_build_stops_it(
     tower: Backbone, spec: FeatureSpec, image_paths, tmp_path: Path
 ):
-    files = features.hash_files(image_paths[:1])
+    files = feature_store.hash_files(image_paths[:1])
     with pytest.raises(UserError, match=r"1\.png changed while"):
         FeatureStore.open(tmp_path, spec).build(dict.fromkeys(files, image_paths[1]), tower.see)
 
 
 def test_an_absent_image_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"nothing\.png is missing"):
-        features.hash_file(tmp_path / "nothing.png")
+        feature_store.hash_file(tmp_path / "nothing.png")
 
 
 def test_the_manifest_describes_the_store(spec: FeatureSpec, tmp_path: Path):
@@ -127,7 +127,7 @@ def test_every_field_of_the_spec_changes_the_key(spec: FeatureSpec, monkeypatch:
         replace(spec, computing="cuda"),
     ]
     keys = {spec.key, *(other.key for other in others)}
-    monkeypatch.setitem(features.PREPROCESSING, "version", 0)
+    monkeypatch.setitem(feature_store.PREPROCESSING, "version", 0)
     assert len(keys | {spec.key}) == 7
     monkeypatch.undo()
     assert replace(spec).key in keys
@@ -139,7 +139,7 @@ def test_pixels_change_only_with_the_preprocessing_version():
     image = Image.fromarray(generator.integers(0, 256, (37, 91, 3), dtype=np.uint8))
     # Integer levels only: Pillow's bicubic resizing is fixed-point arithmetic, equal on every machine.
     levels = np.asarray(images.resize(image, 64))
-    assert features.PREPROCESSING["version"] == 1
+    assert feature_store.PREPROCESSING["version"] == 1
     assert (
         hashlib.sha256(levels.tobytes()).hexdigest()
         == "f22c000d277da79f99d2975cb43baf9876859a7e9c5affe2edc0b9faec057fd0"
@@ -173,28 +173,28 @@ def test_a_file_instead_of_the_folder_is_reported(spec: FeatureSpec, tmp_path: P
 
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("BLIPFIT_CACHE", raising=False)
-    assert features.default_folder() == Path.home() / ".cache" / "blipfit" / "features"
+    assert feature_store.default_folder() == Path.home() / ".cache" / "blipfit" / "features"
     monkeypatch.setenv("BLIPFIT_CACHE", "~/elsewhere")
-    assert features.default_folder() == Path.home() / "elsewhere" / "features"
+    assert feature_store.default_folder() == Path.home() / "elsewhere" / "features"
 
 
 def test_the_estimated_size_is_the_size_on_disk(
     tower: Backbone, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path
 ):
     store = FeatureStore.open(tmp_path, spec)
-    store.build(features.hash_files(image_paths), tower.see)
-    size = sum(path.stat().st_size for path in features.list_shards(store.home))
-    assert size == pytest.approx(features.estimate_bytes(21, spec.shape), rel=0.001)
+    store.build(feature_store.hash_files(image_paths), tower.see)
+    size = sum(path.stat().st_size for path in feature_store.list_shards(store.home))
+    assert size == pytest.approx(feature_store.estimate_bytes(21, spec.shape), rel=0.001)
     # The shape of the published vision tower: 707 KiB per image.
-    assert features.format_bytes(features.estimate_bytes(1, (257, 1408))) == "707 KiB"
+    assert feature_store.format_bytes(feature_store.estimate_bytes(1, (257, 1408))) == "707 KiB"
 
 
 def test_shards_are_bounded_and_hold_whole_batches():
-    assert features.images_per_shard((65, 128), 16) == 512
-    rows = features.images_per_shard((257, 1408), 16)
+    assert feature_store.images_per_shard((65, 128), 16) == 512
+    rows = feature_store.images_per_shard((257, 1408), 16)
     assert rows % 16 == 0
-    assert 0.9 * features.SHARD_BYTES < rows * 257 * 1408 * 2 <= features.SHARD_BYTES
-    assert features.images_per_shard((100_000, 10_000), 16) == 16
+    assert 0.9 * feature_store.SHARD_BYTES < rows * 257 * 1408 * 2 <= feature_store.SHARD_BYTES
+    assert feature_store.images_per_shard((100_000, 10_000), 16) == 16
 
 
 def test_too_small_a_disk_is_reported_before_any_computation(
@@ -203,7 +203,7 @@ def test_too_small_a_disk_is_reported_before_any_computation(
     huge_spec = replace(spec, shape=(10**8, 10**7))
     see = pytest.fail  # a call fails the test
     with pytest.raises(UserError, match=r"the features of 3 images take 5457 TiB, but .* left: free some space"):
-        FeatureStore.open(tmp_path, huge_spec).build(features.hash_files(image_paths[:3]), see)
+        FeatureStore.open(tmp_path, huge_spec).build(feature_store.hash_files(image_paths[:3]), see)
 
 
 def test_a_failed_write_leaves_no_file(tower, spec: FeatureSpec, image_paths: list[Path], tmp_path: Path):
@@ -213,7 +213,7 @@ def test_a_failed_write_leaves_no_file(tower, spec: FeatureSpec, image_paths: li
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot be written .*: free some space"):
-            store.build(features.hash_files(image_paths[:4]), tower.see)
+            store.build(feature_store.hash_files(image_paths[:4]), tower.see)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in store.home.iterdir()] == ["manifest.json"]
@@ -230,5 +230,5 @@ def test_features_that_do_not_fit_are_refused_with_the_image(
 
     store = FeatureStore.open(tmp_path, spec)
     with pytest.raises(UserError, match=r"/2\.png: its features do not fit into torch.float16: use --set"):
-        store.build(features.hash_files(image_paths[:4]), see_with_invalid_value)
+        store.build(feature_store.hash_files(image_paths[:4]), see_with_invalid_value)
     assert len(FeatureStore.open(tmp_path, spec)) == 0

@@ -13,16 +13,16 @@ from torch import Tensor
 from blipfit.adapters.bank import Bank
 from blipfit.data import split_checks
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.evaluation import protocol
-from blipfit.evaluation.protocol import ValidationResult
+from blipfit.evaluation import split_evaluation
+from blipfit.evaluation.split_evaluation import ValidationResult
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run import Run
 from blipfit.runtime import distributed
-from blipfit.training import checkpoint, events, plan, record
+from blipfit.training import batch_order, checkpoint, events, record
+from blipfit.training.bank_member import Member
 from blipfit.training.events import Listener
-from blipfit.training.member import Member
 from blipfit.training.optimizer import rate_at
 from blipfit.training.record import Finished
 from blipfit.training.step import Stepper
@@ -92,7 +92,7 @@ class BankSession:
     def _train_epoch(self) -> None:
         """The rest of the current epoch, from its current step."""
         epoch, first = self.members[0].progress.epoch, self.members[0].progress.step
-        batches = plan.effective_batches(self.splits["train"].lengths, self.training, epoch)
+        batches = batch_order.effective_batches(self.splits["train"].lengths, self.training, epoch)
         features = self._prefetch_features(batches[first:], epoch)
         self.stepper.train_mode()
         for step in range(first, len(batches)):
@@ -109,14 +109,14 @@ class BankSession:
     def _prefetch_features(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Tensor]:
         """Image features of one micro-batch after the other, read ahead of their use."""
         questions = self.splits["train"].questions
-        micro_batches = [micro for batch in batches for micro in plan.micro_batches(batch, self.training)]
+        micro_batches = [micro for batch in batches for micro in batch_order.micro_batches(batch, self.training)]
         view = (self.training.seed, epoch) if self.members[0].recipe.data.images == "shared" else None
         own_questions = [[questions[i] for i in distributed.shard(micro)] for micro in micro_batches]
         return self.training_features.prefetch(own_questions, view)
 
     def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
         started = time.perf_counter()
-        batch_features = [next(features) for _ in plan.micro_batches(batch, self.training)]
+        batch_features = [next(features) for _ in batch_order.micro_batches(batch, self.training)]
         losses_K, labels = self.stepper.step(batch, batch_features, epoch, step)
         self._unread_losses.append(([self.splits["train"].questions[i].id for i in batch], losses_K))
         for member in self.members:
@@ -152,7 +152,7 @@ class BankSession:
     def _validate(self) -> None:
         """Evaluate the validation split, remember the best values, write a log line each, save, finish what is done."""
         started = time.perf_counter()
-        validations = protocol.validate(
+        validations = split_evaluation.validate(
             self.backbone,
             self.splits["val"],
             self.evaluation_features.features,
@@ -257,7 +257,7 @@ class BankSession:
         return events.TrainingStarted(
             recipes=recipes,
             runs=[member.run for member in self.members],
-            steps_per_epoch=len(plan.effective_batches(self.splits["train"].lengths, self.training, 0)),
+            steps_per_epoch=len(batch_order.effective_batches(self.splits["train"].lengths, self.training, 0)),
             epoch=progress.epoch,
             step=progress.step,
             prompt=first.prompt,

@@ -1,4 +1,4 @@
-"""One experiment of a bank: its run folder, recipe and progress."""
+"""One experiment of a bank (its run folder, recipe and progress), and which experiments can share a bank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +7,32 @@ from typing import Any
 
 from torch import Tensor
 
+from blipfit.methods import PEFT
 from blipfit.recipe import Recipe
 from blipfit.run import Run
-from blipfit.training import checkpoint, plan
+from blipfit.training import checkpoint
 from blipfit.training.checkpoint import Progress
+
+# Training fields that may differ inside a bank; everything else is equal for its members.
+_PER_EXPERIMENT = {"learning_rate", "weight_decay", "betas", "max_epochs", "patience"}
+
+
+def bank_key(recipe: Recipe) -> tuple[Any, ...]:
+    """Experiments with equal keys see the same batches through the same backbone, so they can share a bank."""
+    shared = recipe.training.model_dump(exclude=_PER_EXPERIMENT)
+    return (
+        recipe.model.name,
+        recipe.model.revision or "",
+        recipe.model.quantization,
+        recipe.data.model_dump_json(),
+        repr(sorted(shared.items())),
+        recipe.evaluation.model_dump_json(),
+        recipe.distillation.model_dump_json(),
+        recipe.performance.model_dump_json(),
+        recipe.adapter.qformer == "full",
+        recipe.adapter.method,
+        recipe.title if recipe.adapter.method in PEFT else "",  # peft's layers hold one experiment
+    )
 
 
 @dataclass
@@ -41,6 +63,6 @@ def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
     """Groups that can share a bank: equal bank keys, equal position."""
 
     def key(member: Member) -> tuple[Any, ...]:
-        return (*plan.bank_key(member.recipe), member.position)
+        return (*bank_key(member.recipe), member.position)
 
     return [list(group) for _, group in groupby(sorted(members, key=key), key=key)]

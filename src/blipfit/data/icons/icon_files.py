@@ -12,14 +12,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import prepared, records
+from blipfit.data import records, write_prepared
 from blipfit.data.icons.draw import draw
 from blipfit.data.icons.questions import SceneQuestion, check_skills, iterate_questions
 from blipfit.data.icons.scene import Scene, make_scene
 from blipfit.data.icons.skills import HELD_OUT
 from blipfit.data.icons.statements import SUBTASKS, Preference, YesNoPair, make_preference, make_yes_no_pairs
-from blipfit.data.prepared import OutputFolder, PrepareReport
 from blipfit.data.question import SPLITS, Question
+from blipfit.data.write_prepared import OutputFolder, PrepareReport
 from blipfit.errors import UserError
 
 SETTINGS_FILE = "icons.json"
@@ -123,7 +123,7 @@ def _open_output(to: Path, settings: Mapping[str, Any]) -> Iterator[OutputFolder
             )
         yield None
         return
-    with prepared.output_folder(to, known_names=()) as folder:
+    with write_prepared.output_folder(to, known_names=()) as folder:
         yield folder
         folder.write_json(settings, SETTINGS_FILE)
 

@@ -16,7 +16,7 @@ import torch
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import generation, ranking, text
+from blipfit.evaluation import generation, ranking, text_metrics
 from blipfit.evaluation.metrics import accuracy, breakdown
 from blipfit.evaluation.ranking import QuestionScores
 from blipfit.model.backbone import Backbone
@@ -211,7 +211,7 @@ def _score_texts(
 ) -> SplitEvaluation:
     """Compare generated answers with the references: correct means equal after normalization."""
     references = [prompted.target for prompted in encoded_split.prompted]
-    scores = text.score_texts(predictions, references)
+    scores = text_metrics.score_texts(predictions, references)
     correct = [bool(value) for value in scores["samples"]["exact"]]
     records = [
         {
@@ -219,7 +219,7 @@ def _score_texts(
             "prediction": prediction,
             "answer": reference,
             "correct": is_correct,
-            **{name: round(values[i], 6) for name, values in scores["samples"].items() if name in text.ROUGE},
+            **{name: round(values[i], 6) for name, values in scores["samples"].items() if name in text_metrics.ROUGE},
         }
         for i, (question, prediction, reference, is_correct) in enumerate(
             zip(encoded_split.questions, predictions, references, correct, strict=True)

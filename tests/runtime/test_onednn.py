@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blipfit.runtime import cpu
+from blipfit.runtime import onednn
 
-needs_onednn = pytest.mark.skipif(not cpu.onednn_is_faster(), reason="oneDNN is not faster on this machine")
+needs_onednn = pytest.mark.skipif(not onednn.onednn_is_faster(), reason="oneDNN is not faster on this machine")
 
 
 def _leaf(*shape: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def _assert_equal_with_onednn(compute: Callable[[], torch.Tensor], leaves: list[
     plain_result = compute()
     direction = torch.randn_like(plain_result)
     plain_gradients = torch.autograd.grad(plain_result, leaves, direction)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         result = compute()
         gradients = torch.autograd.grad(result, leaves, direction)
     for actual, expected in zip((result, *gradients), (plain_result, *plain_gradients), strict=True):
@@ -47,33 +47,33 @@ def _in_thread(compute: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("size", [32, 256])
 def test_the_check_detects_rounding(size: int):
-    x, y, value = cpu._whole_number_matrices(size)
+    x, y, value = onednn._whole_number_matrices(size)
     assert (x @ y == value).all()
     assert (x.bfloat16().float() @ y != value).all()
 
 
 @needs_onednn
 def test_nothing_changes_on_a_machine_that_rounds(monkeypatch):
-    monkeypatch.setattr(cpu, "_products_are_exact", lambda size: False)
-    assert not cpu._check_onednn.__wrapped__()
+    monkeypatch.setattr(onednn, "_products_are_exact", lambda size: False)
+    assert not onednn._check_onednn.__wrapped__()
     assert _setting() == "none"
-    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: False)
-    with cpu.onednn_products():
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: False)
+    with onednn.onednn_products():
         assert _setting() == "none"
-        assert not cpu.uses_onednn()
+        assert not onednn.uses_onednn()
 
 
 @needs_onednn
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
 def test_nothing_changes_without_avx512(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not cpu._check_onednn.__wrapped__()
+    assert not onednn._check_onednn.__wrapped__()
 
 
 @needs_onednn
 def test_nothing_changes_on_intels_processors(monkeypatch):
-    monkeypatch.setattr(cpu, "_is_intel", lambda: True)
-    assert not cpu._check_onednn.__wrapped__()
+    monkeypatch.setattr(onednn, "_is_intel", lambda: True)
+    assert not onednn._check_onednn.__wrapped__()
 
 
 @needs_onednn
@@ -82,23 +82,23 @@ def test_nothing_changes_with_a_torch_without_the_setting(error, monkeypatch):
     def refuse(precision: str) -> str:
         raise error
 
-    monkeypatch.setattr(cpu, "_set_precision", refuse)
-    assert not cpu._check_onednn.__wrapped__()
+    monkeypatch.setattr(onednn, "_set_precision", refuse)
+    assert not onednn._check_onednn.__wrapped__()
 
 
 @needs_onednn
 def test_the_check_computes_in_fp32_also_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cpu._check_onednn.__wrapped__()
+        assert onednn._check_onednn.__wrapped__()
     assert _setting() == "none"
 
 
 @needs_onednn
 def test_nothing_changes_for_another_device():
-    with cpu.onednn_products("cuda"):
+    with onednn.onednn_products("cuda"):
         assert _setting() == "none"
-        assert not cpu.uses_onednn("cuda")
-        assert not cpu.uses_onednn()
+        assert not onednn.uses_onednn("cuda")
+        assert not onednn.uses_onednn()
 
 
 @needs_onednn
@@ -117,14 +117,14 @@ def test_batched_products():
 
 @needs_onednn
 def test_empty_inputs():
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         assert nn.Linear(6, 8)(torch.zeros(0, 6)).shape == (0, 8)
 
 
 @needs_onednn
 def test_the_setting_is_restored_when_the_last_context_closes():
     def close_in_another_order() -> list[str]:
-        first_context, second_context = cpu.onednn_products(), cpu.onednn_products()
+        first_context, second_context = onednn.onednn_products(), onednn.onednn_products()
         first_context.__enter__()
         second_context.__enter__()
         first_context.__exit__(None, None, None)
@@ -133,7 +133,7 @@ def test_the_setting_is_restored_when_the_last_context_closes():
         return [*settings, _setting()]
 
     assert _in_thread(close_in_another_order) == ["bf16", "none"]
-    with pytest.raises(RuntimeError), cpu.onednn_products():
+    with pytest.raises(RuntimeError), onednn.onednn_products():
         F.linear(torch.ones(2, 3), torch.ones(4, 5))
     assert _setting() == "none"
 
@@ -141,13 +141,13 @@ def test_the_setting_is_restored_when_the_last_context_closes():
 @needs_onednn
 def test_a_thread_uses_onednn_until_its_last_context_closes():
     def close_in_another_order() -> list[bool]:
-        first_context, second_context = cpu.onednn_products(), cpu.onednn_products()
+        first_context, second_context = onednn.onednn_products(), onednn.onednn_products()
         first_context.__enter__()
         second_context.__enter__()
         first_context.__exit__(None, None, None)
-        result = [cpu.uses_onednn()]
+        result = [onednn.uses_onednn()]
         second_context.__exit__(None, None, None)
-        return [*result, cpu.uses_onednn()]
+        return [*result, onednn.uses_onednn()]
 
     assert _in_thread(close_in_another_order) == [True, False]
 
@@ -157,9 +157,9 @@ def test_the_callers_setting_is_restored(monkeypatch):
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "ieee"
     try:
-        with cpu.onednn_products():
+        with onednn.onednn_products():
             assert _setting() == "bf16"
-            with cpu.without_onednn():
+            with onednn.without_onednn():
                 assert _setting() == "ieee"
         assert _setting() == "ieee"
     finally:
@@ -168,25 +168,25 @@ def test_the_callers_setting_is_restored(monkeypatch):
 
 @needs_onednn
 def test_onednn_is_used_inside_the_context_only():
-    assert not cpu.uses_onednn()
-    with cpu.onednn_products():
-        assert cpu.uses_onednn()
-        assert not cpu.uses_onednn("cuda")
-        with cpu.onednn_products():
-            assert cpu.uses_onednn()
-        assert cpu.uses_onednn()
-    assert not cpu.uses_onednn()
-    with pytest.raises(ValueError), cpu.onednn_products():
+    assert not onednn.uses_onednn()
+    with onednn.onednn_products():
+        assert onednn.uses_onednn()
+        assert not onednn.uses_onednn("cuda")
+        with onednn.onednn_products():
+            assert onednn.uses_onednn()
+        assert onednn.uses_onednn()
+    assert not onednn.uses_onednn()
+    with pytest.raises(ValueError), onednn.onednn_products():
         raise ValueError
-    assert not cpu.uses_onednn()
+    assert not onednn.uses_onednn()
 
 
 @needs_onednn
 def test_another_thread_does_not_use_onednn():
-    with cpu.onednn_products():
-        assert _in_thread(lambda: (cpu.uses_onednn(), _setting())) == (False, "bf16"), "the setting is global"
-        assert cpu.uses_onednn()
-    assert _in_thread(lambda: (cpu.uses_onednn(), _setting())) == (False, "none")
+    with onednn.onednn_products():
+        assert _in_thread(lambda: (onednn.uses_onednn(), _setting())) == (False, "bf16"), "the setting is global"
+        assert onednn.uses_onednn()
+    assert _in_thread(lambda: (onednn.uses_onednn(), _setting())) == (False, "none")
 
 
 @needs_onednn
@@ -194,17 +194,17 @@ def test_the_setting_stays_while_another_thread_uses_onednn():
     entry, exit_signal = threading.Event(), threading.Event()
 
     def use_onednn() -> None:
-        with cpu.onednn_products():
+        with onednn.onednn_products():
             entry.set()
             exit_signal.wait(10)
 
     thread = threading.Thread(target=use_onednn)
     thread.start()
     assert entry.wait(10)
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         pass
     assert _setting() == "bf16"
-    assert not cpu.uses_onednn()
+    assert not onednn.uses_onednn()
     exit_signal.set()
     thread.join()
     assert _setting() == "none"
@@ -212,32 +212,32 @@ def test_the_setting_stays_while_another_thread_uses_onednn():
 
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_a_graph_is_traced_with_onednn_where_it_is_faster(is_faster, monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: is_faster)
-    with cpu.onednn_products():
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: is_faster)
+    with onednn.onednn_products():
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert cpu.uses_onednn() is is_faster
-        assert not cpu.uses_onednn("cuda")
+        assert onednn.uses_onednn() is is_faster
+        assert not onednn.uses_onednn("cuda")
         monkeypatch.undo()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not cpu.uses_onednn()
+    assert not onednn.uses_onednn()
 
 
 @needs_onednn
 def test_without_onednn_products_are_torchs_own():
-    with cpu.onednn_products():
-        with cpu.without_onednn():
+    with onednn.onednn_products():
+        with onednn.without_onednn():
             assert _setting() == "none"
         assert _setting() == "bf16"
-        with pytest.raises(ValueError), cpu.without_onednn():
+        with pytest.raises(ValueError), onednn.without_onednn():
             raise ValueError
         assert _setting() == "bf16"
-        with cpu.without_onednn("cuda"):
+        with onednn.without_onednn("cuda"):
             assert _setting() == "bf16"
     assert _setting() == "none"
 
 
 def test_without_onednn_does_nothing_outside_onednn_products():
-    with cpu.without_onednn():
+    with onednn.without_onednn():
         assert _setting() == "none"
     assert _setting() == "none"
 
@@ -245,18 +245,18 @@ def test_without_onednn_does_nothing_outside_onednn_products():
 @needs_onednn
 def test_without_onednn_does_nothing_in_another_thread():
     def read_settings() -> tuple[str, str]:
-        with cpu.without_onednn():
+        with onednn.without_onednn():
             result = _setting()
         return result, _setting()
 
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         assert _in_thread(read_settings) == ("bf16", "bf16")
     assert _in_thread(read_settings) == ("none", "none")
 
 
 @needs_onednn
 def test_without_onednn_does_nothing_in_a_compiled_graph(monkeypatch):
-    with cpu.onednn_products():
+    with onednn.onednn_products():
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        with cpu.without_onednn():
+        with onednn.without_onednn():
             assert _setting() == "bf16"

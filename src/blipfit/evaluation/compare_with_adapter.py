@@ -10,14 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 from blipfit import run as folders
-from blipfit.adapters.opening import OpenedModel
+from blipfit.adapters.open_model import OpenedModel
 from blipfit.data import split_checks
-from blipfit.evaluation import mme, protocol, text
-from blipfit.evaluation.mme_task import evaluate_mme
+from blipfit.evaluation import bootstrap, mme_scores, split_evaluation
+from blipfit.evaluation.evaluate_mme import evaluate_mme
+from blipfit.evaluation.evaluate_rewardbench import evaluate_rewardbench
+from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
 from blipfit.evaluation.open_answers import evaluate_open_answers
-from blipfit.evaluation.protocol import FeatureFunction
-from blipfit.evaluation.rewardbench_task import evaluate_rewardbench
-from blipfit.evaluation.tasks import EvaluationTask, Settings, TaskResult, percent_values
+from blipfit.evaluation.split_evaluation import FeatureFunction
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 from blipfit.run import Evaluation
@@ -41,7 +41,7 @@ def evaluate_task(
         return evaluate_rewardbench(backbone, task, get_features, settings)
     if all(question.choices for question in task.encoded_split.questions):
         config = EvaluationConfig(batch_size=settings.batch_size)
-        (evaluation,) = protocol.evaluate_split(backbone, task.encoded_split, get_features, config)
+        (evaluation,) = split_evaluation.evaluate_split(backbone, task.encoded_split, get_features, config)
         evaluation.require_finite()
         accuracies = percent_values(evaluation.records, "correct")
         return TaskResult(evaluation.records, evaluation.metrics, {"accuracy": accuracies})
@@ -122,7 +122,7 @@ def _write_evaluation(
     for variant, result in results.items():
         if task.name == "mme":
             responses = [line["prediction"] for line in result.records]
-            mme.write_answers(evaluation.answers(variant), task.encoded_split.questions, responses)
+            mme_scores.write_answers(evaluation.answers(variant), task.encoded_split.questions, responses)
         if result.judgments:
             folders.write_lines(evaluation.judgements_file(variant), result.judgments)
     folders.write_json(evaluation.record_file, record)
@@ -130,7 +130,7 @@ def _write_evaluation(
 
 def _differences(base: TaskResult, tuned: TaskResult) -> dict[str, Any]:
     """Return tuned minus base with paired bootstrap intervals; MME's official totals have no interval."""
-    differences = {name: text.difference(values, tuned.values[name]) for name, values in base.values.items()}
+    differences = {name: bootstrap.difference(values, tuned.values[name]) for name, values in base.values.items()}
     if base.metrics.get("judge") == "mme":
         for total in ("perception", "cognition"):
             difference = round(tuned.metrics[total] - base.metrics[total], 2)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blipfit.runtime import dropout
-from blipfit.runtime.dropout import BANK_SIZE, SharedDropout, apply_mask, sample_mask
+from blipfit.runtime import shared_dropout
+from blipfit.runtime.shared_dropout import BANK_SIZE, SharedDropout, apply_mask, sample_mask
 
 SIXTEEN_BIT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -36,11 +36,11 @@ class Model(nn.Module):
 def test_all_experiments_share_the_mask_of_a_single_experiment():
     x = torch.rand(4, 50, 8) + 1
     model = nn.Sequential(nn.Dropout(0.3))
-    replaced_modules = dropout.share_masks(model, 1)
+    replaced_modules = shared_dropout.share_masks(model, 1)
     torch.manual_seed(1)
     single_output = model(x)
-    dropout.restore_modules(model, replaced_modules)
-    dropout.share_masks(model, 3)
+    shared_dropout.restore_modules(model, replaced_modules)
+    shared_dropout.share_masks(model, 3)
     torch.manual_seed(1)
     bank_output = model(x.repeat(3, 1, 1))
     assert all(torch.equal(part, single_output) for part in bank_output.chunk(3))
@@ -66,10 +66,10 @@ def test_a_model_in_a_bank_equals_single_models():
     x_K = [x, x + 1, 2 * x]
     results = []
     for size, rows in [(3, torch.cat(x_K)), *((1, part) for part in x_K)]:
-        replaced_modules = dropout.share_masks(model, size)
+        replaced_modules = shared_dropout.share_masks(model, size)
         torch.manual_seed(1)
         results.append(model(rows))
-        dropout.restore_modules(model, replaced_modules)
+        shared_dropout.restore_modules(model, replaced_modules)
     bank_output, *single_outputs = results
     torch.testing.assert_close(bank_output, torch.cat(single_outputs))
 
@@ -169,14 +169,14 @@ def test_nothing_is_dropped_in_eval_mode():
     assert SharedDropout(0.0, 2)(x) is x
     model = Model().eval()
     expected = model(x := torch.rand(4, 8))
-    dropout.share_masks(model, 2)
+    shared_dropout.share_masks(model, 2)
     assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_every_dropout_is_replaced(training):
     model = Model().train(training)
-    replaced_modules = dropout.share_masks(model, 3)
+    replaced_modules = shared_dropout.share_masks(model, 3)
     assert not any(type(module) is nn.Dropout for module in model.modules())
     shared_modules = {name: module for name, module in model.named_modules() if isinstance(module, SharedDropout)}
     assert set(replaced_modules) == {"attention.dropout", "layers.0.1", "dropout"}
@@ -192,9 +192,9 @@ def test_every_dropout_is_replaced(training):
 def test_the_original_modules_are_restored(training):
     model = Model()
     original = dict(model.named_modules())
-    replaced_modules = dropout.share_masks(model, 3)
+    replaced_modules = shared_dropout.share_masks(model, 3)
     model.train(training)
-    dropout.restore_modules(model, replaced_modules)
+    shared_dropout.restore_modules(model, replaced_modules)
     restored = dict(model.named_modules())
     assert list(restored) == list(original)
     assert all(restored[name] is module for name, module in original.items())
@@ -204,17 +204,17 @@ def test_the_original_modules_are_restored(training):
 def test_sharing_again_uses_the_new_size():
     model = Model()
     for size in (3, 2):
-        replaced_modules = dropout.share_masks(model, size)
+        replaced_modules = shared_dropout.share_masks(model, size)
         assert (model.dropout.bank_size, getattr(model.attention, BANK_SIZE)) == (size, size)
-        dropout.restore_modules(model, replaced_modules)
+        shared_dropout.restore_modules(model, replaced_modules)
 
 
 def test_modules_that_sample_noise_have_the_size_of_the_bank_until_the_restore():
     model = Model()
-    replaced_modules = dropout.share_masks(model, 3)
+    replaced_modules = shared_dropout.share_masks(model, 3)
     assert getattr(model.attention, BANK_SIZE) == 3
     assert not any(hasattr(module, BANK_SIZE) for module in (model, *model.layers, model.layers[0][0]))
-    dropout.restore_modules(model, replaced_modules)
+    shared_dropout.restore_modules(model, replaced_modules)
     assert not any(hasattr(module, BANK_SIZE) for module in model.modules())
     assert model.attention.scaling == 0.5
 
@@ -222,9 +222,9 @@ def test_modules_that_sample_noise_have_the_size_of_the_bank_until_the_restore()
 def test_torchs_functions_are_not_replaced():
     original = F.dropout, F.scaled_dot_product_attention
     model = Model()
-    replaced_modules = dropout.share_masks(model, 2)
+    replaced_modules = shared_dropout.share_masks(model, 2)
     assert (F.dropout, F.scaled_dot_product_attention) == original
     with pytest.raises(RuntimeError):
         SharedDropout(2.0, 1)(torch.ones(2, 3))  # no probability
-    dropout.restore_modules(model, replaced_modules)
+    shared_dropout.restore_modules(model, replaced_modules)
     assert (F.dropout, F.scaled_dot_product_attention) == original

@@ -10,13 +10,13 @@ import checkpoints
 from blipfit import data as datasets
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
-from blipfit.adapters.opening import OpenedModel, Source
+from blipfit.adapters.open_model import OpenedModel, Source
 from blipfit.data import icons, rewardbench
 from blipfit.errors import UserError
-from blipfit.evaluation import benchmarks, clip_score, generation, text
-from blipfit.evaluation.mme import score_mme
-from blipfit.evaluation.rewardbench import score_rewardbench
-from blipfit.evaluation.tasks import Settings, load_task
+from blipfit.evaluation import clip_score, compare_with_adapter, generation, text_metrics
+from blipfit.evaluation.evaluation_task import Settings, load_task
+from blipfit.evaluation.mme_scores import score_mme
+from blipfit.evaluation.rewardbench_scores import score_rewardbench
 from blipfit.model import clip
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import AdapterConfig, ModelConfig
@@ -56,7 +56,9 @@ def _evaluate(backbone, data, names, tmp_path, settings=SETTINGS, adapter=None, 
         return Evaluation(tmp_path / "out" / task.title)
 
     model = OpenedModel(backbone, Source("small", ModelConfig(name="small"), folder, digest))
-    return benchmarks.compare_with_adapter(model, tasks, get_features, settings, get_evaluation, {"run": None})
+    return compare_with_adapter.compare_with_adapter(
+        model, tasks, get_features, settings, get_evaluation, {"run": None}
+    )
 
 
 def test_records_of_base_and_adapter_follow_from_the_written_files(backbone, adapter, data, tmp_path):
@@ -103,7 +105,7 @@ def test_rewardbench_is_scored_from_its_lines(backbone, data, tmp_path):
         ]
     )
     assert [line["answer"] for line in lines] == [pair.responses[pair.best] for pair in pairs]
-    rouge = text.rouge([line["prediction"] for line in lines], [line["answer"] for line in lines])["rougeL"]
+    rouge = text_metrics.rouge([line["prediction"] for line in lines], [line["answer"] for line in lines])["rougeL"]
     assert base["answers"]["texts"]["rougeL"]["mean"] == pytest.approx(rouge.mean())
     assert base["cut_responses"] == 0
 
@@ -113,7 +115,7 @@ def test_response_scores_are_the_negated_training_loss(small, data):
     backbone = checkpoints.load(small["t5"])
     task = load_task(backbone, "rewardbench", data / "rewardbench")
     get_features = ImageFeatures.from_backbone(backbone, "off").features
-    result = benchmarks.evaluate_task(backbone, task, get_features, SETTINGS)
+    result = compare_with_adapter.evaluate_task(backbone, task, get_features, SETTINGS)
     for row, (pair, record) in enumerate(zip(task.pairs, result.records, strict=True)):
         batch = backbone.text.targets([task.encoded_split.encoded[row]])
         visual = backbone.query(get_features([task.encoded_split.questions[row]]), batch)

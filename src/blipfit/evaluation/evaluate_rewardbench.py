@@ -5,10 +5,10 @@ from typing import Any
 
 from blipfit.data.prompts import PromptedQuestion, clean_prompt
 from blipfit.data.rewardbench import Pair
-from blipfit.evaluation import generation, ranking, rewardbench
+from blipfit.evaluation import generation, ranking, rewardbench_scores
+from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult
 from blipfit.evaluation.open_answers import evaluate_open_answers
-from blipfit.evaluation.protocol import FeatureFunction, build_feature_lookup
-from blipfit.evaluation.tasks import EvaluationTask, Settings, TaskResult
+from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 
@@ -34,8 +34,8 @@ def evaluate_rewardbench(
     responses = [response for pair in pairs for response in pair.responses]
     metrics: dict[str, Any] = {
         "judge": "rewardbench",
-        "likelihood_sum": rewardbench.pairwise_accuracy(pairs, sums),
-        "likelihood_mean": rewardbench.pairwise_accuracy(pairs, means),
+        "likelihood_sum": rewardbench_scores.pairwise_accuracy(pairs, sums),
+        "likelihood_mean": rewardbench_scores.pairwise_accuracy(pairs, means),
         "cut_responses": backbone.text.count_truncated_answers(responses),
         "answers": answers.metrics,
     }
@@ -67,7 +67,7 @@ def _generate_judgments(
     for sample in range(settings.samples):
         decoding = replace(generation.PRESETS[preset_name], seed=sample)
         for swapped in (False, True):
-            prompts = [clean_prompt(rewardbench.judge_prompt(pair, swapped)) for pair in task.pairs]
+            prompts = [clean_prompt(rewardbench_scores.judge_prompt(pair, swapped)) for pair in task.pairs]
             (texts,) = generation.generate(
                 backbone,
                 backbone.text.encode([PromptedQuestion(prompt, "", ()) for prompt in prompts]),
@@ -76,6 +76,6 @@ def _generate_judgments(
                 settings.batch_size,
             )
             for pair, text in zip(task.pairs, texts, strict=True):
-                judgments.append(rewardbench.Judgment(pair.id, pair.key, pair.best, swapped, text))
-                records.append(rewardbench.judgment_record(pair, swapped, text))
-    return {**rewardbench.score_judgments(judgments), "decoding": preset_name}, records
+                judgments.append(rewardbench_scores.Judgment(pair.id, pair.key, pair.best, swapped, text))
+                records.append(rewardbench_scores.judgment_record(pair, swapped, text))
+    return {**rewardbench_scores.score_judgments(judgments), "decoding": preset_name}, records

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import reference
-from blipfit.runtime import execution
-from blipfit.runtime.dropout import SharedDropout
-from blipfit.runtime.execution import LayerExecution
+from blipfit.runtime import compile_and_checkpoint
+from blipfit.runtime.compile_and_checkpoint import LayerExecution
+from blipfit.runtime.shared_dropout import SharedDropout
 
 WIDTH = 8
 
@@ -31,8 +31,8 @@ class CallCounter:
     """A replacement of `torch.utils.checkpoint.checkpoint` that counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.count, self.original = 0, execution.checkpoint
-        monkeypatch.setattr(execution, "checkpoint", self)
+        self.count, self.original = 0, compile_and_checkpoint.checkpoint
+        monkeypatch.setattr(compile_and_checkpoint, "checkpoint", self)
 
     def __call__(self, *arguments, **options):
         self.count += 1

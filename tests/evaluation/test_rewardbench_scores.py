@@ -12,8 +12,8 @@ import pytest
 
 from blipfit.data.rewardbench import Pair, read_pairs
 from blipfit.errors import UserError
-from blipfit.evaluation import rewardbench
-from blipfit.evaluation.rewardbench import (
+from blipfit.evaluation import rewardbench_scores
+from blipfit.evaluation.rewardbench_scores import (
     Judgment,
     complete_outcome,
     judge_prompt,
@@ -95,7 +95,7 @@ def test_by_the_stricter_rule_a_missing_verdict_excludes_the_pair():
 def test_the_official_value_and_the_stricter_one_stand_side_by_side(tmp_path: Path):
     names = ("RLHF-V-1", "mmmu_1", "wildvision-1")
     judgments = [(pair(name), False, number) for name in names for number in (1, 1, 0)]
-    record = rewardbench.score_rewardbench(write_judgments(tmp_path / "judgments.jsonl", judgments))
+    record = rewardbench_scores.score_rewardbench(write_judgments(tmp_path / "judgments.jsonl", judgments))
     assert record["macro"] == record["pooled"]["accuracy"] == record["pooled"]["strict"] == 100
     assert {name: facts["accuracy"] for name, facts in record["categories"].items()} == {
         "general": 100,
@@ -191,7 +191,7 @@ def test_scores_calculated_by_hand(tmp_path: Path):
             (pair("jailbreak-1"), True, 1),
         ],
     )
-    record = rewardbench.score_rewardbench(file)
+    record = rewardbench_scores.score_rewardbench(file)
     hallucination = record["categories"]["hallucination"]
     assert {k: hallucination[k] for k in ("pairs", "right", "wrong", "tie", "unparsed")} == {
         "pairs": 4,
@@ -209,7 +209,7 @@ def test_scores_calculated_by_hand(tmp_path: Path):
     assert record["mean"]["hallucination"] == 60  # right 3 of the 5 that name an answer
     assert record["chosen"] == {"answer_1": 7, "answer_2": 3, "neither": 0}
     assert record["both_orders"] == {"pairs": 2, "steady": 1}
-    first = rewardbench.score_rewardbench(file, samples=1)
+    first = rewardbench_scores.score_rewardbench(file, samples=1)
     assert first["categories"]["hallucination"]["tie"] == 0
     assert first["samples"] == [1, 1]
 
@@ -253,7 +253,7 @@ def averages(groups: dict[str, list[int]]) -> dict[str, float | None]:
 
 def accuracies(summary: dict) -> dict[str, float | None]:
     """The accuracies of a summary as fractions, None for categories without a pair or a decided one."""
-    values = {name: summary["categories"].get(name, {}).get("accuracy") for name in rewardbench.CATEGORIES}
+    values = {name: summary["categories"].get(name, {}).get("accuracy") for name in rewardbench_scores.CATEGORIES}
     values |= {"pooled": summary["pooled"]["accuracy"], "macro": summary["macro"]}
     return {name: None if value is None else value / 100 for name, value in values.items()}
 
@@ -290,14 +290,16 @@ def test_a_second_implementation_agrees_on_10000_files():
     outcomes: Counter[str] = Counter()
     for _ in range(10_000):
         lines, k = random_judgments(generator), generator.choice((1, 3, 5))
-        judgments = rewardbench.parse_judgments((f"FILE:{n}", line) for n, line in enumerate(lines, start=1))
-        record, expected = rewardbench.score_judgments(judgments, k), independent(lines, k)
+        judgments = rewardbench_scores.parse_judgments((f"FILE:{n}", line) for n, line in enumerate(lines, start=1))
+        record, expected = rewardbench_scores.score_judgments(judgments, k), independent(lines, k)
         for name, summary in (("official", record), ("complete", record["complete"])):
             values = accuracies(summary)
             for key, value in expected[name].items():
                 assert values[key] == value or values[key] == pytest.approx(value, abs=1e-6), (name, key, lines)
-            assert sum(summary["pooled"][outcome] for outcome in rewardbench.OUTCOMES) == summary["pooled"]["pairs"]
-        outcomes.update({outcome: record["pooled"][outcome] for outcome in rewardbench.OUTCOMES})
+            assert (
+                sum(summary["pooled"][outcome] for outcome in rewardbench_scores.OUTCOMES) == summary["pooled"]["pairs"]
+            )
+        outcomes.update({outcome: record["pooled"][outcome] for outcome in rewardbench_scores.OUTCOMES})
         outcomes["rules differ"] += record["macro"] != record["complete"]["macro"]
     assert min(outcomes.values()) > 200, outcomes
 
@@ -325,11 +327,11 @@ def test_a_second_implementation_agrees_on_real_rows_with_random_judgments(tmp_p
     wrapped = [{"0": line} if n % 2 else line for n, line in enumerate(judgments)] + [{"0": None}]
     file.write_text("".join(json.dumps(line) + "\n" for line in wrapped))
     for k in (1, 3, 5, 9):
-        record, expected = rewardbench.score_rewardbench(file, samples=k), independent(judgments, k)
+        record, expected = rewardbench_scores.score_rewardbench(file, samples=k), independent(judgments, k)
         for name, summary in (("official", record), ("complete", record["complete"])):
             assert accuracies(summary) == {key: pytest.approx(v, abs=1e-6) for key, v in expected[name].items()}
         assert record["pooled"]["pairs"] == 400
-        assert sum(record["pooled"][name] for name in rewardbench.OUTCOMES) == 400
+        assert sum(record["pooled"][name] for name in rewardbench_scores.OUTCOMES) == 400
 
 
 def test_pairwise_accuracy_by_likelihood():
@@ -364,7 +366,7 @@ def test_pairs_of_two_equal_responses_are_counted():
     equal = Pair("mmmu_1", "What?", ("x", "x"), (0, 1))
     assert pairwise_accuracy([equal, pair("mmmu_2")], [(-1, -1), (-1, -2)])["equal_responses"] == 1
     judgments = [Judgment(p.id, p.key, p.best, False, judgment_text(1)) for p in (equal, equal, pair("mmmu_2"))]
-    assert rewardbench.score_judgments(judgments)["equal_responses"] == 1
+    assert rewardbench_scores.score_judgments(judgments)["equal_responses"] == 1
 
 
 def test_a_perfect_judge_scores_100_and_one_that_always_says_1_has_only_ties():
@@ -373,10 +375,10 @@ def test_a_perfect_judge_scores_100_and_one_that_always_says_1_has_only_ties():
     pairs = read_pairs(ROWS)
     both = [(row, swapped) for row in pairs for swapped in (False, True)]
     perfect = [Judgment(r.id, r.key, r.best, s, judgment_text(1 + (r.best ^ s))) for r, s in both]
-    record = rewardbench.score_judgments(perfect)
+    record = rewardbench_scores.score_judgments(perfect)
     assert record["pooled"]["accuracy"] == record["macro"] == 100
     assert record["both_orders"] == {"pairs": 400, "steady": 400}
-    first = rewardbench.score_judgments([Judgment(r.id, r.key, r.best, s, judgment_text(1)) for r, s in both])
+    first = rewardbench_scores.score_judgments([Judgment(r.id, r.key, r.best, s, judgment_text(1)) for r, s in both])
     assert first["pooled"]["tie"] == 400
     assert first["mean"]["pooled"] == 50
     assert first["both_orders"] == {"pairs": 400, "steady": 0}
@@ -404,11 +406,11 @@ def test_invalid_lines_are_refused_with_their_number(tmp_path: Path):
     ):
         file.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
         with pytest.raises(UserError, match=message):
-            rewardbench.score_rewardbench(file)
+            rewardbench_scores.score_rewardbench(file)
     file.write_text("\n")
     with pytest.raises(UserError, match="contains no judgments"):
-        rewardbench.score_rewardbench(file)
+        rewardbench_scores.score_rewardbench(file)
     with pytest.raises(UserError, match="is missing"):
-        rewardbench.score_rewardbench(tmp_path / "nowhere.jsonl")
+        rewardbench_scores.score_rewardbench(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match="samples is 0"):
-        rewardbench.score_judgments([], samples=0)
+        rewardbench_scores.score_judgments([], samples=0)
