@@ -19,7 +19,7 @@ from blipfit.data import encoded_split, icons
 from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
 from blipfit.model.image_features import ImageFeatures
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 from blipfit.training import batch_order, trial_steps
 from blipfit.training.step import Stepper
 
@@ -66,7 +66,7 @@ def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
         return result.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training
     batches = batch_order.effective_batches(train.lengths, training, 0)[:STEPS]
-    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else memory.reset_peak()
+    before = torch.cuda.memory_allocated() if measure.DEVICE == "cuda" else cpu_memory.reset_peak()
     if not before:
         raise SystemExit("this benchmark needs Linux, which reports the peak memory of a process, or a GPU")
     stepper = Stepper(backbone, recipes, train.encoded)
@@ -77,7 +77,7 @@ def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
         stepper.step(
             batch, [image_features.features([train.questions[i] for i in micro]) for micro in micros], 0, number
         )
-    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else memory.peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if measure.DEVICE == "cuda" else cpu_memory.peak_bytes()
     del best
     return peak - before
 

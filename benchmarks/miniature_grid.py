@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import measure
 from blipfit import grid
 from blipfit.report import terminal
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 
 def collect_results(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from blipfit import data as datasets
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.importance import Scores
+from blipfit.compression.qformer_size import Size, reduce_size, resize_config
 from blipfit.compression.shrink import make_backbone, shrink_by_scores
-from blipfit.compression.target_size import Size, reduce_size, resize_config
 from blipfit.data import icons
 from blipfit.evaluation import retention
 from blipfit.evaluation.evaluation_task import Settings, load_task

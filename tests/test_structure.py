@@ -29,7 +29,7 @@ ROOMS = (
     "model",
     "data",
     "runtime",
-    "run",
+    "run_folder",
     "grid",
     "recipe",
     "recipe_parsing",
@@ -138,7 +138,7 @@ def test_models_are_loaded_in_their_room_only():
 def test_one_file_knows_the_names_in_a_run_folder():
     names = ('"recipe.yaml"', '"result.json"', '"predictions.jsonl"')
     knows = {"/".join(_path(f)) for f in FILES for name in names if name in f.read_text(encoding="utf-8")}
-    assert knows == {"run"}
+    assert knows == {"run_folder"}
 
 
 def test_adapters_are_put_into_a_model_in_one_place():

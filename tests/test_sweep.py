@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from blipfit import grid, run, sweep
+from blipfit import grid, run_folder, sweep
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
@@ -104,7 +104,7 @@ def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.Monk
 
 def results(planned: sweep.Plan, drawn: dict[str, Path], folder: Path, model_cache: ModelCache) -> dict[str, dict]:
     runs = sweep.run(planned, drawn, folder, model_cache)
-    return {one.folder.name: {**one.result(), "lines": run.read_lines(one.predictions_file)} for one in runs}
+    return {one.folder.name: {**one.result(), "lines": run_folder.read_lines(one.predictions_file)} for one in runs}
 
 
 @pytest.mark.parametrize("ids", [(13, 15, 18, 20, 23, 26, 28, 31), (2, 7, 11, "baseline")], ids=["lora", "full"])
@@ -118,7 +118,7 @@ def test_a_swept_bank_equals_single_runs(ids, drawn, model_cache, tmp_path: Path
         one, other = alone.result(), together[recipe.experiment]
         for a, b in zip(one["history"], other["history"], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        lines = run.read_lines(alone.predictions_file)
+        lines = run_folder.read_lines(alone.predictions_file)
         assert [line["prediction"] for line in lines] == [line["prediction"] for line in other["lines"]]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blipfit import grid
 from blipfit.adapters import open_model
-from blipfit.data import feature_store, file_kinds, records
+from blipfit.data import annotations, feature_store, file_kinds
 from blipfit.data import images as image_files
 from blipfit.data.image_hashes import hash_image
 from blipfit.data.prompts import PromptedQuestion, get_prompt
@@ -267,7 +267,7 @@ def wordings(text: str) -> tuple[str, ...]:
     People search for `red star`, and captions say `a red star`; the sum of both likelihoods finds the images that
     either finds (measured on drawn images). Raises UserError if the text is empty.
     """
-    records.require_whole_characters(text, "the text")
+    annotations.require_whole_characters(text, "the text")
     words = text.split()
     if not words:
         raise UserError("say what to search for")
@@ -281,7 +281,7 @@ def _prompted(name: str, question: str = "", choices: tuple[str, ...] = (), cont
     for what, text in (("the question", question), ("the context", context), *(("a choice", c) for c in choices)):
         if not isinstance(text, str):
             raise UserError(f"{what} must be a text, but is of the type {type(text).__name__}")
-        records.require_whole_characters(text, what)
+        annotations.require_whole_characters(text, what)
     return get_prompt(name)(Question("", Path(), question, "", choices, None, context))
 
 

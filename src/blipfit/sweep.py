@@ -13,7 +13,7 @@ from blipfit import grid
 from blipfit.errors import UserError
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.runtime import distributed
 from blipfit.training import bank_member, events, trial_steps
 from blipfit.training.events import Listener

@@ -18,7 +18,7 @@ from blipfit.evaluation.metrics import accuracy
 from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.recipe import AdapterConfig, Recipe
 from blipfit.report import terminal
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training import record
 from blipfit.training.checkpoint import Progress
 from blipfit.training.model_cache import SPLITS

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blipfit import grid, run
+from blipfit import grid, run_folder
 from blipfit.adapters.placement import component_of
 from blipfit.commands import ranks
 from blipfit.errors import UserError
 from blipfit.report import terminal
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training import loop
 from blipfit.training.model_cache import ModelCache
 
@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
     recipe = grid.recipe("icons", 30, "tiny").override(["adapter.method=adalora"])
     mine = Run.of(tmp_path, recipe)
     mine.claim(recipe, "questions")
-    run.write_json(mine.ranks_file, HISTORY)
-    run.write_json(mine.result_file, {})
+    run_folder.write_json(mine.ranks_file, HISTORY)
+    run_folder.write_json(mine.result_file, {})
     return mine.folder
 
 

@@ -7,7 +7,7 @@ import checkpoints
 from blipfit import grid
 from blipfit.adapters import open_model
 from blipfit.commands import shrink
-from blipfit.compression.target_size import Size
+from blipfit.compression.qformer_size import Size
 from blipfit.errors import UserError
 from blipfit.report import terminal
 from blipfit.training.loop import train

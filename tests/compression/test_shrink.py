@@ -14,10 +14,10 @@ import reference
 from blipfit import grid
 from blipfit.compression import checkpoint_writer, importance
 from blipfit.compression.calibration import Calibration, sample_questions
+from blipfit.compression.qformer_size import Size, reduce_size
 from blipfit.compression.repair import lost_variance
 from blipfit.compression.selection import Selection, cut_model, select_parts
 from blipfit.compression.shrink import make_backbone, shrink, shrink_by_scores, write_checkpoint
-from blipfit.compression.target_size import Size, reduce_size
 from blipfit.errors import UserError
 from blipfit.model import loading
 

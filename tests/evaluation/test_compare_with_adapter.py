@@ -20,7 +20,7 @@ from blipfit.evaluation.rewardbench_scores import score_rewardbench
 from blipfit.model import clip
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import AdapterConfig, ModelConfig
-from blipfit.run import Evaluation, read_json, read_lines
+from blipfit.run_folder import Evaluation, read_json, read_lines
 
 # Random models never generate an end token, and 10 tokens test as much as 256.
 SETTINGS = Settings(batch_size=8, decoding="short-answer")

@@ -15,7 +15,7 @@ from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import split_evaluation, text_metrics
 from blipfit.recipe import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig, Recipe, TrainingConfig
-from blipfit.run import read_lines
+from blipfit.run_folder import read_lines
 from blipfit.training import loop
 
 OPEN = EvaluationConfig(method="generation", decoding="short-answer", batch_size=3)

@@ -24,7 +24,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation.ranking import summarize
 from blipfit.model.backbone import fingerprint, head
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training import bank_session, events, loop
 from blipfit.training import step as step_module
 from blipfit.training.events import Event, Listener

@@ -14,7 +14,7 @@ from blipfit.errors import UserError
 from blipfit.model import loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import ModelConfig, Recipe, TrainingConfig
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blipfit import run
+from blipfit import run_folder
 from blipfit.adapters import peft_methods
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
@@ -80,7 +80,7 @@ def save(
         sizes = {n: (lora[f"{n}.{LORA_A}"].shape[1], lora[f"{n}.{LORA_B}"].shape[0]) for n in _values_by_layer(lora)}
         header["layers"] = json.dumps(sizes)
     saved_lora = _cut_padding(lora) if is_adalora else lora
-    with run.replacing(folder) as temporary:
+    with run_folder.replacing(folder) as temporary:
         temporary.mkdir()
         save_file(_move_to_cpu({n: t for n, t in state.items() if n not in lora}), temporary / TRAINED_FILE, header)
         if saved_lora:

@@ -18,7 +18,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation import bootstrap
 from blipfit.model import shapes
 from blipfit.recipe import LANGUAGE_SUBLAYERS, QFORMER_SUBLAYERS, Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 TOWERS: Mapping[str, tuple[str, ...]] = {"qformer": QFORMER_SUBLAYERS, "llm": LANGUAGE_SUBLAYERS}
 _SINGLE = tuple(f"{tower} {part}" for tower, parts in TOWERS.items() for part in parts)

@@ -16,7 +16,7 @@ from blipfit.errors import UserError
 from blipfit.model import cost, latency, shapes
 from blipfit.model.cost import Lengths
 from blipfit.recipe import ModelConfig, Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 
 def run(

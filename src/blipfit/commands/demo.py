@@ -19,7 +19,7 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.report import image_sheet, terminal
 from blipfit.report.progress import TrainingDisplay
-from blipfit.run import read_lines, replacing
+from blipfit.run_folder import read_lines, replacing
 from blipfit.training.loop import train
 
 EXPERIMENTS = (60, 64)

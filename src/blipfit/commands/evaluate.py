@@ -11,7 +11,7 @@ from rich.table import Table
 from blipfit.adapters import open_model
 from blipfit.adapters.open_model import Source
 from blipfit.commands import resolve_arguments
-from blipfit.data import encoded_split, split_checks
+from blipfit.data import encoded_split, text_checks
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
 from blipfit.evaluation import compare_with_adapter, split_evaluation, text_metrics
@@ -22,7 +22,7 @@ from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import ModelConfig
 from blipfit.report import terminal
-from blipfit.run import Evaluation, Run
+from blipfit.run_folder import Evaluation, Run
 
 
 def run(
@@ -212,7 +212,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         limits = texts["max_text_tokens"], texts["max_target_tokens"]
         lines += [
             f"{name}: {line}"
-            for line in split_checks.describe_reading(texts[record["split"]], *limits, record["prompt"])
+            for line in text_checks.describe_reading(texts[record["split"]], *limits, record["prompt"])
         ]
     lines += [f"{name}: {sentence}" for sentence in _text_notes(record.get(TUNED, base))]
     if cut := base.get("cut_responses"):

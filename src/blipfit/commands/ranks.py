@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from blipfit import run as run_files
+from blipfit import run_folder as run_files
 from blipfit.adapters import placement
 from blipfit.errors import UserError
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 _BLOCK_NUMBER = re.compile(r"\.(?:layer|layers|block)\.(\d+)\.")
 

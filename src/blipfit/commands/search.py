@@ -9,7 +9,7 @@ from blipfit import inference
 from blipfit.data.images import open_image
 from blipfit.errors import UserError
 from blipfit.report import image_sheet
-from blipfit.run import replacing
+from blipfit.run_folder import replacing
 
 
 def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from blipfit.commands.cost import format_gigaflops
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.checkpoint_writer import locate_checkpoint, refuse_existing
+from blipfit.compression.qformer_size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.compression.shrink import shrink, write_checkpoint
-from blipfit.compression.target_size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.errors import UserError
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone

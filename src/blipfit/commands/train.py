@@ -11,7 +11,7 @@ from blipfit.evaluation import text_metrics
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training.loop import train
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blipfit import run
+from blipfit import run_folder
 from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import ModelConfig
@@ -53,7 +53,7 @@ def rewrite_checkpoint(
     UserError if `target` exists already or if a weight file is missing.
     """
     refuse_existing(target)
-    with run.replacing(target) as temporary:
+    with run_folder.replacing(target) as temporary:
         temporary.mkdir()
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             name = str(file.relative_to(source))
@@ -61,7 +61,7 @@ def rewrite_checkpoint(
                 _copy_file(file, temporary / name, edits.get(name))
         _write_weights(source, temporary, replaced, tensors)
         for name, value in new_files.items():
-            run.write_json(temporary / name, value)
+            run_folder.write_json(temporary / name, value)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -75,9 +75,9 @@ def _copy_file(file: Path, target: Path, edit: JsonEdit | None) -> None:
     if edit is None:
         shutil.copyfile(file, target)
     else:
-        content = run.read_json(file)
+        content = run_folder.read_json(file)
         edit(content)
-        run.write_json(target, content)
+        run_folder.write_json(target, content)
 
 
 def _write_weights(source: Path, target: Path, replaced: Callable[[str], bool], tensors: Mapping[str, Tensor]) -> None:
@@ -104,7 +104,7 @@ def _write_weights(source: Path, target: Path, replaced: Callable[[str], bool], 
 def _list_shards(source: Path) -> dict[str, list[str]]:
     """Return the weight files of a checkpoint, each with the names of its tensors."""
     if (source / INDEX_FILE).is_file():
-        files = sorted(set(run.read_json(source / INDEX_FILE)["weight_map"].values()))
+        files = sorted(set(run_folder.read_json(source / INDEX_FILE)["weight_map"].values()))
     else:
         files = [WEIGHTS_FILE]
     shards = {}

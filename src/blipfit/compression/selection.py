@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blipfit.compression.importance import Scores, find_attention_outputs, find_feed_forward_outputs
-from blipfit.compression.target_size import Size, resize_config, select_layers
+from blipfit.compression.qformer_size import Size, resize_config, select_layers
 
 
 @dataclass(frozen=True, slots=True)

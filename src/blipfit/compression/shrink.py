@@ -9,9 +9,9 @@ from torch import Tensor
 from blipfit.compression.calibration import Calibration
 from blipfit.compression.checkpoint_writer import CONFIG_FILE, rewrite_checkpoint
 from blipfit.compression.importance import Method, Scores, measure
+from blipfit.compression.qformer_size import Size
 from blipfit.compression.repair import repair
 from blipfit.compression.selection import cut_model, select_parts
-from blipfit.compression.target_size import Size
 from blipfit.errors import UserError
 from blipfit.grid import SHRINK_RECORD
 from blipfit.model.backbone import Backbone

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blipfit.data import records
+from blipfit.data import annotations
 from blipfit.data.question import SPLITS, Question
 from blipfit.data_sets import DATA_SETS, DataSet
 from blipfit.errors import UserError
@@ -101,7 +101,7 @@ def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42)
     if name not in DRAWN_COUNTS:
         raise UserError(f"{name} cannot be drawn from icons; {' and '.join(DRAWN_COUNTS)} can")
     drawing = {"drawn": name, "count": count or DRAWN_COUNTS[name], "seed": seed}
-    existing = records.read_json(to / DRAWING_FILE) if (to / DRAWING_FILE).is_file() else None
+    existing = annotations.read_json(to / DRAWING_FILE) if (to / DRAWING_FILE).is_file() else None
     if to.exists() and any(to.iterdir()) and existing != drawing:
         raise UserError(
             f"{to} holds something else ({existing or 'not drawn'}); delete it or choose another folder with --to"

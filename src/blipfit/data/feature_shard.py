@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipfit.errors import UserError
-from blipfit.run import replacing
+from blipfit.run_folder import replacing
 
 SUFFIX = ".safetensors"
 _TENSOR = "features"

@@ -4,7 +4,7 @@ Shape suffixes: `B` images of a forward pass, `S` pixels per side, `P` image tok
 
 A store is the folder `FOLDER/KEY/` with a `manifest.json` for people and shards (`feature_shard`). The key is a hash of
 everything that the features depend on except the image. An image is identified by the hash of its file, so a renamed
-file is still found and copies are stored once. `feature_stores` lists, checks and deletes stores;
+file is still found and copies are stored once. `manage_feature_stores` lists, checks and deletes stores;
 `blipfit.model.image_features` connects a model with a store.
 """
 
@@ -30,7 +30,7 @@ from blipfit.data.image_hashes import hash_file as hash_file
 from blipfit.data.image_hashes import hash_image, hash_on_white
 from blipfit.data.prefetch import prefetch
 from blipfit.errors import UserError
-from blipfit.run import installed_version, read_json, write_json
+from blipfit.run_folder import installed_version, read_json, write_json
 
 FORMAT = 1
 # Increase the version whenever `images.resize` or `images.to_pixels` changes its result: older stores are then unused.

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import records
+from blipfit.data import annotations
 from blipfit.data.question import SPLITS, Question
 from blipfit.data.write_prepared import PrepareReport, Source, check_images, output_folder
 from blipfit.errors import UserError
@@ -60,7 +60,7 @@ def load(folder: Path, split: str) -> list[Question]:
             f"{folder} is not a prepared IconQA folder (annotations/{file.name} is missing); "
             f"run `blipfit prepare iconqa --from DIR --to {folder}`"
         )
-    entries = records.require_list(records.read_json(file), str(file))
+    entries = annotations.require_list(annotations.read_json(file), str(file))
     return [_question(entry, f"{file}: entry {n}", folder, split) for n, entry in enumerate(entries, start=1)]
 
 
@@ -77,9 +77,9 @@ def _read_problems(file: Path) -> tuple[dict[str, list[dict[str, Any]]], Counter
     """Return the `choose_txt` problems by split, each with `id` as its last field, and counts of the other types."""
     problems: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     left_out: Counter[str] = Counter()
-    for pid, problem in records.require_object(records.read_json(file), str(file)).items():
+    for pid, problem in annotations.require_object(annotations.read_json(file), str(file)).items():
         location = f"{file}: problem {pid}"
-        record = records.require_object(problem, location)
+        record = annotations.require_object(problem, location)
         if record.get("ques_type") != KIND:
             left_out[f"of type {record.get('ques_type')}"] += 1
             continue
@@ -95,13 +95,13 @@ def _read_problems(file: Path) -> tuple[dict[str, list[dict[str, Any]]], Counter
 
 def _require_choices(record: dict[str, Any], location: str) -> tuple[tuple[str, ...], int]:
     """Check the question of a record; return its choices and the index of the answer."""
-    records.require_text(record, "question", location)
-    choices = records.require_choices(record, location)
-    return choices, records.require_answer_index(record, choices, location)
+    annotations.require_text(record, "question", location)
+    choices = annotations.require_choices(record, location)
+    return choices, annotations.require_answer_index(record, choices, location)
 
 
 def _question(entry: Any, location: str, folder: Path, split: str) -> Question:
-    record = records.require_object(entry, location)
+    record = annotations.require_object(entry, location)
     choices, answer_index = _require_choices(record, location)
     if "id" not in record:
         raise UserError(f"{location}: 'id' is missing")
@@ -125,4 +125,4 @@ def _image_name(split: str, pid: str) -> str:
 def _find_image(root: Path, split: str, pid: str, location: str, fix: str) -> Path:
     # The archive has its images one folder deeper, in `iconqa`, than the published experiments.
     name = _image_name(split, pid)
-    return records.find_image([root / name, root / "iconqa" / name], location, fix)
+    return annotations.find_image([root / name, root / "iconqa" / name], location, fix)

@@ -14,7 +14,7 @@ from blipfit.data import feature_shard
 from blipfit.data.feature_shard import DamagedShard
 from blipfit.data.feature_store import MANIFEST, list_shards
 from blipfit.errors import UserError
-from blipfit.run import read_json
+from blipfit.run_folder import read_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import hub, records
+from blipfit.data import annotations, hub
 from blipfit.data.images import decode_image
 from blipfit.data.question import Question
 from blipfit.data.write_prepared import PrepareReport, Source, check_images, output_folder
@@ -230,7 +230,7 @@ def _read_file(file: Path, subtask: str, images: Path) -> Iterator[Question]:
     check_pairs([columns[0] for _, columns in lines], str(file))
     for index, (location, (name, question, answer)) in enumerate(lines):
         paths = [images / subtask / name, images / subtask / "images" / name]
-        image = records.find_image(paths, location, "put the images of the official archive there")
+        image = annotations.find_image(paths, location, "put the images of the official archive there")
         yield _question(subtask, name, index % 2, image, question, parse_truth(answer.strip(), location))
 
 
@@ -247,7 +247,7 @@ def _read_tree(folder: Path, subtask: str) -> Iterator[Question]:
         if len(lines) != 2:
             raise UserError(f"{file}: {len(lines)} questions, but MME has two per image")
         paths = [images / f"{file.stem}{suffix}" for suffix in _SUFFIXES]
-        image = records.find_image(paths, str(file), "put the images of the official archive there")
+        image = annotations.find_image(paths, str(file), "put the images of the official archive there")
         for index, (location, (question, answer)) in enumerate(lines):
             yield _question(subtask, image.name, index, image, question, parse_truth(answer.strip(), location))
 
@@ -281,7 +281,7 @@ def _prepare_from_hub(source: Path, to: Path) -> PrepareReport:
             image_questions = questions.setdefault(subtask, {}).setdefault(name, [])
             if not image_questions:
                 out.write_image(_image_bytes(row, location), f"{subtask}/{name}")
-            text = " ".join(records.require_text(row, "question", location).split("\t"))
+            text = " ".join(annotations.require_text(row, "question", location).split("\t"))
             image_questions.append((text, _answer(row, location)))
         for subtask, images in questions.items():
             out.write_text("".join(_format_pairs(images, f"{source}: {subtask}")), f"{subtask}.txt")
@@ -304,10 +304,10 @@ def _format_pairs(images: Mapping[str, Sequence[tuple[str, str]]], location: str
 
 def _subtask_and_name(row: Mapping[str, Any], location: str) -> tuple[str, str]:
     """Return the subtask of a row and the file name of its image."""
-    subtask = records.require_text(row, "category", location)
+    subtask = annotations.require_text(row, "category", location)
     if subtask not in SUBTASKS:
         raise UserError(f"{location}: 'category' is {subtask!r}, which is none of {', '.join(SUBTASKS)}")
-    return subtask, records.require_text(row, "question_id", location).rpartition("/")[2]
+    return subtask, annotations.require_text(row, "question_id", location).rpartition("/")[2]
 
 
 def _image_bytes(row: Mapping[str, Any], location: str) -> bytes:
@@ -319,4 +319,4 @@ def _image_bytes(row: Mapping[str, Any], location: str) -> bytes:
 
 
 def _answer(row: Mapping[str, Any], location: str) -> str:
-    return parse_truth(records.require_text(row, "answer", location).strip(), location).capitalize()
+    return parse_truth(annotations.require_text(row, "answer", location).strip(), location).capitalize()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import file_kinds, records
+from blipfit.data import annotations, file_kinds
 from blipfit.data.question import SPLITS, Question
 from blipfit.data.write_prepared import BAD_ENTRIES, ImageHashes, PrepareReport, Source, hash_images, output_folder
 from blipfit.errors import UserError
@@ -110,9 +110,9 @@ def _read_entries(file: Path, skip: Skip) -> list[Entry]:
     """Read one JSONL file; `skip` receives the error of every invalid line."""
     entries = []
     line_by_id: dict[str, str] = {}
-    for location, line in records.split_lines(file):
+    for location, line in annotations.split_lines(file):
         try:
-            question = _question(records.parse_line(line, location), location, file.parent)
+            question = _question(annotations.parse_line(line, location), location, file.parent)
             if question.id in line_by_id:
                 raise UserError(f"{location}: 'id' {question.id} is already used in line {line_by_id[question.id]}")
         except UserError as error:
@@ -149,21 +149,21 @@ def _question(record: Mapping[str, Any], location: str, base: Path) -> Question:
         if key not in KEYS:
             similar = difflib.get_close_matches(key, KEYS, n=1)
             fix = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(KEYS)}"
-            raise UserError(f"{location}: unknown key {records.quote(key)}; {fix}")
-    image = _image_path(records.require_text(record, "image", location), location, base)
-    choices = records.require_choices(record, location) if "choices" in record else ()
+            raise UserError(f"{location}: unknown key {annotations.quote(key)}; {fix}")
+    image = _image_path(annotations.require_text(record, "image", location), location, base)
+    choices = annotations.require_choices(record, location) if "choices" in record else ()
     answer_index = _answer_index(record, choices, location) if choices else None
-    answer = records.require_text(record, "answer", location) if answer_index is None else choices[answer_index]
+    answer = annotations.require_text(record, "answer", location) if answer_index is None else choices[answer_index]
     if not answer.strip():
         raise UserError(f"{location}: 'answer' is empty")
     return Question(
         id=_id(record, location),
         image=image,
-        question=records.require_text(record, "question", location),
+        question=annotations.require_text(record, "question", location),
         answer=answer,
         choices=choices,
         answer_index=answer_index,
-        context=records.require_text(record, "context", location) if "context" in record else "",
+        context=annotations.require_text(record, "context", location) if "context" in record else "",
     )
 
 
@@ -171,7 +171,7 @@ def _image_path(text: str, location: str, base: Path) -> Path:
     if reason := file_kinds.explain_no_path(text):
         raise UserError(f"{location}: 'image' {reason}")
     image = base / text
-    if not records.exists(image):
+    if not annotations.exists(image):
         hint = "; write / instead of \\ in paths" if "\\" in text else ""
         raise UserError(
             f"{location}: image {image} is missing; paths are relative to the folder of the .jsonl file{hint}"
@@ -183,12 +183,13 @@ def _answer_index(record: Mapping[str, Any], choices: tuple[str, ...], location:
     """Return the index of the correct choice, given as an index or as the text of exactly one choice."""
     answer = record.get("answer")
     if not isinstance(answer, str):
-        return records.require_answer_index(record, choices, location)
+        return annotations.require_answer_index(record, choices, location)
     if choices.count(answer) > 1:
-        raise UserError(f"{location}: several choices read {records.quote(answer)}; give 'answer' as a number")
+        raise UserError(f"{location}: several choices read {annotations.quote(answer)}; give 'answer' as a number")
     if answer not in choices:
         raise UserError(
-            f"{location}: 'answer' is {records.quote(answer)}, which is none of {records.quote(list(choices), 400)}"
+            f"{location}: 'answer' is {annotations.quote(answer)}, which is none of "
+            f"{annotations.quote(list(choices), 400)}"
         )
     return choices.index(answer)
 
@@ -196,7 +197,7 @@ def _answer_index(record: Mapping[str, Any], choices: tuple[str, ...], location:
 def _id(record: Mapping[str, Any], location: str) -> str:
     value = record.get("id", location.rpartition(":")[2])
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise UserError(f"{location}: 'id' must be a text or a whole number but is {records.quote(value)}")
+        raise UserError(f"{location}: 'id' must be a text or a whole number but is {annotations.quote(value)}")
     return str(value)
 
 

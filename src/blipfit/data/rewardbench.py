@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from blipfit.data import hub, records
+from blipfit.data import annotations, hub
 from blipfit.data.images import decode_image, open_image
 from blipfit.data.question import SPLITS, Question
 from blipfit.data.write_prepared import OutputFolder, PrepareReport, Source, output_folder
@@ -94,7 +94,7 @@ def read_pairs(source: Path | str) -> list[Pair]:
         return _parse_parquet_rows(hub.read_parquet([path]), str(path))
     for file in (path / "test.jsonl", path / "data.jsonl", path):
         if file.is_file():
-            return [_parse_line(record, location, file.parent) for location, record in records.read_lines(file)]
+            return [_parse_line(record, location, file.parent) for location, record in annotations.read_lines(file)]
     raise UserError(
         f"{source} is not VL-RewardBench: give a .jsonl or .parquet file, a folder with test.jsonl or with the hub's "
         "parquet files, or `hub`"
@@ -236,7 +236,9 @@ def _parse_line(record: Mapping[str, Any], location: str, base: Path) -> Pair:
         return _parse_pair(record, None, location)
     if not isinstance(name, str):
         raise UserError(f"{location}: 'image' must be a path or null")
-    image = records.find_image([base / name], location, "image paths are relative to the file; put the images there")
+    image = annotations.find_image(
+        [base / name], location, "image paths are relative to the file; put the images there"
+    )
     return _parse_pair(record, image, location)
 
 
@@ -246,8 +248,8 @@ def _parse_pair(record: Mapping[str, Any], image: Path | bytes | None, location:
             similar = difflib.get_close_matches(key, record, n=1)
             raise UserError(f"{location}: {key!r} is missing" + (f"; rename {similar[0]!r}" if similar else ""))
     return Pair(
-        id=records.require_text(record, "id", location),
-        query=records.require_text(record, "query", location),
+        id=annotations.require_text(record, "id", location),
+        query=annotations.require_text(record, "query", location),
         responses=parse_responses(record["response"], location),
         ranking=parse_ranking(record["human_ranking"], location),
         image=image,

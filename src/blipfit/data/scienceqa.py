@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import hub, records
+from blipfit.data import annotations, hub
 from blipfit.data.images import decode_image
 from blipfit.data.prompts import format_choices
 from blipfit.data.question import SPLITS, Question
@@ -79,7 +79,7 @@ def load(folder: Path, split: str) -> list[Question]:
             f"run `blipfit prepare scienceqa --from DIR --to {folder}`"
         )
     tags = _load_tags(folder)
-    entries = records.require_list(records.read_json(file), str(file))
+    entries = annotations.require_list(annotations.read_json(file), str(file))
     questions = [_question(entry, f"{file}: entry {n}", folder, tags) for n, entry in enumerate(entries, start=1)]
     _refuse_repeated_ids(folder, split, questions)
     return questions
@@ -98,7 +98,7 @@ def _refuse_repeated_ids(folder: Path, split: str, questions: Iterable[Question]
         file = folder / ANNOTATIONS[other]
         if other == split or not file.is_file():
             continue
-        for entry in records.require_list(records.read_json(file), str(file)):
+        for entry in annotations.require_list(annotations.read_json(file), str(file)):
             if isinstance(entry, dict) and (pid := str(entry.get("question_id"))) in entry_by_id:
                 raise UserError(
                     f"{folder}: question_id {pid} is in {ANNOTATIONS[split]} and in {file.name}, so a question would "
@@ -115,12 +115,12 @@ def _official_root(source: Path) -> Path | None:
 
 def _read_official(root: Path) -> Iterator[Problem]:
     file = root / "problems.json"
-    problems = records.require_object(records.read_json(file), str(file))
+    problems = annotations.require_object(annotations.read_json(file), str(file))
     splits_file = root / "pid_splits.json"
-    splits = records.require_object(records.read_json(splits_file), str(splits_file))
+    splits = annotations.require_object(annotations.read_json(splits_file), str(splits_file))
     split_of: dict[str, str] = {}
     for split in SPLITS:
-        for pid in map(str, records.require_list(splits.get(split), f"{splits_file}: {split}")):
+        for pid in map(str, annotations.require_list(splits.get(split), f"{splits_file}: {split}")):
             if (first := split_of.get(pid)) is not None:
                 twice, both = f"{split} names problem {pid} twice", f"{first} and {split} both name problem {pid}"
                 raise UserError(f"{splits_file}: {twice if first == split else both}; name every problem only once")
@@ -128,10 +128,10 @@ def _read_official(root: Path) -> Iterator[Problem]:
             if pid not in problems:
                 raise UserError(f"{splits_file}: {split} names problem {pid}, which is not in {file}")
             location = f"{file}: problem {pid}"
-            record = records.require_object(problems[pid], location)
+            record = annotations.require_object(problems[pid], location)
             image = None
             if record.get("image"):
-                image = records.find_image(
+                image = annotations.find_image(
                     [root / "images" / split / pid / "image.png", root / split / pid / "image.png"],
                     location,
                     f"unpack {IMAGE_ZIPS}/{split}.zip there",
@@ -144,7 +144,7 @@ def _read_parquet(download: Path) -> Iterator[Problem]:
     for split in SPLITS:
         for row, record in enumerate(hub.read_rows(download, split)):
             location = f"{download}: {split} row {row}"
-            image = (records.require_object(record, location).get("image") or {}).get("bytes")
+            image = (annotations.require_object(record, location).get("image") or {}).get("bytes")
             if image is not None:
                 decode_image(image, location)
             yield Problem(f"{split}-{row}", split, record, image, location)
@@ -194,15 +194,15 @@ def _add_image(out: OutputFolder, image: Path | bytes, name: str) -> None:
 def _annotation(problem: Problem) -> dict[str, Any]:
     """Return the published annotation; its image path is relative to the folder ABOVE `scienceqa`."""
     record, location = problem.record, problem.location
-    choices = records.require_choices(record, location)
+    choices = annotations.require_choices(record, location)
     return {
         "image": f"scienceqa/images/{problem.split}/{problem.id}/image.png",
-        "question": records.require_text(record, "question", location),
-        "answer": format_choices(choices)[records.require_answer_index(record, choices, location)],
+        "question": annotations.require_text(record, "question", location),
+        "answer": format_choices(choices)[annotations.require_answer_index(record, choices, location)],
         "choices": choices,
-        "context": records.require_text(record, "hint", location)
+        "context": annotations.require_text(record, "hint", location)
         + " "
-        + records.require_text(record, "lecture", location),
+        + annotations.require_text(record, "lecture", location),
         "question_id": problem.id,
     }
 
@@ -226,35 +226,35 @@ def _check_grade(tags: Mapping[str, Any], location: str) -> None:
 def _load_tags(folder: Path) -> Mapping[str, Mapping[str, str]]:
     """Return the tags by problem id: from `prepare`'s file, else from the official file, else none."""
     if (file := folder / TAGS_FILE).is_file():
-        tags = records.require_object(records.read_json(file), str(file))
+        tags = annotations.require_object(annotations.read_json(file), str(file))
         for pid, values in tags.items():
             location = f"{file}: problem {pid}"
-            if not all(isinstance(value, str) for value in records.require_object(values, location).values()):
+            if not all(isinstance(value, str) for value in annotations.require_object(values, location).values()):
                 raise UserError(f"{location}: every tag must be text; prepare the folder again")
             _check_grade(values, location)
         return tags
     if (file := folder / "problems.json").is_file():
-        problems = records.require_object(records.read_json(file), str(file))
+        problems = annotations.require_object(annotations.read_json(file), str(file))
         locations = {pid: f"{file}: problem {pid}" for pid in problems}
-        return {pid: _tags(records.require_object(problems[pid], where), where) for pid, where in locations.items()}
+        return {pid: _tags(annotations.require_object(problems[pid], where), where) for pid, where in locations.items()}
     return {}
 
 
 def _question(entry: Any, location: str, folder: Path, tags: Mapping[str, Mapping[str, str]]) -> Question:
-    record = records.require_object(entry, location)
-    choices = records.require_choices(record, location)
-    answer = records.require_text(record, "answer", location)
+    record = annotations.require_object(entry, location)
+    choices = annotations.require_choices(record, location)
+    answer = annotations.require_text(record, "answer", location)
     if answer not in format_choices(choices):
         raise UserError(f"{location}: 'answer' is {answer!r}, which is none of {', '.join(format_choices(choices))}")
     answer_index = format_choices(choices).index(answer)
-    context = records.require_text(record, "context", location)
+    context = annotations.require_text(record, "context", location)
     if "question_id" not in record:
         raise UserError(f"{location}: 'question_id' is missing")
     pid = str(record["question_id"])
     return Question(
         id=pid,
-        image=_find_image(records.require_text(record, "image", location), folder, location),
-        question=records.require_text(record, "question", location),
+        image=_find_image(annotations.require_text(record, "image", location), folder, location),
+        question=annotations.require_text(record, "question", location),
         answer=choices[answer_index],
         choices=choices,
         answer_index=answer_index,
@@ -274,4 +274,4 @@ def _find_image(image: str, folder: Path, location: str) -> Path:
     start = image.rfind("images/")
     in_folder = [folder / image[start:]] if start >= 0 else []
     paths = [*in_folder, folder / image, folder.parent / image]
-    return records.find_image(paths, location, "put the images into the folder, or prepare it again")
+    return annotations.find_image(paths, location, "put the images into the folder, or prepare it again")

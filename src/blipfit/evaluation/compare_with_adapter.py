@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from blipfit import run as folders
+from blipfit import run_folder as folders
 from blipfit.adapters.open_model import OpenedModel
-from blipfit.data import split_checks
+from blipfit.data import text_checks
 from blipfit.evaluation import bootstrap, mme_scores, split_evaluation
 from blipfit.evaluation.evaluate_mme import evaluate_mme
 from blipfit.evaluation.evaluate_rewardbench import evaluate_rewardbench
@@ -20,7 +20,7 @@ from blipfit.evaluation.open_answers import evaluate_open_answers
 from blipfit.evaluation.split_evaluation import FeatureFunction
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
-from blipfit.run import Evaluation
+from blipfit.run_folder import Evaluation
 from blipfit.runtime import distributed
 
 BASE, TUNED = "base", "tuned"
@@ -101,7 +101,7 @@ def _task_fields(backbone: Backbone, task: EvaluationTask, settings: Settings) -
         "on": task.name,
         "split": task.split,
         "questions": len(task.encoded_split),
-        "texts": split_checks.summarize_texts(backbone.text, {task.split: task.encoded_split}),
+        "texts": text_checks.summarize_texts(backbone.text, {task.split: task.encoded_split}),
         "prompt": task.prompt,
         "prompt_example": task.encoded_split.prompted[0].prompt,
         "model": backbone.name,

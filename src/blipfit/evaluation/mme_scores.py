@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blipfit import run
+from blipfit import run_folder
 from blipfit.data.mme import (
     COGNITION,
     PERCEPTION,
@@ -105,7 +105,7 @@ def write_answers(folder: Path, questions: Sequence[Question], responses: Sequen
     if others := [s for s in SUBTASKS if s not in lines and (folder / f"{s}.txt").is_file()]:
         raise UserError(f"{folder} contains answers to other subtasks ({', '.join(others)}); give a new folder")
     for subtask, subtask_lines in lines.items():
-        run.write_text(folder / f"{subtask}.txt", "".join(subtask_lines))
+        run_folder.write_text(folder / f"{subtask}.txt", "".join(subtask_lines))
 
 
 def _to_single_line(text: str) -> str:

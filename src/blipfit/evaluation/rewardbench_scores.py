@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from blipfit.data import records
+from blipfit.data import annotations
 from blipfit.data.rewardbench import CATEGORIES, Pair, clean_query, find_category, parse_ranking, parse_responses
 from blipfit.errors import UserError
 from blipfit.evaluation.metrics import wilson_interval
@@ -112,7 +112,7 @@ def read_judgments(file: Path) -> list[Judgment]:
     meta.random_number (1: swapped). As in the official script, a line may be wrapped as `{"0": …}`, and `{"0": null}`
     is skipped. Raises UserError with file and line if a line does not follow this format.
     """
-    judgments = parse_judgments(records.read_lines(file))
+    judgments = parse_judgments(annotations.read_lines(file))
     if not judgments:
         raise UserError(f"{file} contains no judgments; give a JSONL file with one judgment per line")
     return judgments
@@ -125,12 +125,15 @@ def parse_judgments(lines: Iterable[tuple[str, dict[str, Any]]]) -> list[Judgmen
 
 
 def _parse_judgment(value: Any, location: str) -> Judgment:
-    record = records.require_object(value, location)
-    name, query = records.require_text(record, "id", location), records.require_text(record, "query", location)
+    record = annotations.require_object(value, location)
+    name, query = (
+        annotations.require_text(record, "id", location),
+        annotations.require_text(record, "query", location),
+    )
     pair = parse_responses(record.get("response"), location)
     ranks = parse_ranking(record.get("ranking", record.get("human_ranking")), location)
-    meta = records.require_object(record.get("meta"), f"{location}: 'meta'")
-    text = records.require_text(meta, "filter_choice", f"{location}: 'meta'")
+    meta = annotations.require_object(record.get("meta"), f"{location}: 'meta'")
+    text = annotations.require_text(meta, "filter_choice", f"{location}: 'meta'")
     swapped = meta.get("random_number")
     if swapped not in (0, 1):
         raise UserError(

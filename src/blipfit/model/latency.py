@@ -11,7 +11,7 @@ from torch import Tensor
 from blipfit.data.batches import PromptBatch
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 
 _WARM_UP_RUNS = 2
 
@@ -82,4 +82,4 @@ def _watch_memory(device: torch.device) -> Callable[[], int | None]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    return memory.peak_bytes if memory.reset_peak() else lambda: None
+    return cpu_memory.peak_bytes if cpu_memory.reset_peak() else lambda: None

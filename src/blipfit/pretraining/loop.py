@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blipfit.runtime import memory, onednn
+from blipfit.runtime import cpu_memory, onednn
 
 Losses = dict[str, Tensor]
 Log = Callable[[dict[str, Any]], None]
@@ -72,7 +72,7 @@ def fit(
     step = _load_state(state_file, optimizer, parameters) if state_file.exists() else 0
     end, started = min(schedule.steps, schedule.steps if until is None else until), time.monotonic()
     sums: dict[str, list[float]] = {}
-    memory.keep_freed_memory()
+    cpu_memory.keep_freed_memory()
     while step < end:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["lr_factor"]

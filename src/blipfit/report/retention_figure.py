@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.errors import UserError
-from blipfit.run import replacing
+from blipfit.run_folder import replacing
 
 
 def write(record: Mapping[str, Any], file: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 
 _lock = threading.Lock()
 _thread_state = threading.local()
@@ -103,7 +103,7 @@ def onednn_products(device: str = "cpu") -> Iterator[None]:
     if device != "cpu" or not onednn_is_faster():
         yield
         return
-    memory.keep_freed_memory()  # otherwise batched attention would get new memory pages for its scores every time
+    cpu_memory.keep_freed_memory()  # otherwise batched attention would get new memory pages for its scores every time
     _thread_state.depth = getattr(_thread_state, "depth", 0) + 1
     _count_contexts(1)
     try:

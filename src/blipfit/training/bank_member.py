@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blipfit.methods import PEFT
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training import checkpoint
 from blipfit.training.checkpoint import Progress
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from blipfit.adapters.bank import Bank
-from blipfit.data import split_checks
+from blipfit.data import text_checks
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import split_evaluation
 from blipfit.evaluation.split_evaluation import ValidationResult
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.runtime import distributed
 from blipfit.training import batch_order, checkpoint, events, record
 from blipfit.training.bank_member import Member
@@ -55,7 +55,7 @@ class BankSession:
         self.training_features, self.evaluation_features = image_features
         self.members = list(members)
         self.training = self.members[0].recipe.training
-        self.texts = split_checks.summarize_texts(backbone.text, splits)
+        self.texts = text_checks.summarize_texts(backbone.text, splits)
         self.finished: list[Finished] = []
         self.saved_at = time.monotonic()
         self._unread_losses: list[tuple[list[str], Tensor]] = []
@@ -272,8 +272,8 @@ class BankSession:
     def _describe_texts(self) -> list[str]:
         """Return sentences on the texts of all splits that the model does not read as a whole."""
         text, prompt_name = self.backbone.text, self.members[0].recipe.data.prompt
-        notes = split_checks.describe_training(self.texts["train"], text.max_text, text.max_target)
+        notes = text_checks.describe_training(self.texts["train"], text.max_text, text.max_target)
         for split in self.splits:
-            sentences = split_checks.describe_reading(self.texts[split], text.max_text, text.max_target, prompt_name)
+            sentences = text_checks.describe_reading(self.texts[split], text.max_text, text.max_target, prompt_name)
             notes += [f"{split}: {sentence}" for sentence in sentences]
         return notes

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blipfit import run
+from blipfit import run_folder
 from blipfit.errors import UserError
 
 _FILE = "state.safetensors"
@@ -42,7 +42,7 @@ class Progress:
 def save(folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Write a checkpoint. `tensors`: groups (values, best values, moments) of named tensors."""
     flat = {f"{group}/{name}": t.cpu() for group, named in tensors.items() for name, t in named.items()}
-    with run.replacing(folder / _FILE) as temporary:
+    with run_folder.replacing(folder / _FILE) as temporary:
         save_file(flat, temporary, {"progress": json.dumps(asdict(progress)), "format": "pt"})
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from blipfit.model import loading
 from blipfit.model.backbone import fingerprint, head
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.run import Run
-from blipfit.runtime import distributed, memory
+from blipfit.run_folder import Run
+from blipfit.runtime import cpu_memory, distributed
 from blipfit.training import batch_order, distillation, events, record
 from blipfit.training.bank_member import Member, group_into_banks
 from blipfit.training.bank_session import BankSession, fail_run
@@ -61,7 +61,7 @@ def train(
             if distributed.is_main() and run.state() != "finished":
                 locks.enter_context(run.lock())
         _train_members(members, model_cache, data, listener)
-    memory.release_freed_memory()
+    cpu_memory.release_freed_memory()
     return runs
 
 

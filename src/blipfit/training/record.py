@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blipfit import grid, run
+from blipfit import grid, run_folder
 from blipfit.adapters import peft_format
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.errors import UserError
 from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.runtime import distributed
 from blipfit.training.checkpoint import Progress
 
@@ -47,9 +47,9 @@ def write(
     base = peft_format.BaseModel.of(backbone, recipe.model.name)
     adapter_hash = peft_format.save(folder.adapter, recipe.adapter, state, base, recipe.training.seed)
     if ranks:
-        run.write_json(folder.ranks_file, ranks)
+        run_folder.write_json(folder.ranks_file, ranks)
     lines = [{"split": split, **record} for split, evaluation in evaluations.items() for record in evaluation.records]
-    run.write_lines(folder.predictions_file, lines)
+    run_folder.write_lines(folder.predictions_file, lines)
     total, trained = _count_parameters(backbone.hf, state), sum(counts.values())
     result = {
         "experiment": recipe.experiment,
@@ -73,12 +73,12 @@ def write(
         "seconds": round(progress.seconds, 3),
         "device": distributed.device_name(backbone.device),
         "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
-        "versions": run.versions(),
+        "versions": run_folder.versions(),
         "differs_from_published": differences(recipe),
         "history": progress.history,
         "recipe": recipe.model_dump(mode="json"),
     }
-    run.write_json(folder.result_file, result)
+    run_folder.write_json(folder.result_file, result)
     shutil.rmtree(folder.checkpoint, ignore_errors=True)  # several times as large as the adapter, not needed any more
     return result
 

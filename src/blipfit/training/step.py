@@ -13,7 +13,7 @@ from blipfit.adapters.bank import Bank
 from blipfit.data.batches import EncodedQuestion, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.runtime import distributed, memory
+from blipfit.runtime import cpu_memory, distributed
 from blipfit.runtime.compile_and_checkpoint import LayerExecution
 from blipfit.runtime.graphs import CapturedFunction
 from blipfit.training import batch_order, distillation
@@ -25,7 +25,7 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, recipes: Sequence[Recipe], encoded: Sequence[EncodedQuestion]):
         if backbone.device.type == "cpu":
-            memory.keep_freed_memory()
+            cpu_memory.keep_freed_memory()
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training

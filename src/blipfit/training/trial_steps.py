@@ -14,7 +14,7 @@ from blipfit.evaluation import split_evaluation
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 from blipfit.training import batch_order
 from blipfit.training.step import Stepper
 
@@ -47,7 +47,7 @@ def measure(
     stepper = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
-    before = memory.reset_peak()
+    before = cpu_memory.reset_peak()
     try:
         stepper = Stepper(backbone, recipes, encoded_split.encoded)
         return _take_steps(stepper, encoded_split, image_features, before)
@@ -85,7 +85,7 @@ def _take_steps(stepper: Stepper, encoded_split: EncodedSplit, image_features: I
         _wait(stepper.backbone)
         times.append(time.perf_counter() - started)
     del best
-    peak_bytes = _peak_bytes(stepper, activations.bytes, memory.peak_bytes() - before if before else 0)
+    peak_bytes = _peak_bytes(stepper, activations.bytes, cpu_memory.peak_bytes() - before if before else 0)
     evaluation_seconds = _evaluation_seconds(stepper, encoded_split, image_features)
     return Trial(stepper.bank.K, sorted(times)[len(times) // 2], peak_bytes, evaluation_seconds)
 

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import records, write_prepared
+from blipfit.data import annotations, write_prepared
 from blipfit.data.icons.draw import draw
 from blipfit.data.icons.questions import SceneQuestion, check_skills, iterate_questions
 from blipfit.data.icons.scene import Scene, make_scene
@@ -116,7 +116,7 @@ def _open_output(to: Path, settings: Mapping[str, Any]) -> Iterator[OutputFolder
     """
     settings = {"version": VERSION, **settings}
     if (to / SETTINGS_FILE).is_file():
-        previous = records.read_json(to / SETTINGS_FILE)
+        previous = annotations.read_json(to / SETTINGS_FILE)
         if previous != settings:
             raise UserError(
                 f"{to} was written with other settings ({previous}, now {settings}); delete it or choose another folder"
@@ -138,20 +138,20 @@ def load(folder: Path | str, split: str) -> list[Question]:
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}' of {folder}; expected one of {', '.join(SPLITS)}")
     file = folder / "annotations" / f"{split}.json"
-    annotations = records.require_list(records.read_json(file), str(file))
-    return [_load_question(folder, split, record, f"{file}: record {i}") for i, record in enumerate(annotations)]
+    records = annotations.require_list(annotations.read_json(file), str(file))
+    return [_load_question(folder, split, record, f"{file}: record {i}") for i, record in enumerate(records)]
 
 
 def _load_question(folder: Path, split: str, value: Any, where: str) -> Question:
     """Convert one record of an annotation file; `where` names the record in error messages."""
-    record = records.require_object(value, where)
-    pid = records.require_text(record, "id", where)
-    choices = records.require_choices(record, where)
-    index = records.require_answer_index(record, choices, where)
+    record = annotations.require_object(value, where)
+    pid = annotations.require_text(record, "id", where)
+    choices = annotations.require_choices(record, where)
+    index = annotations.require_answer_index(record, choices, where)
     file = folder / split / QUESTION_TYPE / pid / "image.png"
-    image = records.find_image([file], where, f"delete {folder} and prepare it again")
-    tags = {"skill": records.require_text(record, "skill", where)}
-    text = records.require_text(record, "question", where)
+    image = annotations.find_image([file], where, f"delete {folder} and prepare it again")
+    tags = {"skill": annotations.require_text(record, "skill", where)}
+    text = annotations.require_text(record, "question", where)
     return Question(pid, image, text, choices[index], choices, index, tags=tags)
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from blipfit.data import split_checks
+from blipfit.data import text_checks
 from blipfit.data.batches import MAX_TOKENS
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe, TrainingConfig
-from blipfit.run import Run
+from blipfit.run_folder import Run
 from blipfit.training import events, loop
 
 SHORT = ("What is it?", "a star", ("a star", "a heart"))
@@ -31,7 +31,7 @@ def build_split(backbone, rows) -> EncodedSplit:
 
 
 def test_texts_are_counted(backbone):
-    assert split_checks.count_texts(build_split(backbone, ROWS)) == {
+    assert text_checks.count_texts(build_split(backbone, ROWS)) == {
         "questions": 4,
         "cut_prompts": 1,
         "cut_qformer_prompts": 1,
@@ -41,16 +41,16 @@ def test_texts_are_counted(backbone):
         "empty_questions": 1,
         "equal_choices": 1,
     }
-    clean = split_checks.count_texts(build_split(backbone, [SHORT] * 3))
+    clean = text_checks.count_texts(build_split(backbone, [SHORT] * 3))
     assert {name for name, count in clean.items() if count} == {"questions", "choices"}
-    assert split_checks.describe_training(clean, 128, 256) == []
-    assert split_checks.describe_reading(clean, 128, 256, "vqa-v1") == []
+    assert text_checks.describe_training(clean, 128, 256) == []
+    assert text_checks.describe_reading(clean, 128, 256, "vqa-v1") == []
 
 
 def test_a_text_of_exactly_the_limit_is_not_cut(backbone):
     for words in range(100, 140):
         split = build_split(backbone, [("word " * words, "a star", ())])
-        counts, (encoded,) = split_checks.count_texts(split), split.encoded
+        counts, (encoded,) = text_checks.count_texts(split), split.encoded
         assert counts["cut_prompts"] == (len(encoded.prompt) > 128)
         whole = backbone.text.qformer(["word " * words])["input_ids"][0]
         if len(whole) <= 128:
@@ -61,23 +61,23 @@ def test_a_text_of_exactly_the_limit_is_not_cut(backbone):
 def test_answers_are_counted_as_they_are_cut(backbone):
     texts = ["star " * count for count in range(200, 300, 7)]
     split = build_split(backbone, [("What?", text, ()) for text in texts])
-    assert split_checks.count_texts(split)["cut_answers"] == backbone.text.count_truncated_answers(texts) > 0
+    assert text_checks.count_texts(split)["cut_answers"] == backbone.text.count_truncated_answers(texts) > 0
 
 
 def test_every_count_is_a_sentence(backbone):
-    counts = split_checks.count_texts(build_split(backbone, ROWS))
-    assert split_checks.describe_training(counts, 128, 256) == [
+    counts = text_checks.count_texts(build_split(backbone, ROWS))
+    assert text_checks.describe_training(counts, 128, 256) == [
         "1 of 4 prompts are longer than 128 tokens and lose their beginning in training",
         "1 of 4 answers are longer than 256 tokens and lose their end in training",
     ]
-    assert split_checks.describe_reading(counts, 128, 256, "vqa-v1") == [
+    assert text_checks.describe_reading(counts, 128, 256, "vqa-v1") == [
         "1 of 4 prompts are longer than 128 tokens of the Q-Former, which does not read their beginning",
         "2 of 8 choices are longer than 256 tokens and scored without their end",
         "1 of 4 questions are empty",
         "1 of 4 questions have two equal choices, and only the labeled one counts as right",
     ]
     # A caption needs no question.
-    assert not any("empty" in text for text in split_checks.describe_reading(counts, 128, 256, "caption-v1"))
+    assert not any("empty" in text for text in text_checks.describe_reading(counts, 128, 256, "caption-v1"))
 
 
 @pytest.mark.parametrize("length", [100_000, 1_000_000])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from blipfit import grid, run
+from blipfit import grid, run_folder
 from blipfit.errors import UserError
-from blipfit.run import Run
+from blipfit.run_folder import Run
 
 RECIPE = grid.recipe("scienceqa", 15, "tiny")
 
@@ -21,15 +21,15 @@ def test_its_place_and_states(tmp_path: Path):
     assert mine.claim(RECIPE, "questions") == "new"
     assert mine.recipe() == RECIPE
     assert mine.claim(RECIPE, "questions") == mine.state() == "new", "nothing to continue yet"
-    run.write_text(mine.checkpoint / "state.safetensors", "state")
+    run_folder.write_text(mine.checkpoint / "state.safetensors", "state")
     assert mine.claim(RECIPE, "questions") == mine.state() == "started"
     assert mine.failure() == "not finished"
-    assert run.find(tmp_path) == []
+    assert run_folder.find(tmp_path) == []
     result = {"metrics": {}, "adapter_sha256": "0"}
-    run.write_json(mine.result_file, result)
+    run_folder.write_json(mine.result_file, result)
     assert mine.claim(RECIPE, "questions") == mine.state() == "finished"
     assert mine.result() == result
-    assert run.find(tmp_path) == [mine]
+    assert run_folder.find(tmp_path) == [mine]
 
 
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path):
@@ -38,11 +38,11 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path: Path):
     mine.claim(other, "questions")
     mine.claim(RECIPE, "questions")
     assert mine.recipe() == RECIPE, "a folder in which nothing was trained is free"
-    run.write_text(mine.checkpoint / "state.safetensors", "state")
+    run_folder.write_text(mine.checkpoint / "state.safetensors", "state")
     before = mine.recipe_file.read_bytes()
     with pytest.raises(UserError, match=r"holds an unfinished run on other questions than --data has now"):
         mine.claim(RECIPE, "other questions")
-    run.write_json(mine.result_file, {})
+    run_folder.write_json(mine.result_file, {})
     with pytest.raises(UserError, match=r"training.seed is 42 there and 7 here.*another --results folder"):
         mine.claim(RECIPE.override(["training.seed=7"]), "questions")
     assert mine.recipe_file.read_bytes() == before
@@ -73,11 +73,11 @@ def test_the_log_grows_by_lines_and_is_cut_back(tmp_path: Path):
     for epoch in (1, 2, 3):
         mine.log({"epoch": epoch, "note": "naïve"})
     mine.truncate_log(lambda line: line["epoch"] < 3)
-    assert run.read_lines(mine.log_file) == [{"epoch": 1, "note": "naïve"}, {"epoch": 2, "note": "naïve"}]
+    assert run_folder.read_lines(mine.log_file) == [{"epoch": 1, "note": "naïve"}, {"epoch": 2, "note": "naïve"}]
 
 
 def _half_written(path: Path, folder: bool = False) -> None:
-    with run.replacing(path) as temporary:
+    with run_folder.replacing(path) as temporary:
         temporary.mkdir() if folder else temporary.write_text("half")
         raise RuntimeError("killed")
 
@@ -93,10 +93,10 @@ def test_what_a_kill_left_behind_goes(tmp_path: Path):
         half = mine.folder / name / "half"
         half.parent.mkdir(parents=True)
         half.write_text("half")
-    run.write_text(mine.checkpoint / "state.safetensors", "whole")
+    run_folder.write_text(mine.checkpoint / "state.safetensors", "whole")
     assert mine.claim(RECIPE, "questions") == "started"
     mine.truncate_log(lambda line: True)
-    assert run.read_lines(mine.log_file) == [{"epoch": 1}]
+    assert run_folder.read_lines(mine.log_file) == [{"epoch": 1}]
     left = sorted(path.name for path in mine.folder.rglob("*"))
     assert left == ["checkpoint", "data.json", "log.jsonl", "recipe.yaml", "state.safetensors"]
 
@@ -105,9 +105,9 @@ def test_what_a_kill_left_behind_goes(tmp_path: Path):
 def test_a_failed_write_changes_nothing(tmp_path: Path, before):
     file = tmp_path / "deep" / "x.json"
     if before:
-        run.write_text(file, before)
+        run_folder.write_text(file, before)
     with pytest.raises(TypeError):
-        run.write_json(file, {"x": object()})
+        run_folder.write_json(file, {"x": object()})
     with pytest.raises(RuntimeError, match="killed"):
         _half_written(file)
     assert (file.read_text() if file.exists() else None) == before
@@ -116,7 +116,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, before):
 
 def test_a_folder_replaces_a_full_one(tmp_path: Path):
     for content in ("one", "two"):
-        with run.replacing(tmp_path / "adapter") as temporary:
+        with run_folder.replacing(tmp_path / "adapter") as temporary:
             temporary.mkdir()
             (temporary / content).write_text(content)
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["two"]
@@ -131,21 +131,21 @@ def test_versions_are_those_that_run():
 
     import blipfit
 
-    found = run.versions()
+    found = run_folder.versions()
     assert found["blipfit"] == blipfit.__version__
     assert torch.__version__.startswith(found["torch"])
     assert found["transformers"] == transformers.__version__
 
 
 def test_a_package_without_metadata_has_an_unknown_version():
-    assert run.installed_version("a-package-that-nobody-installed") == "unknown"
-    assert run.installed_version("torch") == run.versions()["torch"] != "unknown"
+    assert run_folder.installed_version("a-package-that-nobody-installed") == "unknown"
+    assert run_folder.installed_version("torch") == run_folder.versions()["torch"] != "unknown"
 
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     run = Run(tmp_path / "icons" / "1")
     code = (
-        "import sys, time; from pathlib import Path; from blipfit.run import Run\n"
+        "import sys, time; from pathlib import Path; from blipfit.run_folder import Run\n"
         "with Run(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(run.folder)]

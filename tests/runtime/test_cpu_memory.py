@@ -6,25 +6,25 @@ from unittest import mock
 
 import pytest
 
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 
 COUNT_PAGE_FAULTS = """
 import resource, sys, torch
-from blipfit.runtime import memory
+from blipfit.runtime import cpu_memory
 if sys.argv[1] == "keep":
-    assert memory.keep_freed_memory()
+    assert cpu_memory.keep_freed_memory()
 for _ in range(20):  # until the allocator reuses freed memory
     torch.ones(8 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(8 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-memory.release_freed_memory()
+cpu_memory.release_freed_memory()
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
 """
 
 
-@pytest.mark.skipif(memory._glibc() is None, reason="only glibc can keep freed memory")
+@pytest.mark.skipif(cpu_memory._glibc() is None, reason="only glibc can keep freed memory")
 def test_kept_memory_causes_no_page_faults():
     def run(mode):
         command = [sys.executable, "-c", COUNT_PAGE_FAULTS, mode]
@@ -38,15 +38,15 @@ def test_kept_memory_causes_no_page_faults():
 
 def test_nothing_is_done_without_glibc():
     with mock.patch.object(sys, "platform", "darwin"):
-        assert memory._glibc.__wrapped__() is None
-    with mock.patch.object(memory, "_glibc", return_value=None):
-        assert memory.keep_freed_memory.__wrapped__() is False
-        memory.release_freed_memory()
+        assert cpu_memory._glibc.__wrapped__() is None
+    with mock.patch.object(cpu_memory, "_glibc", return_value=None):
+        assert cpu_memory.keep_freed_memory.__wrapped__() is False
+        cpu_memory.release_freed_memory()
 
 
-@pytest.mark.skipif(not memory.peak_bytes(), reason="only Linux reports the peak")
+@pytest.mark.skipif(not cpu_memory.peak_bytes(), reason="only Linux reports the peak")
 def test_the_peak_is_counted_from_its_reset():
-    start = memory.reset_peak()
+    start = cpu_memory.reset_peak()
     bytearray(b"1" * 50_000_000)
-    assert memory.peak_bytes() - start > 50_000_000
-    assert memory.reset_peak() < start + 25_000_000
+    assert cpu_memory.peak_bytes() - start > 50_000_000
+    assert cpu_memory.reset_peak() < start + 25_000_000

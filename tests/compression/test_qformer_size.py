@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from blipfit.compression.target_size import Size, reduce_size, resize_config, select_layers
+from blipfit.compression.qformer_size import Size, reduce_size, resize_config, select_layers
 from blipfit.errors import UserError
 from blipfit.model import shapes
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blipfit.data import records
+from blipfit.data import annotations
 from blipfit.errors import UserError
 
 
@@ -23,12 +23,12 @@ from blipfit.errors import UserError
 def test_limits_of_json(tmp_path: Path, content: str, message: str):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        records.read_json(tmp_path / "x.json")
+        annotations.read_json(tmp_path / "x.json")
 
 
 def test_both_halves_of_a_character_are_one(tmp_path: Path):
     (tmp_path / "x.json").write_text('["\\ud83d\\ude00", "\\\\ud83d"]')
-    assert records.read_json(tmp_path / "x.json") == ["\U0001f600", "\\ud83d"]
+    assert annotations.read_json(tmp_path / "x.json") == ["\U0001f600", "\\ud83d"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_both_halves_of_a_character_are_one(tmp_path: Path):
 def test_other_encodings_are_named_with_their_line(tmp_path: Path, content: bytes, line: int):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=rf"x\.jsonl:{line}: not UTF-8 text"):
-        list(records.read_lines(tmp_path / "x.jsonl"))
+        list(annotations.read_lines(tmp_path / "x.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -46,38 +46,38 @@ def test_other_encodings_are_named_with_their_line(tmp_path: Path, content: byte
 def test_one_json_value_is_not_called_invalid(tmp_path: Path, value: object, kind: str):
     (tmp_path / "x.jsonl").write_text(json.dumps(value, indent=2))
     with pytest.raises(UserError, match=rf"x\.jsonl is one JSON {kind}, .*jq -c"):
-        list(records.read_lines(tmp_path / "x.jsonl"))
+        list(annotations.read_lines(tmp_path / "x.jsonl"))
 
 
 def test_a_list_on_one_line_is_named(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text('[{"a": 1}, {"a": 2}]\n')
     with pytest.raises(UserError, match="is one JSON list"):
-        list(records.read_lines(tmp_path / "x.jsonl"))
+        list(annotations.read_lines(tmp_path / "x.jsonl"))
 
 
 def test_a_comma_between_lines_is_named(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": 1} ,\n{"a": 2}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:2: a comma follows the object; remove"):
-        list(records.read_lines(tmp_path / "x.jsonl"))
+        list(annotations.read_lines(tmp_path / "x.jsonl"))
 
 
 def test_one_object_on_one_line(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}')
-    assert [record for _, record in records.read_lines(tmp_path / "x.jsonl")] == [{"a": 1}]
+    assert [record for _, record in annotations.read_lines(tmp_path / "x.jsonl")] == [{"a": 1}]
 
 
 def test_special_files_are_not_read(tmp_path: Path):
     for path in (Path("/dev/zero"), tmp_path):
         with pytest.raises(UserError, match="is not a regular file"):
-            records.read_json(path)
+            annotations.read_json(path)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "none"])
 def test_what_cannot_exist(tmp_path: Path, name: str):
-    assert not records.exists(tmp_path / name)
+    assert not annotations.exists(tmp_path / name)
 
 
 def test_long_values_are_cut_in_messages():
-    assert records.quote("x" * 10_000) == f"'{'x' * 79}…"
-    assert len(records.quote(["x" * 10_000] * 1000)) < 90
-    assert records.quote("short") == "'short'"
+    assert annotations.quote("x" * 10_000) == f"'{'x' * 79}…"
+    assert len(annotations.quote(["x" * 10_000] * 1000)) < 90
+    assert annotations.quote("short") == "'short'"
