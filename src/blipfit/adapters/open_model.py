@@ -146,7 +146,10 @@ def _locate_run(name: str, run: Run) -> Source:
         raise UserError(f"{name} is not finished; run the same `blipfit train` again to continue it")
     digest, result = peft_format.digest(peft_format.read(run.adapter)[1]), run.result()
     if digest != result["adapter_sha256"]:
-        raise UserError(f"{run.adapter} is not the adapter that {run.result_file} was made with; train it again")
+        raise UserError(
+            f"{run.adapter} is not the adapter that {run.result_file} was made with; copy the run folder again, or "
+            "delete it and train again"
+        )
     base = peft_format.base_model(run.adapter)
     if base.name != recipe.model.name:
         raise UserError(

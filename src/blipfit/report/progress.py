@@ -48,10 +48,10 @@ class TrainingDisplay:
                 if self.console.is_terminal:
                     self.console.print(f"  {images} images", end="\r")
             case events.TrialStarted(group=group, experiments=experiments):
-                self._print(f"trial steps for {experiments} experiments: {group} …")
+                self._print(f"trial steps for {terminal.format_count(experiments, 'experiment')}: {group} …")
             case events.BankStarted(number=number, banks=banks, recipes=recipes):
                 self.bank_label = f"bank {number} of {banks}, "
-                self._print(f"bank {number} of {banks}: {len(recipes)} experiments")
+                self._print(f"bank {number} of {banks}: {terminal.format_count(len(recipes), 'experiment')}")
             case events.TrainingStarted():
                 self._start(event)
             case events.StepsDone():
