@@ -1,6 +1,8 @@
 """What a line says of an experiment."""
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from blipfit.recipe import AdapterConfig
 from blipfit.report import terminal
@@ -31,3 +33,18 @@ def test_only_methods_with_a_rank_show_one():
     assert row(qformer=("ffn",), llm=(), rank=4)[2:4] == ["QF ffn", "4"]  # as runs before there were methods
     assert row(qformer=("ffn",), llm=(), rank=4, method="dora")[2:4] == ["QF ffn · DoRA", "4"]
     assert row(qformer=("ffn",), llm=(), rank=8, method="ia3")[2:4] == ["QF ffn · (IA)³", "–"]
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch, capsys):
+    table = Table("id", "trained parameters", "accuracy")
+    table.add_row("60", "187,262,464", "88.3 [84.2–91.5]")
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=24))
+    terminal.print_record({}, False, lambda record: table)
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert ["".join(cells).replace(" ", "") for cells in zip(*lines, strict=True)] == [
+        "60",
+        "187,262,464",
+        "88.3[84.2–91.5]",
+    ]

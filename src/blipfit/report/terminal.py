@@ -26,6 +26,9 @@ def print_record(record: Any, as_json: bool, render: Callable[[Any], Any]) -> No
         return
     rendered = render(record)
     for part in rendered if isinstance(rendered, list | tuple) else (rendered,):
+        if isinstance(part, Table):  # in a narrow terminal, numbers continue on the next line instead of being cut
+            for column in part.columns:
+                column.overflow = "fold"
         console().print(part, soft_wrap=isinstance(part, str), markup=False)
 
 
