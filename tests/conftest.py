@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 import checkpoints
+from blipfit import grid
 from blipfit.model.backbone import Backbone
+from blipfit.run_folder import Run
 from blipfit.runtime import compile_and_checkpoint, onednn
+from blipfit.training import loop
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -120,3 +123,13 @@ def iconqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         (root / "annotations" / f"{split}.json").write_text(json.dumps(entries))
     return root
+
+
+@pytest.fixture
+def finished_run(small: dict[str, Path], family: str, iconqa: Path, tmp_path: Path) -> Run:
+    """Experiment 31 on a small model, trained for one epoch."""
+    changes = ["training.batch_size=2", "training.accumulation=1", "training.max_epochs=1", "data.images=off"]
+    changes += ["training.learning_rate=0.03", "training.max_target_tokens=4"]
+    recipe = grid.recipe("iconqa", 31, str(small[family])).override(changes)
+    (run,) = loop.train([recipe], iconqa, tmp_path / "results", device="cpu")
+    return run

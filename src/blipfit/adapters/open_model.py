@@ -1,6 +1,6 @@
 """The one way to open a model, a run or an adapter: `open_model("results/scienceqa/15", device)`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,11 @@ class Source:
     """Whether the user gave the model with `--model`, instead of the one that the adapter was trained on."""
     warnings: tuple[str, ...] = ()
     """Sentences for the user and for every record of results: the adapter was trained on other base weights."""
+
+
+def warning_fields(warnings: Sequence[str]) -> dict[str, list[str]]:
+    """The part of a record that holds a source's warnings; empty if there are none."""
+    return {"warnings": list(warnings)} if warnings else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +140,7 @@ def locate_adapter(folder: Path, base: ModelConfig | None = None) -> Source:
 
 
 def _locate_folder(folder: Path) -> Source:
-    digest = peft_format.digest(peft_format.read(folder)[1])
-    base = peft_format.base_model(folder)
+    digest, base = peft_format.read_identity(folder)
     return Source(str(folder), ModelConfig(name=base.name), folder, digest, trained_on=base)
 
 
@@ -144,13 +148,12 @@ def _locate_run(name: str, run: Run) -> Source:
     recipe = run.recipe()
     if run.state() != "finished":
         raise UserError(f"{name} is not finished; run the same `blipfit train` again to continue it")
-    digest, result = peft_format.digest(peft_format.read(run.adapter)[1]), run.result()
-    if digest != result["adapter_sha256"]:
+    digest, base = peft_format.read_identity(run.adapter)
+    if digest != run.result()["adapter_sha256"]:
         raise UserError(
             f"{run.adapter} is not the adapter that {run.result_file} was made with; copy the run folder again, or "
             "delete it and train again"
         )
-    base = peft_format.base_model(run.adapter)
     if base.name != recipe.model.name:
         raise UserError(
             f"{run.adapter} was trained on {base.name}, but {run.recipe_file} names {recipe.model.name}; "

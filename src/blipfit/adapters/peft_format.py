@@ -122,19 +122,14 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     return adapter, state
 
 
-def base(folder: Path) -> str:
-    """The name of the model that an adapter folder was trained on. Raises UserError as `read`."""
-    return base_model(folder).name
-
-
-def base_model(folder: Path) -> BaseModel:
-    """The model that an adapter folder was trained on. Raises UserError as `read`."""
-    read(folder)  # raises UserError if the folder is damaged
+def read_identity(folder: Path) -> tuple[str, BaseModel]:
+    """The SHA-256 of an adapter folder's tensors, and the model that it was trained on. Raises UserError as `read`."""
+    sha256 = digest(read(folder)[1])
     with safe_open(folder / TRAINED_FILE, "pt") as file:
         header = file.metadata()
     if "base" not in header:
         raise UserError(f"{folder} is damaged ({TRAINED_FILE} names no base model); copy it again or train again")
-    return BaseModel(header["base"], *(header.get(f"base_{key}") for key in ("sha256", "family", "folder")))
+    return sha256, BaseModel(header["base"], *(header.get(f"base_{key}") for key in ("sha256", "family", "folder")))
 
 
 def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit import inference
+from blipfit.adapters.open_model import warning_fields
 from blipfit.report import terminal
 
 
@@ -21,9 +22,7 @@ def run(
 
     Raises UserError if the image cannot be read or the prompt or decoding is unknown.
     """
-    record: dict[str, Any] = {"image": str(image), "question": question}
-    if model.warnings:
-        record["warnings"] = list(model.warnings)
+    record: dict[str, Any] = {"image": str(image), "question": question, **warning_fields(model.warnings)}
     if choices:
         ranking = model.rank(image, question, choices, prompt=prompt)
         listed = [

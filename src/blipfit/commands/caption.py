@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from blipfit import inference
+from blipfit.adapters.open_model import warning_fields
 from blipfit.commands.search import leave_out
 from blipfit.data.images import open_image, resize
 from blipfit.errors import UserError
@@ -31,11 +32,10 @@ def run(model: inference.Model, images: Sequence[Path], decoding: str) -> list[d
     usable = inference.select_usable(files, errors, lambda file, error: leave_out(left_out, file, error))
     texts = dict(zip(usable, model.captions([opened[file] for file in usable], decoding), strict=True))
     reasons = {Path(entry["image"]): entry["reason"] for entry in left_out}
-    warnings = {"warnings": list(model.warnings)} if model.warnings else {}
     records = []
     for file in files:
         reason = {"reason": reasons[file]} if file in reasons else {}
-        records.append({"image": str(file), "caption": texts.get(file), **reason, **warnings})
+        records.append({"image": str(file), "caption": texts.get(file), **reason, **warning_fields(model.warnings)})
     return records
 
 

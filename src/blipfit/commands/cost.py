@@ -52,8 +52,8 @@ def run(
         "adapter_bytes": _folder_bytes(run.adapter) if run else None,
         "measured": None,
     }
-    if source and source.warnings:
-        record["warnings"] = list(source.warnings)
+    if source:
+        record |= open_model.warning_fields(source.warnings)
     if device is not None:
         source = source or open_model.locate(recipe.model if recipe else name)
         model_with_adapter = open_model.load(source, device, recipe.training.precision if recipe else None)

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from blipfit.adapters import open_model
-from blipfit.adapters.open_model import Source
+from blipfit.adapters.open_model import Source, warning_fields
 from blipfit.commands import resolve_arguments
 from blipfit.data import encoded_split, text_checks
 from blipfit.data.mme import COGNITION, PERCEPTION
@@ -67,7 +67,7 @@ def _announce_warnings(source: Source) -> dict[str, list[str]]:
     screen = terminal.console(stderr=True)
     for warning in source.warnings:
         screen.print(f"warning: {warning}", soft_wrap=True, markup=False)
-    return {"warnings": list(source.warnings)} if source.warnings else {}
+    return warning_fields(source.warnings)
 
 
 def render(record: Mapping[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit import inference
+from blipfit.adapters.open_model import warning_fields
 from blipfit.data.images import open_image
 from blipfit.errors import UserError
 from blipfit.report import image_sheet
@@ -26,7 +27,7 @@ def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) 
         image_sheet.contact_sheet(images, captions).save(temporary, format="PNG")
     listed = [{"image": str(match.image), "score": match.score} for match in matches]
     record = {"text": text, "folder": str(folder), "found": listed, "left_out": left_out, "sheet": str(sheet)}
-    return record | ({"warnings": list(model.warnings)} if model.warnings else {})
+    return record | warning_fields(model.warnings)
 
 
 def leave_out(left_out: list[dict[str, str]], file: Path, error: UserError) -> None:

@@ -13,18 +13,7 @@ def hash_file(path: Path) -> str:
     Within a process, a file is read again only if its size, modification time or inode changed. Raises UserError if
     the file is missing or unreadable.
     """
-    try:
-        stat = path.stat()
-    except OSError:
-        images.read_image(path)  # raises UserError with the reason and the fix
-        raise
-    return _hash_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@cache
-def _hash_version(path: Path, size: int, modified: int, inode: int) -> str:
-    """Hash a file; size, time and inode are arguments only to be part of the cache key."""
-    return hashlib.sha256(images.read_image(path)).hexdigest()
+    return hash_image(path, "dropped")
 
 
 def hash_image(path: Path, transparency: images.Transparency) -> str:
@@ -32,16 +21,20 @@ def hash_image(path: Path, transparency: images.Transparency) -> str:
 
     Images without transparency have one hash. Raises UserError as `hash_file` does.
     """
-    file_hash = hash_file(path)
-    if transparency == "dropped" or not _is_transparent(path, file_hash):
-        return file_hash
-    return hash_on_white(file_hash)
+    try:
+        stat = path.stat()
+    except OSError:
+        images.read_image(path)  # raises UserError with the reason and the fix
+        raise
+    return _hash_version(path, transparency, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @cache
-def _is_transparent(path: Path, file_hash: str) -> bool:
-    """Read a file's header; its hash is an argument only to be part of the cache key."""
-    return images.is_transparent(images.read_image(path))
+def _hash_version(path: Path, transparency: images.Transparency, size: int, modified: int, inode: int) -> str:
+    """Hash a file; size, time and inode are arguments only to be part of the cache key."""
+    data = images.read_image(path)
+    file_hash = hashlib.sha256(data).hexdigest()
+    return hash_on_white(file_hash) if transparency == "white" and images.is_transparent(data) else file_hash
 
 
 def hash_on_white(file_hash: str) -> str:

@@ -83,23 +83,24 @@ def load(
         hf.to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
     text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start_id(hf, family), max_text, max_target)
-    return Backbone(hf, text, family, model.name, autocast=low_dtype, weight_files=local_weight_files(model))
-
-
-def local_weight_files(model: ModelConfig) -> tuple[Path, ...]:
-    """Return the weight files of a model on this machine; none if it is not downloaded yet.
-
-    Raises UserError as `locate` does, and if a folder's weights are incomplete.
-    """
-    folder, revision = locate(model)
-    path = Path(folder) if Path(folder).is_dir() else cached_folder(folder, revision)
-    return () if path is None else tuple(checkpoint_files.weight_files(path, model.name))
+    return Backbone(
+        hf, text, family, model.name, autocast=low_dtype, weight_files=_weight_files(folder, revision, model.name)
+    )
 
 
 def base_sha256(model: ModelConfig) -> str | None:
-    """Return the digest of a model's weights (`checkpoint_files.digest`), None if they are not downloaded yet."""
-    files = local_weight_files(model)
+    """Return the digest of a model's weights (`checkpoint_files.digest`), None if they are not downloaded yet.
+
+    Raises UserError as `locate` does, and if a folder's weights are incomplete.
+    """
+    files = _weight_files(*locate(model), model.name)
     return checkpoint_files.digest(files) if files else None
+
+
+def _weight_files(folder: str, revision: str | None, name: str) -> tuple[Path, ...]:
+    """Return the weight files on this machine of a model that `locate` found; none if it is not downloaded yet."""
+    path = Path(folder) if Path(folder).is_dir() else cached_folder(folder, revision)
+    return () if path is None else tuple(checkpoint_files.weight_files(path, name))
 
 
 def locate(model: ModelConfig) -> tuple[str, str | None]:

@@ -67,10 +67,11 @@ def train(
 
 def _train_members(members: Sequence[Member], model_cache: ModelCache, data: Path, listener: Listener) -> None:
     """Claim the folders of all members that are not finished, and train them."""
+    base_sha256 = {model: loading.base_sha256(model) for model in {member.recipe.model for member in members}}
     unfinished: list[Member] = []
     for member in members:
         with distributed.main_first():
-            state = member.run.claim(member.recipe, member.data_sha256, loading.base_sha256(member.recipe.model))
+            state = member.run.claim(member.recipe, member.data_sha256, base_sha256[member.recipe.model])
         if state == "finished":
             listener(events.RunSkipped(member.run, member.recipe))
             continue
