@@ -15,7 +15,7 @@ import torch
 
 import blipfit
 from benchmarks import measure
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit import grid
 from blipfit.commands.evaluate import render_on, run_on
 from blipfit.data import icons
@@ -62,9 +62,9 @@ def run(families: list[Family], root: Path) -> dict[str, Any]:
 def _prepare_data(folder: Path) -> dict[str, Path]:
     folders = {name: folder / name for name in ("rewardbench", "mme", "icons")}
     if not folders["rewardbench"].exists():
-        datasets.prepare_drawn("rewardbench", folders["rewardbench"], PAIRS, seed=1042)
+        data_sets.prepare_drawn("rewardbench", folders["rewardbench"], PAIRS, seed=1042)
     if not folders["mme"].exists():
-        datasets.prepare_drawn("mme", folders["mme"], MME_PICTURES, seed=1043)
+        data_sets.prepare_drawn("mme", folders["mme"], MME_PICTURES, seed=1043)
     icons.prepare(folders["icons"], train=2, val=2, test=QUESTIONS, seed=1044, skills=icons.PRETRAINED)
     return folders
 

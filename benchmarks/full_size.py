@@ -34,7 +34,7 @@ from blipfit.runtime import onednn
 FULL: dict[Family, str] = {"t5": "Salesforce/instructblip-flan-t5-xl", "vicuna": "Salesforce/instructblip-vicuna-7b"}
 TEXT, ANSWER, CANDIDATES = 106, 5, 4
 """Tokens of a question, tokens of an answer, and candidates per question."""
-RANKED = 32
+LORA_FIELDS = 32
 SCALES = {"full": (8, 5), "small": (4, 3), "tiny": (8, 5)}
 """Experiments in a bank, and training steps, by scale."""
 _SMALL_VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -139,7 +139,7 @@ def measure_family(
     Image.effect_noise((224, 224), 64).convert("RGB").save(picture)
     training = recipes[0].training
     train = random_questions(backbone, picture, training.batch_size * training.accumulation * steps)
-    val = random_questions(backbone, picture, RANKED)
+    val = random_questions(backbone, picture, LORA_FIELDS)
     image_features = ImageFeatures.from_backbone(backbone, "stored", folder / "store")
     image_features.prepare(train.questions)
 
@@ -163,7 +163,7 @@ def measure_family(
         "parameters": sum(p.numel() for p in backbone.hf.parameters()),
         "experiments": size,
         "steps": steps,
-        "judged": RANKED,
+        "judged": LORA_FIELDS,
         "seconds_each": per_experiment,
         "against_trainer": measure.compute_speedup(per_experiment["trainer_peft"], per_experiment["bank"]),
         "ranking": measure.compute_speedup(per_experiment["original_ranking"], per_experiment["bank_ranking"]),
@@ -182,7 +182,7 @@ def _original_side(backbone: Backbone, recipe: Recipe, encoded_split: EncodedSpl
 
     def rank() -> None:
         with torch.autocast(backbone.device.type, backbone.autocast_dtype, enabled=backbone.autocast_dtype is not None):
-            peer.rank(range(RANKED))
+            peer.rank(range(LORA_FIELDS))
 
     return rank
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import bank, full_size, measure
 from benchmarks.peers import OriginalPeer, TrainerPeer
-from blipfit.adapters import count
+from blipfit.adapters import memory_estimate, parameter_counts
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
@@ -171,10 +171,10 @@ class Sides:
 
 
 def _predict_bytes(backbone: Backbone, recipes: Sequence[Recipe]) -> int:
-    trained = [count.trained_parameters(backbone.hf, backbone.family, recipe.adapter) for recipe in recipes]
+    trained = [parameter_counts.trained_parameters(backbone.hf, backbone.family, recipe.adapter) for recipe in recipes]
     parts = {part for parameters in trained for part in parameters}
     mean = {part: sum(parameters.get(part, 0) for parameters in trained) // len(trained) for part in parts}
-    estimate = count.estimate_memory(
+    estimate = memory_estimate.estimate_memory(
         backbone.hf,
         mean,
         len(recipes),

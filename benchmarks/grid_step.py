@@ -17,7 +17,7 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 
 STEPS = 20
-RANKED = 107
+LORA_FIELDS = 107
 """Questions to rank for 320 of training: IconQA and ScienceQA have three training questions per validation question."""
 
 
@@ -26,7 +26,7 @@ def run(rounds: int = 3, experiments: int = 16) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "icons"
-        icons.prepare(data, train=16 * STEPS, val=RANKED, test=16)
+        icons.prepare(data, train=16 * STEPS, val=LORA_FIELDS, test=16)
         for family, first in measure.FIRST_LORA:
             recipes = [grid.recipe("icons", first + i, "tiny") for i in range(experiments)]
             results[family] = _measure_family(recipes, data, Path(folder) / "store", rounds)
@@ -54,7 +54,7 @@ def _measure_family(recipes: list[Recipe], data: Path, store: Path, rounds: int)
     return {
         "experiments": K,
         "steps": STEPS,
-        "judged": RANKED,
+        "judged": LORA_FIELDS,
         "seconds_each": per_experiment,
         "against_trainer": measure.compute_speedup(per_experiment["trainer_peft"], per_experiment["bank_training"]),
         "against_original": measure.compute_speedup(total("original"), total("bank")),
@@ -73,7 +73,7 @@ def _original_actions(recipes: list[Recipe], data: Path, store: Path) -> dict[st
     trainer, ranker = (OriginalPeer(backbone, _single_recipe(recipes), split) for split in (train, val))
     return {
         "original_training": lambda: trainer.train(STEPS),
-        "original_ranking": lambda: ranker.rank(range(RANKED)),
+        "original_ranking": lambda: ranker.rank(range(LORA_FIELDS)),
     }
 
 

@@ -16,8 +16,8 @@ from blipfit.data.prompts import PROMPTS, PromptedQuestion
 from blipfit.inference import wordings
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
+from blipfit.pretraining.pretrain_vision_tower import render_pixels
 from blipfit.pretraining.texts import build_question
-from blipfit.pretraining.tower import render_pixels
 from blipfit.recipe import ModelConfig
 
 PICTURES, TOP, MIN_MATCHES, BATCH = 200, 5, 5, 50

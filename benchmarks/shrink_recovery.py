@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit.commands import shrink as shrinking
 from blipfit.data import icons
 from blipfit.data.icons import icon_files
@@ -128,10 +128,10 @@ def _prepare_data(root: Path) -> dict[str, Path]:
         folders["own"].mkdir()
         prompt = get_prompt("iconqa-v1")
         for split in ("train", "val", "test"):
-            rows = [(q.image, prompt(q)) for q in datasets.load("icons", folders["icons"], split)]
+            rows = [(q.image, prompt(q)) for q in data_sets.load("icons", folders["icons"], split)]
             lines = [{"image": str(image), "question": p.prompt, "answer": p.target} for image, p in rows]
             if split == "train":
-                taught = datasets.load("mme", folders["taught"], "test")
+                taught = data_sets.load("mme", folders["taught"], "test")
                 lines += [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in taught]
             elif split == "test":
                 lines = lines[:16]  # the test at the end of training is not used

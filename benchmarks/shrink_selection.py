@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.importance import Scores
@@ -63,10 +63,10 @@ class _Comparison:
     def __init__(self, backbone: Backbone, folder: Path):
         self.backbone = backbone
         self.image_features = ImageFeatures.from_backbone(backbone, "off")
-        samples = sample_questions(datasets.load("icons", folder, "train"), 256)
+        samples = sample_questions(data_sets.load("icons", folder, "train"), 256)
         self.calibration = Calibration.from_questions(backbone, samples, "iconqa-v1", self.image_features)
         self.validation = Calibration.from_questions(
-            backbone, datasets.load("icons", folder, "val"), "iconqa-v1", self.image_features
+            backbone, data_sets.load("icons", folder, "val"), "iconqa-v1", self.image_features
         )
         self.task = load_task(backbone, "icons", folder)
         self.task_features = self.image_features.features(self.task.encoded_split.questions)

@@ -42,9 +42,9 @@ def forward(
     """
     queries = [hf.config.image_token_id] * hf.config.num_query_tokens
     causal = backbone.family == "vicuna"
-    qformer_ids, qformer_mask = _padded([q for q, _, _ in rows], backbone.text.qformer.pad_token_id)
+    qformer_ids, qformer_mask = _padded([q for q, _, _ in rows], backbone.text.qformer_tokenizer.pad_token_id)
     texts = [queries + prompt + (answer if causal else []) for _, prompt, answer in rows]
-    ids, mask = _padded(texts, backbone.text.llm.pad_token_id)
+    ids, mask = _padded(texts, backbone.text.llm_tokenizer.pad_token_id)
     labels, _ = _padded(
         [([IGNORED] * (len(queries) + len(p)) if causal else []) + answer for _, p, answer in rows], IGNORED
     )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from blipfit import __main__ as entry_point
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit import grid
 from blipfit.data import icons
 
@@ -229,7 +229,7 @@ def test_score_mme_gives_the_official_numbers(blipfit) -> None:
 
 def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(datasets.DRAWN_COUNTS, "rewardbench", 40)
+    monkeypatch.setitem(data_sets.DRAWN_COUNTS, "rewardbench", 40)
     assert "rewardbench: " in blipfit("prepare", "rewardbench", "--from", "icons", "--to", "pairs")[1]
     train = ["train", "icons", "13", "--model", "tiny", "--data", drawn, "--set", "training.max_epochs=1", "--json"]
     assert blipfit(*train)[0] == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from blipfit import grid
-from blipfit.adapters import count, placement
+from blipfit.adapters import parameter_counts, placement
 from blipfit.errors import UserError
 from blipfit.model import shapes
 
@@ -80,7 +80,7 @@ def test_baselines(name, family, batch):
     assert (r.training.batch_size, r.training.accumulation) == batch
     assert r.model.name == grid.MODELS[family]
     model = shapes.on_meta(r.model.name)
-    assert sum(count.trained_parameters(model, family, r.adapter).values()) == QFORMER_FULL[family]
+    assert sum(parameter_counts.trained_parameters(model, family, r.adapter).values()) == QFORMER_FULL[family]
 
 
 def test_recovery_learns_from_what_the_folder_was_made_from(tmp_path):
@@ -121,7 +121,8 @@ def test_trained_parameters_of_the_modules_equal_the_published(family):
         else:
             expected += rank * sum(QFORMER[part] for part in qformer) + ALWAYS + PROJECTION[family]
         assert (
-            sum(count.trained_parameters(model, family, grid.recipe("iconqa", number).adapter).values()) == expected
+            sum(parameter_counts.trained_parameters(model, family, grid.recipe("iconqa", number).adapter).values())
+            == expected
         ), number
 
 
@@ -129,9 +130,11 @@ def test_trained_parameters_of_the_modules_equal_the_published(family):
     ("number", "published"), [(28, 3_728_128), (64, 21_097_216), (15, 2_339_584), (9, 188_884_480)]
 )
 def test_published_examples(number, published):
-    family, _, _ = grid.locate(number)
+    family, _, _ = grid.split_id(number)
     r = grid.recipe("scienceqa", number)
-    assert sum(count.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
+    assert (
+        sum(parameter_counts.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
+    )
 
 
 @pytest.mark.parametrize("wrong", [0, 65, -1, "x", "1.5", "baselin"])
@@ -160,7 +163,7 @@ def test_explorations(name):
     assert r == grid.explore(name)
     assert (r.experiment, r.model.name, r.data.prompt) == (name, grid.MODELS[family], "instruction-v1")
     assert (r.evaluation.method, r.data.images) == ("generation", "stored")
-    counted = count.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter)
+    counted = parameter_counts.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter)
     language = sum(counted.get(f"llm {part}", 0) for part in LANGUAGE[family])
     whole = 8 * sum(LANGUAGE[family].values())
     share = language / whole

@@ -27,10 +27,11 @@ def test_a_new_placement_is_a_line():
 from blipfit import sublayers
 sublayers.QFORMER["self_output"] = r"qformer\\.encoder\\.layer\\.\\d+\\.attention\\.output\\.dense"
 from blipfit import grid
-from blipfit.adapters import count
+from blipfit.adapters import parameter_counts
 from blipfit.model import shapes
 recipe = grid.recipe("scienceqa", 28).override(["adapter.qformer=self_output"])
-print(count.trained_parameters(shapes.on_meta(recipe.model.name), "t5", recipe.adapter)["qformer self_output"])
+counts = parameter_counts.trained_parameters(shapes.on_meta(recipe.model.name), "t5", recipe.adapter)
+print(counts["qformer self_output"])
 print(grid.recipe("scienceqa", 28).adapter.qformer)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

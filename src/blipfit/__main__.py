@@ -14,24 +14,30 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        print(f"blipfit: {error}", file=sys.stderr)
+        _print_error(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        print("blipfit: stopped; the same command again continues where it was", file=sys.stderr)
+        _print_error("stopped; the same command again continues where it was")
         sys.exit(130)
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"blipfit: {error.filename}: {error.strerror}; choose another place or make room", file=sys.stderr)
+        _print_error(f"{error.filename}: {error.strerror}; choose another place or make room")
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             context = getattr(error, "ctx", None)
             hint = f" (see `{context.command_path} --help`)" if context else ""
-            print(f"blipfit: {error.format_message()}{hint}", file=sys.stderr)
+            _print_error(f"{error.format_message()}{hint}")
             sys.exit(2)
         raise
     sys.exit(code or 0)
+
+
+def _print_error(message: str) -> None:
+    from blipfit.report import terminal
+
+    terminal.print_error(message)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ _MAX_EPOCHS: dict[str, dict[int, int]] = {"iconqa": {6: 10, 38: 10}}
 _ICONS_RATE, _ICONS_RATE_FULL, _ICONS_EPOCHS = 2e-3, 5e-4, 3
 
 
-def locate(experiment: int) -> tuple[Family, Row, int]:
+def split_id(experiment: int) -> tuple[Family, Row, int]:
     """Language-model family, placement and rank of an experiment. Raises ValueError outside 1–64."""
     if experiment not in IDS:
         raise ValueError(f"there is no experiment {experiment}; the grid has 1 to {IDS[-1]}")
@@ -104,7 +104,7 @@ def family(experiment: str) -> Family | None:
         return BASELINES[experiment]
     if experiment in EXPLORATIONS:
         return EXPLORATIONS[experiment][0]
-    return locate(int(experiment))[0] if experiment.isdecimal() and int(experiment) in IDS else None
+    return split_id(int(experiment))[0] if experiment.isdecimal() and int(experiment) in IDS else None
 
 
 def trainable() -> list[str]:
@@ -131,7 +131,7 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
         number, family, row, rank = 0, BASELINES[str(experiment)], Row((), "full"), 8
     else:
         number = _number(experiment)
-        family, row, rank = locate(number)
+        family, row, rank = split_id(number)
     full, name = row.qformer == "full", model_name(family, model)
     rate, epochs = 2e-5 if full else 5e-4, 15
     if dataset == "icons" and name == model_name(family, "tiny"):
@@ -229,7 +229,7 @@ def recipes(dataset: str) -> Iterator[Recipe]:
 def _number(experiment: int | str) -> int:
     try:
         number = int(experiment)
-        locate(number)
+        split_id(number)
     except ValueError:
         raise UserError(
             f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}, "

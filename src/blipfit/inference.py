@@ -83,7 +83,7 @@ def load(
     torch_device = distributed.select_device(device)
     loading.low_precision_dtype(precision, torch_device)
     if adapter is None:
-        source = open_model.locate(ModelConfig(name=grid.model_name("t5", None if model is None else str(model))))
+        source = open_model.locate_model(ModelConfig(name=grid.model_name("t5", None if model is None else str(model))))
     else:
         source = open_model.locate_adapter(Path(adapter), None if model is None else ModelConfig(name=str(model)))
     opened = open_model.load(source, torch_device, precision)

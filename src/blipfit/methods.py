@@ -6,7 +6,7 @@ from typing import Any
 
 OWN = {"lora": "LoRA", "adalora": "AdaLoRA"}
 """Methods of blipfit's own bank, which trains several experiments at once, with their written names."""
-RANKED = {"rank": "r", "alpha": "lora_alpha"}
+LORA_FIELDS = {"rank": "r", "alpha": "lora_alpha"}
 """Fields of the recipe's adapter that methods of the LoRA family use, with peft's names for them."""
 
 
@@ -23,7 +23,7 @@ class PeftMethod:
     """peft's configuration class."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fixed arguments of that class."""
-    reads: Mapping[str, str] = field(default_factory=lambda: RANKED)
+    rank_fields: Mapping[str, str] = field(default_factory=lambda: LORA_FIELDS)
     """Which of the recipe's rank and alpha the method uses, with peft's names for them."""
     feedforward: str | None = None
     """Argument that lists the feed-forward layers, if the method adapts them in another way."""
@@ -40,13 +40,13 @@ PEFT: Mapping[str, PeftMethod] = {
     "dora": PeftMethod("DoRA", "LoraConfig", {"use_dora": True}, quantization=("4bit",)),
     "rslora": PeftMethod("rsLoRA", "LoraConfig", {"use_rslora": True}),
     "pissa": PeftMethod("PiSSA", "LoraConfig", {"init_lora_weights": "pissa"}, spectral=True, quantization=()),
-    "ia3": PeftMethod("(IA)³", "IA3Config", reads={}, feedforward="feedforward_modules", decays=False),
+    "ia3": PeftMethod("(IA)³", "IA3Config", rank_fields={}, feedforward="feedforward_modules", decays=False),
 }
 
 
-def ranked(method: str) -> bool:
+def has_rank(method: str) -> bool:
     """Whether a method's tensors have a rank."""
-    return method in OWN or "rank" in PEFT[method].reads
+    return method in OWN or "rank" in PEFT[method].rank_fields
 
 
 def title(method: str) -> str:

@@ -46,9 +46,10 @@ class DataConfig(Config):
     prompt: str
     """Name of the prompt with its version, e.g. `scienceqa-v1`."""
     images: Literal["stored", "shared", "off"] = "shared"
-    """`shared`: training images are augmented as published, with one ViT pass per step for the whole bank; features of
-    the other splits come from the feature store. `stored`: images are only resized, all features come from the store.
-    `off`: images are only resized, nothing is stored."""
+    """Where image features come from. `shared`: training images are augmented as published, so the ViT runs in every
+    step, once for all experiments of a bank; validation and test features are read from the feature store. `stored`:
+    images are only resized, and all features are read from the store. `off`: images are only resized, and the ViT runs
+    in every step; nothing is stored."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of every split (for trials)."""
 
@@ -154,7 +155,7 @@ class AdapterConfig(Config):
             return self
         if not self.has_lora:
             raise ValueError(f"{self.method} has no layer to adapt; choose sublayers in adapter.qformer or llm")
-        for name in [name for name in methods.RANKED if name not in methods.PEFT[self.method].reads]:
+        for name in [name for name in methods.LORA_FIELDS if name not in methods.PEFT[self.method].rank_fields]:
             value, untouched = getattr(self, name), type(self).model_fields[name].default
             if value != untouched:
                 raise ValueError(

@@ -8,8 +8,8 @@ import torch
 
 import checkpoints
 import reference
-from blipfit.adapters import count, placement
-from blipfit.adapters.adalora import Allocator, Schedule
+from blipfit.adapters import parameter_counts, placement
+from blipfit.adapters.adalora import Allocator, RankSchedule
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, Bank
 from blipfit.errors import UserError
 from blipfit.recipe import AdaLoRAConfig, AdapterConfig, TrainingConfig
@@ -247,7 +247,7 @@ def test_counted_parameters_are_those_of_the_tensors(backbone):
     counts = [bank.trained_parameters(k) for k in range(3)]
     assert [sum(c.values()) for c in counts] == [sum(t.numel() for t in bank.state(k).values()) for k in range(3)]
     bank.remove()
-    assert counts == [count.trained_parameters(backbone.hf, backbone.family, adapter) for adapter in MIXED]
+    assert counts == [parameter_counts.trained_parameters(backbone.hf, backbone.family, adapter) for adapter in MIXED]
 
 
 def test_the_budget_is_met_exactly(small):
@@ -281,7 +281,7 @@ def test_a_layer_without_gradients_loses_all_its_ranks(small):
 
 
 def test_the_schedule_falls_with_the_cube():
-    schedule = Schedule.from_config(adalora(tinit=10, tfinal=20, delta_t=7), layers=5, total=100)
+    schedule = RankSchedule.from_config(adalora(tinit=10, tfinal=20, delta_t=7), layers=5, total=100)
     assert [schedule.budget(step) for step in (1, 10, 45, 80, 100)] == [20, 20, 11, 10, 10]
     assert [step for step in range(1, 101) if schedule.is_allocation_step(step)] == [
         14,
@@ -300,9 +300,11 @@ def test_the_schedule_falls_with_the_cube():
 
 def test_the_default_schedule_depends_on_the_number_of_steps():
     adapter = AdapterConfig(method="adalora", llm=("attn",), rank=8)
-    assert Schedule.from_config(adapter, 10, 300) == Schedule(start=120, target=80, tinit=30, end=150, delta_t=10)
+    assert RankSchedule.from_config(adapter, 10, 300) == RankSchedule(
+        start=120, target=80, tinit=30, end=150, delta_t=10
+    )
 
 
 def test_a_training_that_is_too_short_is_refused():
     with pytest.raises(UserError, match=r"none of the 6 optimizer steps is left.*adapter.adalora.tinit or tfinal"):
-        Schedule.from_config(adalora(), 4, 6)
+        RankSchedule.from_config(adalora(), 4, 6)

@@ -43,7 +43,7 @@ def test_a_run_has_its_adapter_and_recipe(run):
 
 
 def test_an_adapter_folder_knows_its_base_model(run, small, family):
-    source = open_model.locate(run.adapter)
+    source = open_model.locate_model(run.adapter)
     assert (source.model.name, source.recipe) == (str(small[family]), None)
     assert source.adapter_sha256 == run.result()["adapter_sha256"]
 
@@ -66,20 +66,20 @@ def test_an_exchanged_adapter_is_refused(run):
     base = peft_format.read_identity(run.adapter)[1].name
     peft_format.save(run.adapter, adapter, state | {"query_tokens": state["query_tokens"] + 1e-3}, base)
     with pytest.raises(UserError, match=r"is not the adapter that .*result.json was made with"):
-        open_model.locate(run.folder)
+        open_model.locate_model(run.folder)
 
 
 def test_an_adapter_of_another_base_model_is_refused(run):
     adapter, state = peft_format.read(run.adapter)
     peft_format.save(run.adapter, adapter, state, "another/model")
     with pytest.raises(UserError, match=r"was trained on another/model, but .*recipe.yaml names"):
-        open_model.locate(run.folder)
+        open_model.locate_model(run.folder)
 
 
 def test_an_unfinished_run_is_refused(run):
     run.result_file.unlink()
     with pytest.raises(UserError, match="is not finished; run the same `blipfit train` again"):
-        open_model.locate(run.folder)
+        open_model.locate_model(run.folder)
 
 
 def test_a_folder_without_an_adapter_is_refused_as_one(tmp_path):
@@ -108,12 +108,12 @@ def train_beside(small, family, tmp_path, monkeypatch):
 
 def test_a_base_with_other_weights_is_refused(train_beside, iconqa, tmp_path):
     run = train_beside(iconqa)
-    assert run.result()["base_sha256"] == open_model.locate(run.folder).trained_on.sha256
+    assert run.result()["base_sha256"] == open_model.locate_model(run.folder).trained_on.sha256
     assert run.result()["base_folder"] == str(tmp_path / "base")
     change_weights(tmp_path / "base")
     for folder in (run.folder, run.adapter):
         with pytest.raises(UserError, match=r"was trained on other weights of its base model.*--model base"):
-            open_model.locate(folder)
+            open_model.locate_model(folder)
     with pytest.raises(UserError, match="with other weights of base than it has now"):
         train_beside(iconqa)
     with pytest.raises(UserError, match="other weights"):
@@ -141,11 +141,11 @@ def test_a_given_base_with_other_weights_is_a_warning_in_the_record(train_beside
 
 def test_a_relative_base_is_found_from_another_folder(train_beside, iconqa, tmp_path, monkeypatch):
     run = train_beside(iconqa)
-    assert open_model.locate(run.folder).model.name == "base"
+    assert open_model.locate_model(run.folder).model.name == "base"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert open_model.locate(run.folder).model.name == str(tmp_path / "base")
-    assert open_model.locate(run.adapter).model.name == str(tmp_path / "base")
+    assert open_model.locate_model(run.folder).model.name == str(tmp_path / "base")
+    assert open_model.locate_model(run.adapter).model.name == str(tmp_path / "base")
 
 
 def test_a_moved_base_is_one_sentence_and_can_be_given(train_beside, iconqa, tmp_path):
@@ -153,8 +153,8 @@ def test_a_moved_base_is_one_sentence_and_can_be_given(train_beside, iconqa, tmp
     (tmp_path / "base").rename(tmp_path / "other")
     for folder, name in ((run.folder, "recipe.yaml"), (run.adapter, "adapter")):
         with pytest.raises(UserError, match=rf"the base model base of .*{name} is not at .*--model"):
-            open_model.locate(folder)
-    source = open_model.locate(run.folder, ModelConfig(name=str(tmp_path / "other")))
+            open_model.locate_model(folder)
+    source = open_model.locate_model(run.folder, ModelConfig(name=str(tmp_path / "other")))
     assert source.warnings == ()
     assert source.recipe == run.recipe()
 
@@ -165,7 +165,7 @@ def test_a_run_of_an_older_version_opens_without_a_digest(run, small, family, ic
     result = run.result()
     del result["base_sha256"], result["base_folder"]
     run.result_file.write_text(json.dumps(result))
-    source = open_model.locate(run.folder)
+    source = open_model.locate_model(run.folder)
     assert (source.trained_on.sha256, source.warnings) == (None, ())
     assert evaluate.run(run.folder, iconqa, "test", "cpu")["tuned"]["accuracy"] == result["metrics"]["test"]["accuracy"]
 
@@ -174,7 +174,7 @@ def test_a_run_of_an_older_version_opens_without_a_digest(run, small, family, ic
 def test_a_damaged_result_is_one_sentence(run, text):
     run.result_file.write_text(text)
     with pytest.raises(UserError, match=r"result\.json is damaged"):
-        open_model.locate(run.folder)
+        open_model.locate_model(run.folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -187,4 +187,4 @@ def test_an_adapter_that_is_not_finite_is_refused(run, file, value):
     tensors[max(tensors)].view(-1)[0] = value
     save_file(tensors, path, header)
     with pytest.raises(UserError, match=r"the tensor \S+ is not finite"):
-        open_model.locate(run.folder)
+        open_model.locate_model(run.folder)

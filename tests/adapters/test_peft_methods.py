@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import checkpoints
 import reference
 from blipfit import methods
-from blipfit.adapters import count, peft_format, peft_methods, placement
+from blipfit.adapters import parameter_counts, peft_format, peft_methods, placement
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.peft_methods import PeftLayers
 from blipfit.errors import UserError
@@ -277,7 +277,7 @@ def test_a_method_trains_with_quantized_weights(method, quantization, capfd):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_count_is_what_a_bank_trains(backbone, method):
-    expected = count.trained_parameters(backbone.hf, backbone.family, make_adapter(method))
+    expected = parameter_counts.trained_parameters(backbone.hf, backbone.family, make_adapter(method))
     bank = Bank(backbone, [make_adapter(method)], [0])
     assert bank.trained_parameters(0) == expected
     assert bank.values.numel() == sum(expected.values())
@@ -287,7 +287,7 @@ def test_counts_of_the_published_model():
     """From shapes only. DoRA: LoRA's and a magnitude per output; (IA)³: a factor per input or output."""
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
     adapters = {m: AdapterConfig(method=m, qformer=("self_attn",), llm=("ffn",)) for m in METHODS}
-    counts = {m: count.trained_parameters(model, "t5", adapter) for m, adapter in adapters.items()}
+    counts = {m: parameter_counts.trained_parameters(model, "t5", adapter) for m, adapter in adapters.items()}
     layers = 48
     assert counts["rslora"] == counts["pissa"]
     assert counts["rslora"]["qformer self_attn"] == 8 * 36_864

@@ -68,7 +68,7 @@ def grown(tmp_path_factory, finish, small) -> Path:
     """The whole grid and the baselines, without noise."""
     results = tmp_path_factory.mktemp("results")
     for name in (*grid.IDS, *grid.BASELINES):
-        family = grid.BASELINES[name] if isinstance(name, str) else grid.locate(name)[0]
+        family = grid.BASELINES[name] if isinstance(name, str) else grid.split_id(name)[0]
         recipe = grid.recipe("iconqa", name, str(small[family]))
         finish(results, recipe, law(recipe))
     return results / "iconqa"
@@ -109,7 +109,7 @@ def test_the_grid_gives_the_law_back(grown):
 
 
 def _rank(experiment: str) -> int:
-    return grid.locate(int(experiment))[2]
+    return grid.split_id(int(experiment))[2]
 
 
 def test_the_pairs_are_all_there_are(grown):

@@ -221,4 +221,4 @@ def test_calibration_questions_are_sampled_by_seed():
 def test_a_local_model_is_located_in_its_folder(small):
     from blipfit.recipe import ModelConfig
 
-    assert checkpoint_writer.locate_checkpoint(ModelConfig(name=str(small["t5"]))) == Path(small["t5"])
+    assert checkpoint_writer.checkpoint_folder(ModelConfig(name=str(small["t5"]))) == Path(small["t5"])

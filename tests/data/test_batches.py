@@ -109,7 +109,7 @@ def test_golden_ranking_batch(text: TextEncoder, family):
 def test_an_answer_is_cut_from_the_right_and_keeps_its_end(hub_like, family):
     text = checkpoints.load(hub_like[family], max_target=4).text
     (e,) = text.encode([PromptedQuestion("Question:", "(b) owl", ("(b) owl",))])
-    assert e.target == [*OWL[family][:3], text.llm.eos_token_id]
+    assert e.target == [*OWL[family][:3], text.llm_tokenizer.eos_token_id]
     assert e.candidates == [e.target if family == "t5" else OWL[family][:4]]
 
 
@@ -122,7 +122,7 @@ def test_another_length_of_text(hub_like, family):
 def test_every_row_has_a_label(backbone):
     """T5's loss is NaN if all labels are ignored; the end token is always a label."""
     batch = backbone.text.targets(backbone.text.encode([PromptedQuestion("Question:", "", ()), SHORT]))
-    assert batch.labels_N[0] == backbone.text.llm.eos_token_id
+    assert batch.labels_N[0] == backbone.text.llm_tokenizer.eos_token_id
     assert len(batch.labels_N) == len(batch.positions_N)
 
 

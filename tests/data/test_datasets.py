@@ -33,7 +33,7 @@ def test_mistakes_are_errors_with_a_fix(prepared: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"unknown data set 'sciencqa'; did you mean 'scienceqa'\?"):
         data.load("sciencqa", prepared, "train")
     with pytest.raises(UserError, match="unknown data set 'q'; known: scienceqa, iconqa, icons, own"):
-        data.dataset("q")
+        data.get_data_set("q")
     with pytest.raises(UserError, match="unknown split 'dev'; known: train, val, test"):
         data.load("scienceqa", prepared, "dev")
     with pytest.raises(UserError, match="limit is 0"):

@@ -120,11 +120,11 @@ def test_the_manifest_describes_the_store(spec: FeatureSpec, tmp_path: Path):
 
 def test_every_field_of_the_spec_changes_the_key(spec: FeatureSpec, monkeypatch: pytest.MonkeyPatch):
     others = [
-        replace(spec, tower="0" * 64),
+        replace(spec, tower_sha256="0" * 64),
         replace(spec, size=224),
         replace(spec, shape=(257, 128)),
         replace(spec, dtype=torch.bfloat16),
-        replace(spec, computing="cuda"),
+        replace(spec, computation="cuda"),
     ]
     keys = {spec.key, *(other.key for other in others)}
     monkeypatch.setitem(feature_store.PREPROCESSING, "version", 0)

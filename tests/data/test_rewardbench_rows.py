@@ -224,7 +224,7 @@ def test_preparing_again_gives_the_same_folder(tmp_path: Path):
     for name in ("train.jsonl", "val.jsonl", "test.jsonl", "split.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     question = data.load("rewardbench", tmp_path / "one", "train")[0]
-    texts = get_prompt(data.dataset("rewardbench").prompt)(question)
+    texts = get_prompt(data.get_data_set("rewardbench").prompt)(question)
     assert texts.prompt == question.question
     assert texts.target == question.answer
     assert texts.candidates == ()

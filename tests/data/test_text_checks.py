@@ -52,7 +52,7 @@ def test_a_text_of_exactly_the_limit_is_not_cut(backbone):
         split = build_split(backbone, [("word " * words, "a star", ())])
         counts, (encoded,) = text_checks.count_texts(split), split.encoded
         assert counts["cut_prompts"] == (len(encoded.prompt) > 128)
-        whole = backbone.text.qformer(["word " * words])["input_ids"][0]
+        whole = backbone.text.qformer_tokenizer(["word " * words])["input_ids"][0]
         if len(whole) <= 128:
             assert encoded.qformer == whole
         assert counts["cut_qformer_prompts"] == (len(whole) > 128)

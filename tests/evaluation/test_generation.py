@@ -85,7 +85,7 @@ def test_generation_equals_hugging_faces_generate(backbone):
         do_sample=False,
         logits_processor=[RepetitionPenaltyLogitsProcessor(1.5)],
     )
-    assert text == backbone.text.llm.decode(expected[0][-6:], skip_special_tokens=True).strip()
+    assert text == backbone.text.llm_tokenizer.decode(expected[0][-6:], skip_special_tokens=True).strip()
     assert text
 
 
@@ -122,8 +122,10 @@ def test_sampling_follows_the_softmax():
 
 
 def test_ids_outside_the_vocabulary_are_skipped_in_decoding(backbone):
-    ids = torch.tensor([backbone.text.llm("a red star", add_special_tokens=False).input_ids])
-    special = torch.tensor([[-100, -1, len(backbone.text.llm), 10**6, backbone.text.llm.eos_token_id]])
+    ids = torch.tensor([backbone.text.llm_tokenizer("a red star", add_special_tokens=False).input_ids])
+    special = torch.tensor(
+        [[-100, -1, len(backbone.text.llm_tokenizer), 10**6, backbone.text.llm_tokenizer.eos_token_id]]
+    )
     assert backbone.text.decode(torch.cat([special[:, :3], ids, special[:, 3:]], dim=1)) == ["a red star"]
     assert backbone.text.decode(special) == [""]
 

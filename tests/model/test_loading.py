@@ -22,8 +22,8 @@ from blipfit.errors import UserError
 from blipfit.model import cost, loading, tiny
 from blipfit.model.backbone import fingerprint, head
 from blipfit.pretraining.evaluation import sample_questions
+from blipfit.pretraining.pretrain_vision_tower import render_pixels
 from blipfit.pretraining.texts import format_multiple_choice
-from blipfit.pretraining.tower import render_pixels
 from blipfit.recipe import AdapterConfig, ModelConfig
 
 
@@ -304,8 +304,8 @@ def test_a_tokenizer_of_another_class_is_refused(hub_like, tmp_path, family, whe
 
 def test_the_real_tokenizers_pass(hub_like, family):
     backbone = checkpoints.load(hub_like[family])
-    assert backbone.text.llm.vocab_size == {"t5": 32100, "vicuna": 32000}[family]
-    assert backbone.text.qformer.vocab_size == 30522
+    assert backbone.text.llm_tokenizer.vocab_size == {"t5": 32100, "vicuna": 32000}[family]
+    assert backbone.text.qformer_tokenizer.vocab_size == 30522
 
 
 _OFFLINE = """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blipfit.adapters import count
+from blipfit.adapters import parameter_counts
 from blipfit.model import shapes
 
 VIT, QFORMER = 985_952_256, 185_660_160
@@ -28,7 +28,7 @@ def test_sizes(name, family, language, projection):
     sizes = [_size(p) for p in (model.vision_model, model.qformer, model.language_projection, model.language_model)]
     assert sizes == [VIT, QFORMER, projection, language]
     assert model.query_tokens.shape == (1, 32, 768)
-    total = count.all_parameters(model)
+    total = parameter_counts.all_parameters(model)
     assert sum(total.values()) == sum(sizes) + 32 * 768
     assert total["vision"] + total["vision layer norm"] == VIT
     assert sum(n for part, n in total.items() if part.startswith("qformer")) == QFORMER

@@ -35,7 +35,7 @@ def random_texts(count: int) -> list[str]:
 
 
 def test_a_folder_with_only_a_sentencepiece_file_gives_its_ids(only_sentencepiece):
-    language = checkpoints.load(only_sentencepiece).text.llm
+    language = checkpoints.load(only_sentencepiece).text.llm_tokenizer
     expected = SentencePieceProcessor(model_file=str(MODEL))
     assert language("of the  are", add_special_tokens=False).input_ids == [310, 278, 29871, 526]
     for text in [*random_texts(500), "  two spaces first", "", " "]:

@@ -13,13 +13,10 @@ from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.model import tiny
 from blipfit.pretraining import make_miniatures
-from blipfit.pretraining.answers import AnswerModules, compute_answer_losses, compute_lookup_loss
-from blipfit.pretraining.loop import Schedule
-from blipfit.pretraining.queries import QFormerWithHeads, compute_cells_loss, read_cells
-from blipfit.pretraining.recipe import RECIPE, PretrainRecipe
-from blipfit.pretraining.tasks import HELD_OUT_WORDS, Mixture, replace_question, sample_tasks
-from blipfit.pretraining.texts import corrupt_text, select_detailed_caption
-from blipfit.pretraining.tower import (
+from blipfit.pretraining.loop import StageSchedule
+from blipfit.pretraining.pretrain_full_model import AnswerModules, compute_answer_losses, compute_lookup_loss
+from blipfit.pretraining.pretrain_qformer import QFormerWithHeads, compute_cells_loss, read_cells
+from blipfit.pretraining.pretrain_vision_tower import (
     FREE_CHANNELS,
     PATCHES_PER_SIDE,
     Tower,
@@ -27,17 +24,20 @@ from blipfit.pretraining.tower import (
     build_targets,
     render_pixels,
 )
+from blipfit.pretraining.recipe import RECIPE, PretrainRecipe
+from blipfit.pretraining.tasks import HELD_OUT_WORDS, Mixture, replace_question, sample_tasks
+from blipfit.pretraining.texts import corrupt_text, select_detailed_caption
 
 TOY = replace(
     RECIPE,
     tokenizer_scenes=60,
-    tower=Schedule(steps=8, batch=6, lr=1e-3, warmup=2),
-    queries=Schedule(steps=8, batch=4, lr=1e-3, warmup=2),
-    words=Schedule(steps=5, batch=8, lr=1e-3, warmup=2),
-    relating=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
-    answers=Schedule(steps=5, batch=4, lr=1e-3, warmup=2),
-    last=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
-    reading=Schedule(steps=4, batch=4, lr=1e-3, warmup=2),
+    tower=StageSchedule(steps=8, batch=6, lr=1e-3, warmup=2),
+    queries=StageSchedule(steps=8, batch=4, lr=1e-3, warmup=2),
+    words=StageSchedule(steps=5, batch=8, lr=1e-3, warmup=2),
+    relating=StageSchedule(steps=4, batch=4, lr=1e-3, warmup=2),
+    answers=StageSchedule(steps=5, batch=4, lr=1e-3, warmup=2),
+    last=StageSchedule(steps=4, batch=4, lr=1e-3, warmup=2),
+    reading=StageSchedule(steps=4, batch=4, lr=1e-3, warmup=2),
 )
 
 
@@ -101,7 +101,9 @@ def test_qformer_learns_what_is_in_the_cells(toy_stages):
         module = QFormerWithHeads(backbone.hf)
         if len(files) == 2:
             module.load_state_dict(load_module_weights(queries))
-        text = backbone.text.qformer(["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt")
+        text = backbone.text.qformer_tokenizer(
+            ["Question: How many shapes are there? Short answer:"] * 12, return_tensors="pt"
+        )
         with torch.no_grad():
             features = backbone.see(render_pixels(scenes))
             outputs, _ = module(features, text["input_ids"], text["attention_mask"])
@@ -112,7 +114,7 @@ def test_qformer_learns_what_is_in_the_cells(toy_stages):
 @pytest.mark.parametrize("family", ["t5", "vicuna"])
 def test_answers_are_learned(toy_stages, family):
     folder, states = toy_stages
-    recipe = replace(TOY, answers=Schedule(steps=14, batch=6, lr=2e-3, warmup=2), answers_mixture=Mixture())
+    recipe = replace(TOY, answers=StageSchedule(steps=14, batch=6, lr=2e-3, warmup=2), answers_mixture=Mixture())
     records = []
     state_file = folder / f"learn/{family}.safetensors"
     make_miniatures.train_answers(recipe, family, folder, states[family], state_file, records.append, curve_questions=0)

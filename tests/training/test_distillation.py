@@ -173,4 +173,4 @@ def test_who_cannot_teach(small, family, smaller, tmp_path):
     with pytest.raises(UserError, match=r"has 4 query tokens and .* 2, and no shrink.json"):
         distillation.teacher(recipe(smaller, small[family]), student)
     assert distillation.teacher(recipe(smaller, small[family], visual=0), student)
-    assert loading.locate(ModelConfig(name=str(smaller)))
+    assert loading.locate_checkpoint(ModelConfig(name=str(smaller)))

@@ -28,7 +28,7 @@ MEANS = ("sensitivity", "uncertainty")
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class RankSchedule:
     """How many triplets are active after each optimizer step; steps are counted from 1."""
 
     start: int
@@ -43,7 +43,7 @@ class Schedule:
     """Steps between two allocations."""
 
     @classmethod
-    def from_config(cls, adapter: AdapterConfig, layers: int, total: int) -> "Schedule":
+    def from_config(cls, adapter: AdapterConfig, layers: int, total: int) -> "RankSchedule":
         """Make the schedule for a number of adapted layers and `total` optimizer steps.
 
         Raises UserError if no step is left to reduce the budget.
@@ -79,7 +79,7 @@ class Allocator:
     """Importances, masks and penalty of a bank of AdaLoRA experiments.
 
     `totals`: the number of optimizer steps of each experiment's whole training. Raises UserError as
-    `Schedule.from_config`.
+    `RankSchedule.from_config`.
 
     Importances are exponential means of |value × gradient| and of its deviation from the first mean; an element's
     importance is their product. A triplet's score is the importance of its value, plus the mean importance of its row
@@ -90,7 +90,7 @@ class Allocator:
     def __init__(self, bank: Bank, totals: Sequence[int]):
         self.bank = bank
         self.schedules = [
-            Schedule.from_config(adapter, len(placement.lora), total)
+            RankSchedule.from_config(adapter, len(placement.lora), total)
             for adapter, placement, total in zip(bank.adapters, bank.placements, totals, strict=True)
         ]
         # Sorted by name, so that equal scores are ordered the same in every bank.

@@ -84,7 +84,7 @@ def open_model(
     `precision`: see `TrainingConfig.precision`; if absent, a run's own, else `auto`. `base`: see `locate`. The source's
     `warnings` are for the user. Raises UserError if the model cannot be loaded, and for the reasons of `locate`.
     """
-    return load(locate(name_or_run, base), device, precision)
+    return load(locate_model(name_or_run, base), device, precision)
 
 
 def load(source: Source, device: torch.device | str, precision: str | None = None) -> OpenedModel:
@@ -102,7 +102,7 @@ def load(source: Source, device: torch.device | str, precision: str | None = Non
     return OpenedModel(backbone, source)
 
 
-def locate(name_or_run: str | Path | ModelConfig, base: ModelConfig | None = None) -> Source:
+def locate_model(name_or_run: str | Path | ModelConfig, base: ModelConfig | None = None) -> Source:
     """Find out what a name stands for, and check it without loading the model.
 
     A folder with a `recipe.yaml` is a run, a folder with adapter files an adapter; everything else is a model. `base`
@@ -117,7 +117,7 @@ def locate(name_or_run: str | Path | ModelConfig, base: ModelConfig | None = Non
             return locate_adapter(folder, base)
         name_or_run = ModelConfig(name=str(name_or_run))
     model = base or name_or_run
-    loading.locate(model)
+    loading.locate_checkpoint(model)
     return Source(model.name, model)
 
 
@@ -130,7 +130,7 @@ def locate_adapter(folder: Path, base: ModelConfig | None = None) -> Source:
     if base is not None:
         name = f"tiny-{trained_on.family}" if base.name == "tiny" else base.name
         model = source.model.model_copy(update={"name": name, "revision": base.revision})
-        loading.locate(model)
+        loading.locate_checkpoint(model)
         source = replace(source, model=model, is_base_given=True)
     else:
         source = replace(source, model=_find_base(source, trained_on))
@@ -172,7 +172,7 @@ def _find_base(source: Source, base: BaseModel) -> ModelConfig:
         is_here = Path(model.name).expanduser().resolve() == Path(base.folder)
         return model if is_here else model.model_copy(update={"name": base.folder})
     try:
-        loading.locate(model)
+        loading.locate_checkpoint(model)
     except UserError as error:
         location = f"at {base.folder} " if base.folder is not None else ""
         recorded_in = source.run.recipe_file if source.run is not None else source.name

@@ -84,7 +84,7 @@ def make_config(adapter: AdapterConfig, layers: Sequence[str], **options: Any) -
     import peft
 
     method = PEFT[adapter.method]
-    arguments = {peft_name: getattr(adapter, field) for field, peft_name in method.reads.items()}
+    arguments = {peft_name: getattr(adapter, field) for field, peft_name in method.rank_fields.items()}
     if method.feedforward is not None:
         arguments[method.feedforward] = [name for name in layers if placement.is_feedforward(name)]
     return getattr(peft, method.config)(target_modules=list(layers), **arguments, **method.options, **options)

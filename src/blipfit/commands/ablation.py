@@ -111,7 +111,7 @@ def read_experiments(folder: Path) -> list[Experiment]:
 def divide_recipe(recipe: Recipe, accuracy: float) -> Experiment:
     """The factors, the fixed and the tuned fields of an experiment; `accuracy` in percent."""
     adapter, training = recipe.adapter, recipe.training
-    ranked = adapter.has_lora and methods.ranked(adapter.method)
+    ranked = adapter.has_lora and methods.has_rank(adapter.method)
     factors = {
         "qformer": "full" if adapter.qformer == "full" else frozenset(adapter.qformer),
         "llm": frozenset(adapter.llm),
@@ -130,7 +130,7 @@ def divide_recipe(recipe: Recipe, accuracy: float) -> Experiment:
 
 def find_effects(experiments: Sequence[Experiment]) -> dict[Effect, EffectPairs]:
     """All pairs by their effect, in the table's order; every single sublayer has an entry, even without pairs."""
-    effects = {Effect("added", name, ""): EffectPairs() for name in _SINGLE}
+    effects = {Effect(kind="added", what=name, against=""): EffectPairs() for name in _SINGLE}
     for first, second in combinations(experiments, 2):
         for effect, reference, changed in _compare(first, second):
             pairs = effects.setdefault(effect, EffectPairs())
@@ -173,23 +173,27 @@ def _factor_effects(factor: str, reference: Any, changed: Any) -> Iterator[Effec
     if factor in TOWERS:
         yield from _sublayer_effects(factor, reference, changed)
     elif factor == "rank" and changed == 2 * reference:
-        yield Effect("rank", "rank doubled", "")
-        yield Effect("rank", f"rank {changed}", f"rank {reference}")
+        yield Effect(kind="rank", what="rank doubled", against="")
+        yield Effect(kind="rank", what=f"rank {changed}", against=f"rank {reference}")
     elif factor == "model" and (_family(reference[0]), _family(changed[0])) == FAMILIES:
-        yield Effect("family", FAMILIES[1], FAMILIES[0])
+        yield Effect(kind="family", what=FAMILIES[1], against=FAMILIES[0])
     elif factor == "method" and _ORDER.index(reference) < _ORDER.index(changed):
-        yield Effect("method", changed, reference)
+        yield Effect(kind="method", what=changed, against=reference)
 
 
 def _sublayer_effects(tower: str, reference: Any, changed: Any) -> Iterator[Effect]:
     if reference == "full":
         return
     if changed == "full":
-        yield Effect("full", "qformer full", f"LoRA in {_join(tower, reference)}" if reference else "qformer frozen")
+        yield Effect(
+            kind="full",
+            what="qformer full",
+            against=f"LoRA in {_join(tower, reference)}" if reference else "qformer frozen",
+        )
     elif reference < changed:
-        yield Effect("added", f"{tower} {_join(tower, changed - reference)}", "")
+        yield Effect(kind="added", what=f"{tower} {_join(tower, changed - reference)}", against="")
     elif len(reference) == len(changed) == 1:
-        yield Effect("instead", f"{tower} {_join(tower, changed)}", "another alone")
+        yield Effect(kind="instead", what=f"{tower} {_join(tower, changed)}", against="another alone")
 
 
 def _join(tower: str, parts: frozenset[str]) -> str:

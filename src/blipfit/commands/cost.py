@@ -10,7 +10,7 @@ from rich.table import Table
 
 from blipfit import grid
 from blipfit import recipe as recipes
-from blipfit.adapters import count, open_model, peft_format, placement
+from blipfit.adapters import open_model, parameter_counts, peft_format, placement
 from blipfit.data.feature_store import format_bytes
 from blipfit.errors import UserError
 from blipfit.model import cost, latency, shapes
@@ -34,17 +34,17 @@ def run(
         source = open_model.locate_adapter(run.folder, None if model is None else ModelConfig(name=model))
     name = source.model.name if source else recipe.model.name if recipe else grid.model_name("t5", model or subject)
     hf = shapes.on_meta(name)
-    trained = count.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
-    stored = _stored_parameters(run) if run else trained if recipe else count.all_parameters(hf)
+    trained = parameter_counts.trained_parameters(hf, shapes.family(name), recipe.adapter) if recipe else {}
+    stored = _stored_parameters(run) if run else trained if recipe else parameter_counts.all_parameters(hf)
     record: dict[str, Any] = {
         "what": str(run.folder) if run else recipe.title if recipe else subject,
         "model": name,
         "parameters": {
             part: {"total": total, "trained": trained.get(part, 0), "stored": stored.get(part, 0)}
-            for part, total in count.all_parameters(hf).items()
+            for part, total in parameter_counts.all_parameters(hf).items()
         },
         "trained_parameters": sum(trained.values()),
-        "total_parameters": sum(count.all_parameters(hf).values()),
+        "total_parameters": sum(parameter_counts.all_parameters(hf).values()),
         "stored_parameters": sum(stored.values()),
         "lengths": asdict(lengths),
         "flops": cost.flops(hf.config, lengths),
@@ -55,7 +55,7 @@ def run(
     if source:
         record |= open_model.warning_fields(source.warnings)
     if device is not None:
-        source = source or open_model.locate(recipe.model if recipe else name)
+        source = source or open_model.locate_model(recipe.model if recipe else name)
         model_with_adapter = open_model.load(source, device, recipe.training.precision if recipe else None)
         weights = cost.weight_bytes(model_with_adapter.backbone.hf)
         with model_with_adapter.adapter() as backbone:

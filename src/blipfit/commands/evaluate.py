@@ -14,8 +14,8 @@ from blipfit.commands import resolve_arguments
 from blipfit.data import encoded_split, text_checks
 from blipfit.data.mme import COGNITION, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import compare_with_adapter, split_evaluation, text_metrics
-from blipfit.evaluation.compare_with_adapter import BASE, TUNED
+from blipfit.evaluation import evaluate_tasks, split_evaluation, text_metrics
+from blipfit.evaluation.evaluate_tasks import BASE, TUNED
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
 from blipfit.model import clip, tiny
 from blipfit.model.backbone import Backbone
@@ -66,7 +66,7 @@ def _announce_warnings(source: Source) -> dict[str, list[str]]:
     """Print a source's warnings on stderr, and return them as a part of the record."""
     screen = terminal.console(stderr=True)
     for warning in source.warnings:
-        screen.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        screen.print(f"warning: {warning}", soft_wrap=True)
     return warning_fields(source.warnings)
 
 
@@ -112,7 +112,7 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
     options = options or OnOptions()
     screen = terminal.console(stderr=True)
     base = None if options.model is None else ModelConfig(name=options.model)
-    source = open_model.locate(subject, base)
+    source = open_model.locate_model(subject, base)
     if base is not None and source.adapter is None:
         raise UserError(f"{subject} is a model without an adapter, so --model has no meaning; leave one of them out")
     folders = resolve_arguments.data_folders(on, options.data)
@@ -134,7 +134,7 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
             return source.run.evaluation(task.title)
         return Evaluation.of_model(options.results, subject, task.title)
 
-    return compare_with_adapter.compare_with_adapter(
+    return evaluate_tasks.compare_with_adapter(
         model,
         tasks,
         image_features.features,

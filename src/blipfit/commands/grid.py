@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from blipfit import grid
-from blipfit.adapters import count
+from blipfit.adapters import parameter_counts
 from blipfit.model import shapes
 from blipfit.report import terminal
 
@@ -15,9 +15,9 @@ def run() -> list[dict[str, Any]]:
     """One record per experiment; parameters are counted on the modules of the published models."""
     records = []
     for number in grid.IDS:
-        family, row, rank = grid.locate(number)
+        family, row, rank = grid.split_id(number)
         recipe = grid.recipe("scienceqa", number)
-        trained = count.trained_parameters(shapes.on_meta(recipe.model.name), family, recipe.adapter)
+        trained = parameter_counts.trained_parameters(shapes.on_meta(recipe.model.name), family, recipe.adapter)
         records.append(
             {
                 "id": number,

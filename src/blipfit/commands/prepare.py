@@ -25,7 +25,7 @@ def run(
     Raises UserError if an argument does not fit the data set, or if the source is not the official data.
     """
     target = to or Path("data") / dataset
-    data.dataset(dataset)  # an unknown name is the first thing to report
+    data.get_data_set(dataset)  # an unknown name is the first thing to report
     is_drawn = dataset == "icons" or (source == "icons" and not Path(source).exists())
     if not is_drawn and (questions is not None or seed is not None):
         drawable = f", as {dataset} is with --from icons" if dataset in data.DRAWN_COUNTS else ""

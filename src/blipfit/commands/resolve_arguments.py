@@ -52,5 +52,5 @@ def data_folders(on: str, data_option: Path | None) -> list[tuple[str, Path]]:
     if data_option is not None and len(entries) > 1:
         raise UserError("--data names one folder and --on several data sets; write --on icons=DIR,mme=DIR")
     for name in names:
-        data.dataset(name)
+        data.get_data_set(name)
     return [(name, data_folder(name, Path(folder) if folder else data_option)) for name, _, folder in entries]

@@ -37,7 +37,7 @@ def run(
     names = [base, *candidates]
     if len(set(names)) < len(names):
         raise UserError("a model is named twice; give the original once and every candidate once")
-    models = [open_model.locate(name).model.name for name in names]  # checks all before the first is evaluated
+    models = [open_model.locate_model(name).model.name for name in names]  # checks all before the first is evaluated
     folders = resolve_arguments.data_folders(on, data)
     screen = terminal.console(stderr=True)
     scores = retention.score_models(

@@ -6,7 +6,7 @@ from typing import Any
 
 from blipfit.errors import UserError
 from blipfit.evaluation import mme_scores, rewardbench_scores
-from blipfit.report import benchmark_tables
+from blipfit.report import score_tables
 
 
 def run(benchmark: str, source: Path, samples: int | None) -> dict[str, Any]:
@@ -25,4 +25,4 @@ def run(benchmark: str, source: Path, samples: int | None) -> dict[str, Any]:
 
 def render(record: Mapping[str, Any]) -> list[Any]:
     """The benchmark's own table."""
-    return benchmark_tables.mme(record) if "subtasks" in record else benchmark_tables.rewardbench(record)
+    return score_tables.mme(record) if "subtasks" in record else score_tables.rewardbench(record)

@@ -1,6 +1,5 @@
 """`blipfit search`: the images of a folder that a text describes best."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from blipfit import inference
 from blipfit.adapters.open_model import warning_fields
 from blipfit.data.images import open_image
 from blipfit.errors import UserError
-from blipfit.report import image_sheet
+from blipfit.report import image_sheet, terminal
 from blipfit.run_folder import replacing
 
 
@@ -32,7 +31,7 @@ def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) 
 
 def leave_out(left_out: list[dict[str, str]], file: Path, error: UserError) -> None:
     """Name an image that is left out on stderr, and append it to the record's list."""
-    print(f"left out: {error}", file=sys.stderr)
+    terminal.console(stderr=True).print(f"left out: {error}", soft_wrap=True)
     left_out.append({"image": str(file), "reason": str(error)})
 
 

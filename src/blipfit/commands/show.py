@@ -7,7 +7,7 @@ import yaml
 
 from blipfit import grid, methods
 from blipfit import recipe as recipes
-from blipfit.adapters import count, placement
+from blipfit.adapters import memory_estimate, parameter_counts, placement
 from blipfit.errors import UserError
 from blipfit.model import shapes
 from blipfit.recipe import DistillationConfig, Family, PerformanceConfig, Recipe
@@ -23,9 +23,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     family = shapes.family(recipe.model.name)
     _refuse_other_family(recipe, family)
     placed = placement.resolve(model, family, recipe.adapter)
-    trained, total = count.trained_parameters(model, family, recipe.adapter), count.all_parameters(model)
+    trained, total = (
+        parameter_counts.trained_parameters(model, family, recipe.adapter),
+        parameter_counts.all_parameters(model),
+    )
     training = recipe.training
-    memory = count.estimate_memory(
+    memory = memory_estimate.estimate_memory(
         model,
         trained,
         1,
@@ -92,7 +95,7 @@ def relevant_fields(recipe: Recipe) -> dict[str, Any]:
     if not recipe.adapter.has_lora:
         for name in ("method", "rank", "alpha"):
             del adapter[name]
-    elif not methods.ranked(recipe.adapter.method):
+    elif not methods.has_rank(recipe.adapter.method):
         del adapter["rank"], adapter["alpha"]
     if recipe.adapter.llm_layers is None:
         del adapter["llm_layers"]

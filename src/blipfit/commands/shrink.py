@@ -13,7 +13,7 @@ from blipfit.commands import resolve_arguments
 from blipfit.commands.cost import format_gigaflops
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
-from blipfit.compression.checkpoint_writer import locate_checkpoint, refuse_existing
+from blipfit.compression.checkpoint_writer import checkpoint_folder, refuse_existing
 from blipfit.compression.qformer_size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.compression.shrink import shrink, write_checkpoint
 from blipfit.errors import UserError
@@ -80,7 +80,7 @@ def run(
     questions = _questions(backbone, dataset, folder, count, seed) if dataset else None
     small, record = shrink(backbone, size, method, questions)  # type: ignore[arg-type]
     record |= {"dataset": dataset, "seed": seed}
-    write_checkpoint(locate_checkpoint(part), to, small, record)
+    write_checkpoint(checkpoint_folder(part), to, small, record)
     details = {name: value for name, value in record.items() if name not in ("kept", "before", "after")}
     return {"model": model, "to": str(to), **compare(backbone.hf, small), **details}
 
@@ -89,7 +89,7 @@ def _questions(backbone: Backbone, dataset: str, folder: Path | None, count: int
     source = resolve_arguments.data_folder(dataset, folder)
     sample = sample_questions(data.load(dataset, source, "train"), count, seed)
     return Calibration.from_questions(
-        backbone, sample, data.dataset(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")
+        backbone, sample, data.get_data_set(dataset).prompt, ImageFeatures.from_backbone(backbone, "off")
     )
 
 

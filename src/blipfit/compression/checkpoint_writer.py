@@ -22,12 +22,12 @@ JsonEdit = Callable[[dict[str, Any]], None]
 """Changes the content of a JSON file in place."""
 
 
-def locate_checkpoint(model: ModelConfig) -> Path:
+def checkpoint_folder(model: ModelConfig) -> Path:
     """Return the folder of a checkpoint with all its files; those that the local hub cache lacks are downloaded.
 
     Raises UserError if there is no such model.
     """
-    location, revision = loading.locate(model)
+    location, revision = loading.locate_checkpoint(model)
     if Path(location).is_dir():
         return Path(location)
     from huggingface_hub import snapshot_download

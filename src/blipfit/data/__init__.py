@@ -78,7 +78,7 @@ DRAWING_FILE = "drawn.json"
 """In a folder of a drawn data set: how it was drawn."""
 
 
-def dataset(name: str) -> DataSet:
+def get_data_set(name: str) -> DataSet:
     """Return the data set of that name. Raises UserError if there is none."""
     if name not in DATA_SETS:
         raise UserError(_unknown("data set", name, DATA_SETS))
@@ -90,7 +90,7 @@ def prepare(name: str, *args: Any, **kwargs: Any) -> Any:
 
     Raises UserError if the source is not the official data.
     """
-    return MODULES[dataset(name).name]().prepare(*args, **kwargs)
+    return MODULES[get_data_set(name).name]().prepare(*args, **kwargs)
 
 
 def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42) -> Any:
@@ -127,7 +127,7 @@ def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[
 
     Raises UserError if the folder, the split or its questions do not exist or are damaged.
     """
-    data_set = dataset(name)
+    data_set = get_data_set(name)
     if split not in SPLITS:
         raise UserError(_unknown("split", split, SPLITS))
     if limit is not None and limit < 1:

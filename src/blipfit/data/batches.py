@@ -152,10 +152,10 @@ class TextEncoder:
         max_text: int = 128,
         max_target: int = 256,
     ):
-        self.qformer, self.llm, self.family = qformer, llm, family
+        self.qformer_tokenizer, self.llm_tokenizer, self.family = qformer, llm, family
         self.decoder_start = decoder_start
         self.max_text, self.max_target = max_text, max_target
-        self.qformer.truncation_side = self.llm.truncation_side = "left"
+        self.qformer_tokenizer.truncation_side = self.llm_tokenizer.truncation_side = "left"
 
     def encode(self, prompted: Sequence[PromptedQuestion]) -> list[EncodedQuestion]:
         """Tokenize prompts, targets and candidates of questions.
@@ -168,7 +168,7 @@ class TextEncoder:
         encoded = []
         for p, qformer, prompt, prompt_cut, (target, target_is_cut) in zip(
             prompted,
-            _ids(self.qformer, prompts, truncation=True, max_length=self.max_text),
+            _ids(self.qformer_tokenizer, prompts, truncation=True, max_length=self.max_text),
             self._prompts(prompts),
             self._prompts(prompts, self.max_text),
             self._answers([p.target for p in prompted]),
@@ -195,7 +195,7 @@ class TextEncoder:
 
     def _qformer_length(self, prompt: str) -> int:
         """Return the number of the Q-Former's tokens in a whole prompt."""
-        return len(_ids(self.qformer, [prompt])[0])
+        return len(_ids(self.qformer_tokenizer, [prompt])[0])
 
     def prompts(self, encoded: Sequence[EncodedQuestion]) -> PromptBatch:
         """Return a batch of whole prompts, right-padded."""
@@ -240,41 +240,46 @@ class TextEncoder:
         Ids outside the tokenizer's vocabulary are skipped: −100 and −1, which pad labels and short beams, and ids that
         exist only because a language model's output layer is larger than the vocabulary.
         """
-        in_vocabulary = (ids_BA >= 0) & (ids_BA < len(self.llm))
+        in_vocabulary = (ids_BA >= 0) & (ids_BA < len(self.llm_tokenizer))
         rows = torch.where(in_vocabulary, ids_BA, self._pad_id).tolist()
-        return [text.strip() for text in self.llm.batch_decode(rows, skip_special_tokens=True)]
+        return [text.strip() for text in self.llm_tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def count_truncated_answers(self, texts: Sequence[str]) -> int:
         """Return how many answers are longer than `max_target` tokens and therefore lose their end."""
         limit = self.max_target - (1 if self.family == "t5" else 0)
-        return sum(len(row) > limit for row in _ids(self.llm, list(texts), add_special_tokens=False))
+        return sum(len(row) > limit for row in _ids(self.llm_tokenizer, list(texts), add_special_tokens=False))
 
     @property
     def _pad_id(self) -> int:
-        return self.llm.pad_token_id
+        return self.llm_tokenizer.pad_token_id
 
     def _pad_texts(
         self, qformer: list[list[int]], text: list[list[int]], multiple: int = 1
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pad the Q-Former's and the language model's rows; return ids and mask of each."""
-        return *_pad(qformer, self.qformer.pad_token_id, multiple), *_pad(text, self._pad_id, multiple)
+        return *_pad(qformer, self.qformer_tokenizer.pad_token_id, multiple), *_pad(text, self._pad_id, multiple)
 
     def _prompts(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
         """Tokenize prompts with `</s>` at the end (T5) or BOS at the start (causal); `limit` includes that token."""
         if self.family == "t5":
-            return _ids(self.llm, texts, truncation=limit is not None, max_length=limit)
+            return _ids(self.llm_tokenizer, texts, truncation=limit is not None, max_length=limit)
         # Whether a Llama tokenizer adds BOS depends on its configuration; the original experiments always have it.
         truncation = {"truncation": True, "max_length": limit - 1} if limit else {}
-        return [[self.llm.bos_token_id, *row] for row in _ids(self.llm, texts, add_special_tokens=False, **truncation)]
+        return [
+            [self.llm_tokenizer.bos_token_id, *row]
+            for row in _ids(self.llm_tokenizer, texts, add_special_tokens=False, **truncation)
+        ]
 
     def _answers(self, texts: list[str], add_end: bool = True) -> list[tuple[list[int], bool]]:
         """Tokenize answers without a start token, truncated from the right; truncation keeps an end token.
 
         Returns token ids and whether they are truncated.
         """
-        end = [self.llm.eos_token_id] if add_end else []
+        end = [self.llm_tokenizer.eos_token_id] if add_end else []
         limit = self.max_target - len(end)
-        return [(row[:limit] + end, len(row) > limit) for row in _ids(self.llm, texts, add_special_tokens=False)]
+        return [
+            (row[:limit] + end, len(row) > limit) for row in _ids(self.llm_tokenizer, texts, add_special_tokens=False)
+        ]
 
 
 def _check_length(kind: str, text: str, tokens: int) -> None:

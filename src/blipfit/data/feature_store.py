@@ -43,7 +43,7 @@ MANIFEST = "manifest.json"
 # A shard is written in seconds, so an older temporary folder belongs to a process that was killed.
 LEFTOVER_SECONDS = 3600.0
 
-FeatureFunction = Callable[[Tensor], Tensor]
+ComputeFeatures = Callable[[Tensor], Tensor]
 """Pixels `B × 3 × S × S` → features `B × P × D`, any dtype and device; must be deterministic."""
 
 
@@ -56,32 +56,32 @@ def default_folder() -> Path:
 class FeatureSpec:
     """Everything that features depend on except the image; equal specs share one store."""
 
-    tower: str
+    tower_sha256: str
     """SHA-256 of the vision tower's weights and settings, without the trained layer norm at its end."""
-    size: int
+    image_size: int
     """S: pixels per side."""
     shape: tuple[int, int]
     """P × D."""
     dtype: torch.dtype
     """Stored dtype: float16 or bfloat16."""
-    computing: str
+    computation: str
     """How the tower is run, as far as it can change the last bits: device, images per pass, matmul precision."""
 
-    def record(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the spec as JSON values, as the manifest stores it."""
         return {
             "format": FORMAT,
-            "tower": self.tower,
-            "preprocessing": PREPROCESSING | {"size": self.size},
+            "tower": self.tower_sha256,
+            "preprocessing": PREPROCESSING | {"size": self.image_size},
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "computing": self.computing,
+            "computing": self.computation,
         }
 
     @property
     def key(self) -> str:
         """The name of the store's folder: 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hash_files(paths: Iterable[Path], transparency: images.Transparency = "dropped") -> dict[str, Path]:
@@ -180,7 +180,7 @@ class FeatureStore:
     def build(
         self,
         files: Mapping[str, Path],
-        see: FeatureFunction,
+        see: ComputeFeatures,
         batch_size: int = VISION_BATCH_SIZE,
         progress: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -206,7 +206,7 @@ class FeatureStore:
                 self._open_shard(pending.result())
 
     def compare(
-        self, files: Mapping[str, Path], see: FeatureFunction, batch_size: int = VISION_BATCH_SIZE
+        self, files: Mapping[str, Path], see: ComputeFeatures, batch_size: int = VISION_BATCH_SIZE
     ) -> Comparison:
         """Compute features again and compare them with the stored ones, bit by bit.
 
@@ -214,7 +214,7 @@ class FeatureStore:
         """
         different, largest = [], 0.0
         for block in _split(list(files), batch_size):
-            pixels = _load_pixels([(image, files[image]) for image in block], self.spec.size, batch_size)
+            pixels = _load_pixels([(image, files[image]) for image in block], self.spec.image_size, batch_size)
             computed = see(pixels)[: len(block)].to(self.spec.dtype).cpu()
             stored = self.read(block)
             unequal = (computed.view(torch.int16) != stored.view(torch.int16)).flatten(1).any(1).tolist()
@@ -226,7 +226,7 @@ class FeatureStore:
         self,
         missing: Sequence[str],
         files: Mapping[str, Path],
-        see: FeatureFunction,
+        see: ComputeFeatures,
         batch_size: int,
         progress: Callable[[int], None],
     ) -> Iterator[tuple[list[str], Tensor]]:
@@ -247,7 +247,7 @@ class FeatureStore:
         def prepare(block: tuple[list[str], int]) -> tuple[list[str], int, Tensor]:
             chunk, start = block
             block_files = [(image, files[image]) for image in chunk[start : start + batch_size]]
-            return chunk, start, _load_pixels(block_files, self.spec.size, batch_size)
+            return chunk, start, _load_pixels(block_files, self.spec.image_size, batch_size)
 
         threads = thread_count()
         for chunk, start, pixels in prefetch(batches_to_compute(), prepare, threads=threads, depth=threads):
@@ -309,7 +309,7 @@ def _create(home: Path, spec: FeatureSpec, model: str) -> None:
         {
             "what": "image features of a frozen vision tower, kept by blipfit; safe to delete, they are computed again",
             "model": model,
-            **spec.record(),
+            **spec.to_json(),
             "bytes_per_image": estimate_bytes(1, spec.shape),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -319,7 +319,7 @@ def _create(home: Path, spec: FeatureSpec, model: str) -> None:
 
 
 def _require_same_spec(home: Path, spec: FeatureSpec) -> None:
-    manifest, expected = read_json(home / MANIFEST), spec.record()
+    manifest, expected = read_json(home / MANIFEST), spec.to_json()
     if not isinstance(manifest, dict) or any(manifest.get(name) != value for name, value in expected.items()):
         raise UserError(f"{home / MANIFEST} describes other features than its folder's name: delete {home}")
 

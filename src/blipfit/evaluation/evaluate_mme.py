@@ -4,16 +4,14 @@ from dataclasses import replace
 
 from blipfit.evaluation import generation, mme_scores
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
-from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
+from blipfit.evaluation.split_evaluation import GetFeatures, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 MAX_ANSWER_TOKENS = 10
 """The official rule reads only the first four characters of an answer."""
 
 
-def evaluate_mme(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
-) -> TaskResult:
+def evaluate_mme(backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings) -> TaskResult:
     """Answer MME's questions by greedy decoding and score the answers."""
     encoded_split = task.encoded_split
     (responses,) = generation.generate(

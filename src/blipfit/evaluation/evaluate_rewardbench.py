@@ -8,12 +8,12 @@ from blipfit.data.rewardbench import Pair
 from blipfit.evaluation import generation, ranking, rewardbench_scores
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult
 from blipfit.evaluation.open_answers import evaluate_open_answers
-from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
+from blipfit.evaluation.split_evaluation import GetFeatures, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 
 def evaluate_rewardbench(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+    backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings
 ) -> TaskResult:
     """Compare the likelihoods of the two responses of every pair, and evaluate the model's own answer to the query.
 
@@ -59,7 +59,7 @@ def _pair_value(pair: Pair, scores: tuple[float, float]) -> float:
 
 
 def _generate_judgments(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+    backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Generate `settings.samples` judgments of every pair in each order; return their score and their records."""
     judgments, records = [], []

@@ -3,13 +3,13 @@
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import bootstrap, clip_score, split_evaluation
 from blipfit.evaluation.evaluation_task import Settings, TaskResult, percent_values
-from blipfit.evaluation.split_evaluation import FeatureFunction
+from blipfit.evaluation.split_evaluation import GetFeatures
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 
 
 def evaluate_open_answers(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, settings: Settings
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, settings: Settings
 ) -> TaskResult:
     """Generate an answer to every question and compare it with the reference answer and, with a CLIP, the image.
 

@@ -17,9 +17,9 @@ import torch
 
 from blipfit.adapters import open_model
 from blipfit.evaluation import bootstrap, ranking
-from blipfit.evaluation.compare_with_adapter import evaluate_task
+from blipfit.evaluation.evaluate_tasks import evaluate_task
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
-from blipfit.evaluation.split_evaluation import FeatureFunction, build_feature_lookup
+from blipfit.evaluation.split_evaluation import GetFeatures, build_feature_lookup
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 
@@ -35,9 +35,7 @@ class SampleScores:
     """Expected score of a random answer, 0 to 1 per sample."""
 
 
-def score_task(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
-) -> SampleScores:
+def score_task(backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings) -> SampleScores:
     """Evaluate the model on one data set; return a score per sample."""
     sample_ids = [question.id for question in task.encoded_split.questions]
     if task.name == "rewardbench":
@@ -52,9 +50,7 @@ def score_task(
     return SampleScores(sample_ids, scores, [1 / count for count in candidates])
 
 
-def _score_pairs(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, batch_size: int
-) -> list[float]:
+def _score_pairs(backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, batch_size: int) -> list[float]:
     """Return 1 for a pair if its preferred response is the likelier one, 0.5 if both are equal, else 0."""
     features_at = build_feature_lookup(task.encoded_split, get_features)
     (ranked,) = ranking.rank(backbone, task.encoded_split.encoded, features_at, batch_size)

@@ -23,7 +23,7 @@ from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 from blipfit.runtime import distributed
 
-FeatureFunction = Callable[[Sequence[Question]], torch.Tensor]
+GetFeatures = Callable[[Sequence[Question]], torch.Tensor]
 """Returns the image features `B × P × D` of `B` questions."""
 
 
@@ -65,7 +65,7 @@ class SplitEvaluation:
 
 
 def validate(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
 ) -> list[ValidationResult]:
     """Compute the score that selects the best epoch, one result per experiment.
 
@@ -87,7 +87,7 @@ def validate(
 
 
 def evaluate_split(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
 ) -> list[SplitEvaluation]:
     """Evaluate every experiment on a split, with all records and metrics; one result per experiment."""
     backbone.hf.eval()
@@ -125,7 +125,7 @@ def check_evaluation(config: EvaluationConfig, name: str, splits: Mapping[str, S
 
 @torch.no_grad()
 def compute_losses(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, batch_size: int
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, batch_size: int
 ) -> list[float]:
     """Compute the mean negative log-likelihood per label token, one value per experiment.
 
@@ -147,7 +147,7 @@ def compute_losses(
 def find_non_finite_losses(
     backbone: Backbone,
     encoded_split: EncodedSplit,
-    get_features: FeatureFunction,
+    get_features: GetFeatures,
     batch_size: int,
     losses: Sequence[float],
 ) -> list[str | None]:
@@ -171,7 +171,7 @@ def find_non_finite_losses(
 
 
 def _non_finite_experiments(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, rows: Sequence[int]
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, rows: Sequence[int]
 ) -> set[int]:
     """Return the experiments whose loss on these questions is NaN or infinite."""
     batch = backbone.text.targets([encoded_split.encoded[i] for i in rows]).to(backbone.device)
@@ -180,7 +180,7 @@ def _non_finite_experiments(
 
 
 def generate_texts(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
 ) -> list[list[str]]:
     """Generate an answer to every question; one list of answers per experiment."""
     return generation.generate(
@@ -193,14 +193,14 @@ def generate_texts(
 
 
 def build_feature_lookup(
-    encoded_split: EncodedSplit, get_features: FeatureFunction
+    encoded_split: EncodedSplit, get_features: GetFeatures
 ) -> Callable[[Sequence[int]], torch.Tensor]:
     """Return a function that gives the image features `B × P × D` of questions by their indices in the split."""
     return lambda indices: get_features([encoded_split.questions[i] for i in indices])
 
 
 def _rank(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: FeatureFunction, config: EvaluationConfig
+    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
 ) -> list[list[QuestionScores]]:
     features_at = build_feature_lookup(encoded_split, get_features)
     return ranking.rank(backbone, encoded_split.encoded, features_at, config.batch_size)

@@ -211,7 +211,10 @@ class Backbone:
         The ids do not include the prompt. T5's rows start with its start token. Shorter rows are padded on the right.
         """
         # The configurations of published copies disagree about these ids, so the tokenizer's are used.
-        ids = {"eos_token_id": self.text.llm.eos_token_id, "pad_token_id": self.text.llm.pad_token_id}
+        ids = {
+            "eos_token_id": self.text.llm_tokenizer.eos_token_id,
+            "pad_token_id": self.text.llm_tokenizer.pad_token_id,
+        }
         with self.arithmetic():
             inputs, mask = self._language_inputs(visual, batch)
             if self.family == "vicuna":

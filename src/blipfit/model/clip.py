@@ -37,7 +37,7 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    folder = locate(name)
+    folder = locate_clip(name)
     if Path(folder).is_dir():
         checkpoint_files.check(Path(folder), name)
     try:
@@ -61,7 +61,7 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     return Clip(name, model.eval().to(device), tokenizer, processor)
 
 
-def locate(name: str) -> str:
+def locate_clip(name: str) -> str:
     """Return where to load a CLIP from: a folder or a hub name.
 
     Raises UserError if the name is unknown, or if the hub cannot be reached and its cache does not hold the model.

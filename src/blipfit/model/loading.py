@@ -62,7 +62,7 @@ def load(
     """
     device = torch.device(device)
     low_dtype = low_precision_dtype(precision, device)
-    folder, revision = locate(model)
+    folder, revision = locate_checkpoint(model)
     if Path(folder).is_dir():
         checkpoint_files.check(Path(folder), model.name, build_on_meta)
     with quiet():
@@ -93,7 +93,7 @@ def base_sha256(model: ModelConfig) -> str | None:
 
     Raises UserError as `locate` does, and if a folder's weights are incomplete.
     """
-    files = _weight_files(*locate(model), model.name)
+    files = _weight_files(*locate_checkpoint(model), model.name)
     return checkpoint_files.digest(files) if files else None
 
 
@@ -103,7 +103,7 @@ def _weight_files(folder: str, revision: str | None, name: str) -> tuple[Path, .
     return () if path is None else tuple(checkpoint_files.weight_files(path, name))
 
 
-def locate(model: ModelConfig) -> tuple[str, str | None]:
+def locate_checkpoint(model: ModelConfig) -> tuple[str, str | None]:
     """Return where to load a model from: a folder and None, or a hub name and its revision.
 
     Raises UserError if the name is unknown, or if the hub cannot be reached and its cache does not hold the model.

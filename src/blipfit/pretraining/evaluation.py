@@ -12,15 +12,15 @@ from torch import Tensor
 from blipfit.data import icons
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.model.backbone import Backbone
+from blipfit.pretraining.pretrain_vision_tower import render_pixels
 from blipfit.pretraining.texts import format_multiple_choice
-from blipfit.pretraining.tower import render_pixels
 
 BATCH = 64
 Picture = Literal["own", "blank", "swapped"]
 
 
 @dataclass(frozen=True)
-class SplitEvaluation:
+class QuestionResults:
     """Results on multiple-choice questions, one row per question."""
 
     skills: tuple[str, ...]
@@ -57,7 +57,7 @@ def evaluate_questions(
     *,
     generate: bool = False,
     picture: Picture = "own",
-) -> SplitEvaluation:
+) -> QuestionResults:
     """Answer questions by ranking, or by generation, where only the exact text is right, such as `(b) red`.
 
     `picture`: the question's "own", a "blank" one (uniform gray), or "swapped" with that of the next question of the
@@ -78,7 +78,7 @@ def evaluate_questions(
         right += answer(backbone, features, [format_multiple_choice(question) for _, question in rows])
     skills = tuple(question.skill for _, question in questions)
     chances = tuple(1 / len(question.choices) for _, question in questions)
-    return SplitEvaluation(skills, chances, tuple(right))
+    return QuestionResults(skills, chances, tuple(right))
 
 
 def _answer_by_ranking(backbone: Backbone, features: Tensor, tasks: list[PromptedQuestion]) -> list[bool]:
@@ -97,7 +97,7 @@ def _generate(
 ) -> list[str]:
     batch = backbone.text.prompts(backbone.text.encode(tasks))
     ids = backbone.generate(backbone.query(features, batch), batch, max_new_tokens=max_new_tokens, do_sample=False)
-    return [text.strip() for text in backbone.text.llm.batch_decode(ids, skip_special_tokens=True)]
+    return [text.strip() for text in backbone.text.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()

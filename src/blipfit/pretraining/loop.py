@@ -27,7 +27,7 @@ LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StageSchedule:
     """The length and learning rate of a stage: linear warm-up to `lr` over `warmup` steps, then a half cosine to 0."""
 
     steps: int
@@ -49,7 +49,7 @@ class Schedule:
 def fit(
     module: nn.Module,
     losses_at: Callable[[int], Losses],
-    schedule: Schedule,
+    schedule: StageSchedule,
     state_file: Path,
     log: Log,
     *,

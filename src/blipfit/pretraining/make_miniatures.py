@@ -26,19 +26,25 @@ from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
 from blipfit.model import loading, tiny, tiny_tokenizers
 from blipfit.model.backbone import Backbone
-from blipfit.pretraining.answers import (
+from blipfit.pretraining.evaluation import evaluate_miniature, evaluate_questions, sample_questions
+from blipfit.pretraining.loop import Log, Losses, StageSchedule, fit, open_log
+from blipfit.pretraining.pretrain_full_model import (
     AnswerModules,
     compute_answer_losses,
     compute_lookup_loss,
     initialize_attention,
 )
-from blipfit.pretraining.evaluation import evaluate_miniature, evaluate_questions, sample_questions
-from blipfit.pretraining.loop import Log, Losses, Schedule, fit, open_log
-from blipfit.pretraining.queries import QFormerWithHeads, compute_query_losses
+from blipfit.pretraining.pretrain_qformer import QFormerWithHeads, compute_query_losses
+from blipfit.pretraining.pretrain_vision_tower import (
+    Tower,
+    build_batch,
+    clear_free_channels,
+    copy_to_clip,
+    evaluate_tower,
+)
 from blipfit.pretraining.recipe import RECIPE, PretrainRecipe
 from blipfit.pretraining.tasks import Mixture
 from blipfit.pretraining.texts import iterate_texts
-from blipfit.pretraining.tower import Tower, build_batch, clear_free_channels, copy_to_clip, evaluate_tower
 from blipfit.recipe import ModelConfig
 
 
@@ -183,7 +189,7 @@ def _fit_queries(
     recipe: PretrainRecipe,
     backbone: Backbone,
     module: QFormerWithHeads,
-    schedule: Schedule,
+    schedule: StageSchedule,
     mixture: Mixture,
     first: int,
     state_file: Path,
@@ -194,7 +200,7 @@ def _fit_queries(
 
     def losses_at(step: int) -> Losses:
         return compute_query_losses(
-            backbone.hf, module, backbone.text.qformer, recipe.seed, first + step, schedule.batch, mixture
+            backbone.hf, module, backbone.text.qformer_tokenizer, recipe.seed, first + step, schedule.batch, mixture
         )
 
     fit(module, losses_at, schedule, state_file, log, until=until)
@@ -243,7 +249,7 @@ def train_answers(
         modules.queries.requires_grad_(qformer_factor > 0)
 
         def losses_at(
-            step: int, schedule: Schedule = schedule, mixture: Mixture = mixture, first: int = first
+            step: int, schedule: StageSchedule = schedule, mixture: Mixture = mixture, first: int = first
         ) -> Losses:
             backbone.hf.train()
             return compute_answer_losses(backbone, modules, recipe.seed, first + step, schedule.batch, mixture)

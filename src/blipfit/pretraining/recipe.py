@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from blipfit.data import icons
-from blipfit.pretraining.loop import Schedule
+from blipfit.pretraining.loop import StageSchedule
 from blipfit.pretraining.tasks import Mixture
 
 # Skills about single icons, clocks and number lines: what the Q-Former learns first.
@@ -105,29 +105,29 @@ class PretrainRecipe:
     llama_vocabulary: int = 1408
     bert_vocabulary: int = 1024
     clip_vocabulary: int = 1024
-    tower: Schedule = field(default_factory=lambda: Schedule(steps=1000, batch=64, lr=1.5e-3))
+    tower: StageSchedule = field(default_factory=lambda: StageSchedule(steps=1000, batch=64, lr=1.5e-3))
     """Stage 1, vision tower and CLIP; `batch` counts pictures."""
     false_captions: int = 1
     """Captions with a false word for every picture of stage 1."""
 
-    queries: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
+    queries: StageSchedule = field(default_factory=lambda: StageSchedule(steps=3000, batch=16, lr=1.5e-3))
     """Stage 2, the Q-Former without a language model; `batch` counts pictures."""
     queries_mixture: Mixture = QUERIES_MIXTURE
-    relating: Schedule = field(default_factory=lambda: Schedule(steps=3000, batch=16, lr=1.5e-3))
+    relating: StageSchedule = field(default_factory=lambda: StageSchedule(steps=3000, batch=16, lr=1.5e-3))
     """The second half of stage 2, with the skills about arrangements."""
     relating_mixture: Mixture = RELATING_MIXTURE
-    words: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=96, lr=2e-3))
+    words: StageSchedule = field(default_factory=lambda: StageSchedule(steps=700, batch=96, lr=2e-3))
     """Stage 3, the language model without pictures; `batch` counts questions."""
-    answers: Schedule = field(default_factory=lambda: Schedule(steps=1000, batch=16, lr=1e-3))
+    answers: StageSchedule = field(default_factory=lambda: StageSchedule(steps=1000, batch=16, lr=1e-3))
     """Stage 4, Q-Former and language model together; `batch` counts pictures."""
     answers_mixture: Mixture = ANSWERS_MIXTURE
     answers_qformer_factor: float = 0.2
     """Factor on the learning rate of the Q-Former, which is trained already."""
-    last: Schedule = field(default_factory=lambda: Schedule(steps=700, batch=16, lr=1e-3))
+    last: StageSchedule = field(default_factory=lambda: StageSchedule(steps=700, batch=16, lr=1e-3))
     """The second part of stage 4, with more of the weakest tasks."""
     last_mixture: Mixture = LAST_MIXTURE
     last_qformer_factor: float = 0.5
-    reading: Schedule = field(default_factory=lambda: Schedule(steps=500, batch=16, lr=1e-3))
+    reading: StageSchedule = field(default_factory=lambda: StageSchedule(steps=500, batch=16, lr=1e-3))
     """The third part of stage 4, in which the Q-Former is frozen."""
     reading_mixture: Mixture = READING_MIXTURE
 

@@ -5,7 +5,6 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from blipfit import methods
 from blipfit.report import terminal
@@ -80,7 +79,7 @@ class TrainingDisplay:
             recipes, event.trained_parameters, event.differences_from_grid, strict=True
         ):
             parts = ", ".join(f"{part} {number:,}" for part, number in trained.items())
-            has_rank = recipe.adapter.has_lora and methods.ranked(recipe.adapter.method)
+            has_rank = recipe.adapter.has_lora and methods.has_rank(recipe.adapter.method)
             rank = f", rank {recipe.adapter.rank}" if has_rank else ""
             placement = terminal.format_placement(recipe.adapter)
             self._print(f"{recipe.title} on {recipe.model.name} ({placement}{rank})")
@@ -119,7 +118,7 @@ class TrainingDisplay:
         self._print(f"epoch {line['epoch']:>2}  {result.experiment:>8}  loss {line['loss']:.4f}  {validation}{end}")
 
     def _print(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
 
 def _format_validation(line: dict[str, Any]) -> str:

@@ -1,6 +1,11 @@
-"""How records are formatted for the terminal: numbers, phrases and tables."""
+"""How records are formatted for the terminal: numbers, phrases and tables.
+
+Texts of a user's files and a model's answers are printed through `print_record`, `console` and `print_error`, which
+write control characters as escapes and read no markup.
+"""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -8,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from blipfit import methods
 from blipfit.recipe import AdapterConfig
@@ -22,14 +28,14 @@ def print_record(record: Any, as_json: bool, render: Callable[[Any], Any]) -> No
             return
     if as_json:
         value = record if isinstance(record, dict | list) else _to_dict(record)
-        print(json.dumps(value, ensure_ascii=False, default=str))
+        print(_escape_json(json.dumps(value, ensure_ascii=False, default=str)))
         return
     rendered = render(record)
     for part in rendered if isinstance(rendered, list | tuple) else (rendered,):
         if isinstance(part, Table):  # in a narrow terminal, numbers continue on the next line instead of being cut
             for column in part.columns:
                 column.overflow = "fold"
-        console().print(part, soft_wrap=isinstance(part, str), markup=False)
+        console().print(part, soft_wrap=isinstance(part, str))
 
 
 def _to_dict(value: Any) -> dict[str, Any]:
@@ -38,9 +44,46 @@ def _to_dict(value: Any) -> dict[str, Any]:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console; where the output is not a terminal it is 160 columns wide, so that no line of data is broken."""
-    screen = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    """A console; where the output is not a terminal it is 160 columns wide, so that no line of data is broken.
+
+    Texts and the cells of tables are printed as they are, except that control characters are written as escapes.
+    """
+    screen = _PlainTextConsole(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else _PlainTextConsole(stderr=stderr, highlight=False, width=160)
+
+
+class _PlainTextConsole(Console):
+    """A console for texts of unknown origin, the cells of tables included: rich makes all of them by `render_str`."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape_controls(text), **{**options, "emoji": False, "markup": False})
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, which a terminal would obey; characters that change the direction of the text
+around them; half characters, which cannot be printed."""
+_MAX_ERROR = 900
+
+
+def escape_controls(text: str) -> str:
+    """Return a text with control characters written as escapes (`\\x1b`); tabs and newlines stay."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def _escape_json(text: str) -> str:
+    """Return a JSON text whose control characters are JSON escapes; it stands for the same value."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def print_error(message: str) -> None:
+    """Print a message on stderr as one line of `blipfit: …`, without control characters.
+
+    The middle of a message above 900 characters is left out: its beginning says where, its end how to fix it.
+    """
+    line = escape_controls(message).replace("\n", "\\n").replace("\t", "\\t")
+    if len(line) > _MAX_ERROR:
+        line = f"{line[: 2 * _MAX_ERROR // 3]} … {line[-_MAX_ERROR // 3 :]}"
+    print(f"blipfit: {line}", file=sys.stderr)
 
 
 def format_placement(adapter: AdapterConfig | Mapping[str, Any]) -> str:
@@ -121,7 +164,7 @@ def results_table(records: Sequence[Mapping[str, Any]], title: str = "") -> Tabl
             record["dataset"],
             record["experiment"],
             format_placement(adapter),
-            str(adapter["rank"]) if has_lora and methods.ranked(adapter.get("method", "lora")) else "–",
+            str(adapter["rank"]) if has_lora and methods.has_rank(adapter.get("method", "lora")) else "–",
             format_score(metrics.get("val")),
             format_score(metrics.get("test")),
             f"{metrics['test']['chance']:.1f}" if "chance" in metrics.get("test", {}) else "–",

@@ -81,10 +81,10 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     return Teacher(model.backbone, config, _query_indices(recipe, model.backbone, student))
 
 
-def locate(name: str) -> None:
+def check_teacher(name: str) -> None:
     """Raise UserError if the teacher is neither a finished run nor a model that can be loaded."""
     try:
-        open_model.locate(name)
+        open_model.locate_model(name)
     except UserError as error:
         raise UserError(
             f"the teacher cannot be used: {error}; name another with --set distillation.teacher=…"

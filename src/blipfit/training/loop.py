@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit.adapters import peft_format
-from blipfit.adapters.adalora import Schedule
+from blipfit.adapters.adalora import RankSchedule
 from blipfit.adapters.bank import Bank
 from blipfit.data import prompts
 from blipfit.data.encoded_split import EncodedSplit
@@ -100,15 +100,15 @@ def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[str]:
         key = (recipe.data.name, recipe.data.limit)
         if key not in splits_by_limit:
             splits_by_limit[key] = {
-                split: datasets.load(recipe.data.name, data, split, recipe.data.limit) for split in SPLITS
+                split: data_sets.load(recipe.data.name, data, split, recipe.data.limit) for split in SPLITS
             }
         prompts.get_prompt(recipe.data.prompt)
         _check_questions(recipe, splits_by_limit[key])
     for model in {recipe.model for recipe in recipes}:
-        loading.locate(model)
+        loading.locate_checkpoint(model)
     for name in {recipe.distillation.teacher for recipe in recipes} - {None}:
-        distillation.locate(str(name))
-    hashes = {key: datasets.fingerprint(splits.values()) for key, splits in splits_by_limit.items()}
+        distillation.check_teacher(str(name))
+    hashes = {key: data_sets.fingerprint(splits.values()) for key, splits in splits_by_limit.items()}
     return [hashes[recipe.data.name, recipe.data.limit] for recipe in recipes]
 
 
@@ -122,7 +122,7 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
             f"{count} training questions are fewer than one batch of {size}; lower it with --set training.batch_size=…"
         )
     if recipe.adapter.method == "adalora":
-        Schedule.from_config(recipe.adapter, 1, batch_order.total_steps(count, recipe.training))
+        RankSchedule.from_config(recipe.adapter, 1, batch_order.total_steps(count, recipe.training))
     split_evaluation.check_evaluation(recipe.evaluation, recipe.data.name, questions)
 
 

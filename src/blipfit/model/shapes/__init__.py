@@ -27,7 +27,7 @@ def on_meta(name: str) -> Any:
         return _build(PUBLISHED[name].read_text(encoding="utf-8"), name)
     from blipfit.recipe import ModelConfig
 
-    folder, revision = loading.locate(ModelConfig(name=name))
+    folder, revision = loading.locate_checkpoint(ModelConfig(name=name))
     if Path(folder).is_dir():
         config = checkpoint_files.read_config(Path(folder), name)
     else:

@@ -18,7 +18,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.model.backbone import Backbone
-from blipfit.pretraining.queries import QFormerWithHeads, compute_head_losses, read_cells
+from blipfit.pretraining.pretrain_qformer import QFormerWithHeads, compute_head_losses, read_cells
+from blipfit.pretraining.pretrain_vision_tower import render_pixels
 from blipfit.pretraining.tasks import (
     CAPTION_PROMPT,
     Mixture,
@@ -28,7 +29,6 @@ from blipfit.pretraining.tasks import (
     sample_scenes,
     sample_tasks,
 )
-from blipfit.pretraining.tower import render_pixels
 
 NEIGHBOR_BIAS = 4.0  # in the logits of attention
 

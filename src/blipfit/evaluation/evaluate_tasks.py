@@ -17,7 +17,7 @@ from blipfit.evaluation.evaluate_mme import evaluate_mme
 from blipfit.evaluation.evaluate_rewardbench import evaluate_rewardbench
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
 from blipfit.evaluation.open_answers import evaluate_open_answers
-from blipfit.evaluation.split_evaluation import FeatureFunction
+from blipfit.evaluation.split_evaluation import GetFeatures
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 from blipfit.run_folder import Evaluation
@@ -27,7 +27,7 @@ BASE, TUNED = "base", "tuned"
 
 
 def evaluate_task(
-    backbone: Backbone, task: EvaluationTask, get_features: FeatureFunction, settings: Settings
+    backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings
 ) -> TaskResult:
     """Evaluate the model on one data set.
 
@@ -51,7 +51,7 @@ def evaluate_task(
 def compare_with_adapter(
     model: OpenedModel,
     tasks: Sequence[EvaluationTask],
-    get_features: FeatureFunction,
+    get_features: GetFeatures,
     settings: Settings,
     get_evaluation: Callable[[EvaluationTask], Evaluation],
     common_fields: Mapping[str, Any],

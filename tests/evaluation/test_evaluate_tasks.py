@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import checkpoints
-from blipfit import data as datasets
+from blipfit import data as data_sets
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
 from blipfit.adapters.open_model import OpenedModel, Source
 from blipfit.data import icons, rewardbench
 from blipfit.errors import UserError
-from blipfit.evaluation import clip_score, compare_with_adapter, generation, text_metrics
+from blipfit.evaluation import clip_score, evaluate_tasks, generation, text_metrics
 from blipfit.evaluation.evaluation_task import Settings, load_task
 from blipfit.evaluation.mme_scores import score_mme
 from blipfit.evaluation.rewardbench_scores import score_rewardbench
@@ -30,8 +30,8 @@ SETTINGS = Settings(batch_size=8, decoding="short-answer")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     icons.prepare(root / "icons", train=4, val=4, test=6)
-    datasets.prepare_drawn("mme", root / "mme", 2)
-    datasets.prepare_drawn("rewardbench", root / "rewardbench", 40)
+    data_sets.prepare_drawn("mme", root / "mme", 2)
+    data_sets.prepare_drawn("rewardbench", root / "rewardbench", 40)
     return root
 
 
@@ -56,9 +56,7 @@ def _evaluate(backbone, data, names, tmp_path, settings=SETTINGS, adapter=None, 
         return Evaluation(tmp_path / "out" / task.title)
 
     model = OpenedModel(backbone, Source("small", ModelConfig(name="small"), folder, digest))
-    return compare_with_adapter.compare_with_adapter(
-        model, tasks, get_features, settings, get_evaluation, {"run": None}
-    )
+    return evaluate_tasks.compare_with_adapter(model, tasks, get_features, settings, get_evaluation, {"run": None})
 
 
 def test_records_of_base_and_adapter_follow_from_the_written_files(backbone, adapter, data, tmp_path):
@@ -115,7 +113,7 @@ def test_response_scores_are_the_negated_training_loss(small, data):
     backbone = checkpoints.load(small["t5"])
     task = load_task(backbone, "rewardbench", data / "rewardbench")
     get_features = ImageFeatures.from_backbone(backbone, "off").features
-    result = compare_with_adapter.evaluate_task(backbone, task, get_features, SETTINGS)
+    result = evaluate_tasks.evaluate_task(backbone, task, get_features, SETTINGS)
     for row, (pair, record) in enumerate(zip(task.pairs, result.records, strict=True)):
         batch = backbone.text.targets([task.encoded_split.encoded[row]])
         visual = backbone.query(get_features([task.encoded_split.questions[row]]), batch)
@@ -154,4 +152,4 @@ def test_loading_a_task_refuses_wrong_limits_splits_and_folders(backbone, data):
     with pytest.raises(UserError, match=r"test.jsonl is missing; run `blipfit prepare rewardbench"):
         load_task(backbone, "rewardbench", data / "icons")
     with pytest.raises(UserError, match="cannot be drawn from icons; mme and rewardbench can"):
-        datasets.prepare_drawn("iconqa", data / "x")
+        data_sets.prepare_drawn("iconqa", data / "x")

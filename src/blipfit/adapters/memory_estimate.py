@@ -1,4 +1,4 @@
-"""Count the parameters that an experiment trains, and estimate the memory of its training, without loading weights."""
+"""Estimate the memory that training takes on a GPU, without loading weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,10 +6,7 @@ from typing import Any
 from torch import nn
 
 from blipfit.adapters.bank import TRAINING_MATRICES
-from blipfit.adapters.peft_methods import PeftLayers
-from blipfit.adapters.placement import QUERY_TOKENS, component_of, resolve
-from blipfit.methods import PEFT
-from blipfit.recipe import AdapterConfig, Family
+from blipfit.adapters.parameter_counts import all_parameters
 
 SAVED_PER_TOKEN = {"t5": 20, "llama": 18}
 """Number of 16-bit values per token and unit of width that a layer saves for the backward pass, by model type.
@@ -19,43 +16,6 @@ Measured on an H200 with banks of 1 to 16 experiments in bf16, with dropout (`py
 
 BYTES_QUANTIZED = {"none": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes per weight of a quantized linear layer; in 4 bit with an fp32 scale for every 64 weights (NF4)."""
-
-
-def trained_parameters(model: nn.Module, family: Family, adapter: AdapterConfig) -> dict[str, int]:
-    """Count the parameters that an adapter trains, by component, with the always-trained ones.
-
-    Works on the meta device. Raises UserError and ValueError as `placement.resolve`.
-    """
-    placement = resolve(model, family, adapter)
-    query_tokens: Any = model.query_tokens
-    counts = {component_of(QUERY_TOKENS): query_tokens.numel()}
-
-    def add(name: str, number: int) -> None:
-        component = component_of(name)
-        counts[component] = counts.get(component, 0) + number
-
-    for name in placement.full:
-        add(name, sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)))
-    if adapter.method in PEFT:
-        layers = PeftLayers(model, adapter, placement.lora)
-        layers.remove()
-        for name, parameter in layers.parameters.items():
-            add(name, parameter.numel())
-        return counts
-    for name in placement.lora:
-        linear: Any = model.get_submodule(name)
-        singular_values = int(adapter.method == "adalora")  # per rank
-        add(name, adapter.start_rank * (linear.in_features + linear.out_features + singular_values))
-    return counts
-
-
-def all_parameters(model: nn.Module) -> dict[str, int]:
-    """Count all parameters of the model, by component."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        component = component_of(name)
-        counts[component] = counts.get(component, 0) + parameter.numel()
-    return counts
 
 
 def estimate_memory(

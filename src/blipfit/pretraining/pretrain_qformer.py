@@ -19,6 +19,7 @@ from transformers import InstructBlipForConditionalGeneration, PreTrainedTokeniz
 from blipfit.data import icons
 from blipfit.data.icons.scene import BOARD
 from blipfit.data.prompts import PromptedQuestion
+from blipfit.pretraining.pretrain_vision_tower import PATCH_CLASSES, PATCHES_PER_SIDE, build_targets, render_pixels
 from blipfit.pretraining.tasks import (
     ANSWERS,
     CAPTION_PROMPT,
@@ -27,7 +28,6 @@ from blipfit.pretraining.tasks import (
     sample_scenes,
     sample_tasks,
 )
-from blipfit.pretraining.tower import PATCH_CLASSES, PATCHES_PER_SIDE, build_targets, render_pixels
 
 MAX_NAMED = 2  # a question names two things at most
 

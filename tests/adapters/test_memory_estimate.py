@@ -1,47 +1,16 @@
-"""Counted parameters are those that the bank allocates and those of the published models."""
+"""The memory estimate against peaks measured on a GPU."""
 
 import pytest
 
-from blipfit.adapters import count
-from blipfit.adapters.bank import Bank
+from blipfit.adapters import memory_estimate, parameter_counts
 from blipfit.model import shapes
 from blipfit.recipe import AdapterConfig
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        AdapterConfig(qformer=("self_attn", "ffn"), llm=("attn",), rank=3),
-        AdapterConfig(qformer="full", llm=("attn", "ffn"), rank=2),
-        AdapterConfig(),
-    ],
-)
-def test_the_count_is_what_a_bank_trains(backbone, adapter):
-    expected = count.trained_parameters(backbone.hf, backbone.family, adapter)
-    bank = Bank(backbone, [adapter], [0])
-    assert bank.trained_parameters(0) == expected
-    assert bank.values.numel() == sum(expected.values())
-
-
-def test_every_parameter_is_counted_once(backbone):
-    assert sum(count.all_parameters(backbone.hf).values()) == sum(p.numel() for p in backbone.hf.parameters())
-
-
-def test_components_of_a_published_experiment():
-    model = shapes.on_meta("Salesforce/instructblip-vicuna-7b")
-    assert count.trained_parameters(model, "vicuna", AdapterConfig(qformer=("cross_attn",), llm=("ffn",), rank=4)) == {
-        "query tokens": 32 * 768,
-        "vision layer norm": 2 * 1408,
-        "projection": 3_149_824,
-        "qformer cross_attn": 4 * 44_544,
-        "llm ffn": 4 * 1_449_984,
-    }
-
-
 def test_memory_grows_with_the_experiments():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained_parameters(model, "t5", AdapterConfig(qformer="full"))
-    single, double = (count.estimate_memory(model, trained, k, tokens=128, rows=16) for k in (1, 2))
+    trained = parameter_counts.trained_parameters(model, "t5", AdapterConfig(qformer="full"))
+    single, double = (memory_estimate.estimate_memory(model, trained, k, tokens=128, rows=16) for k in (1, 2))
     assert double["weights"] == single["weights"]
     assert double["trained"] == 2 * single["trained"] == 56 * 187_262_464
     assert double["activations"] == 2 * single["activations"]
@@ -68,16 +37,16 @@ def test_the_memory_estimate_is_near_the_measured_memory_of_a_gpu(
     """Peaks of torch's allocator on an H200, 106 text tokens (benchmarks/results/2026-11-27-gpu-h200-*.json)."""
     model = shapes.on_meta(f"Salesforce/instructblip-{name}")
     family = "t5" if "t5" in name else "vicuna"
-    trained = count.trained_parameters(model, family, AdapterConfig(qformer=qformer, rank=8))
-    estimate = count.estimate_memory(model, trained, experiments, 106, rows, checkpointing)
+    trained = parameter_counts.trained_parameters(model, family, AdapterConfig(qformer=qformer, rank=8))
+    estimate = memory_estimate.estimate_memory(model, trained, experiments, 106, rows, checkpointing)
     assert sum(estimate.values()) == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointing_lowers_the_memory_of_activations():
     model = shapes.on_meta("Salesforce/instructblip-flan-t5-xl")
-    trained = count.trained_parameters(model, "t5", AdapterConfig(qformer=("ffn",)))
+    trained = parameter_counts.trained_parameters(model, "t5", AdapterConfig(qformer=("ffn",)))
     sizes = [
-        count.estimate_memory(model, trained, 1, 128, 16, stages)["activations"]
+        memory_estimate.estimate_memory(model, trained, 1, 128, 16, stages)["activations"]
         for stages in ((), ("query",), ("answer",), ("query", "answer"))
     ]
     assert sizes == sorted(sizes, reverse=True)
