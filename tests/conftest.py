@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 import checkpoints
@@ -49,6 +52,20 @@ def no_setting_left() -> Iterator[None]:
     yield
     assert onednn._open_contexts == 0
     assert getattr(torch.backends.mkldnn.matmul, "fp32_precision", None) == setting
+
+
+@pytest.fixture(params=[1, pytest.param(20, marks=pytest.mark.slow)], ids=["few examples", "many examples"])
+def for_all(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Check a property: `for_all(100, check, strategy, …)` calls `check(value, …)` with 100 examples, in the slow tier
+    with 20 times as many. The examples are the same in every run."""
+
+    def run(examples: int, check: Callable[..., None], *strategies: Any) -> None:
+        options = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Generating overly large repr")  # it would hide the failure itself
+            settings(max_examples=examples * request.param, **options)(given(*strategies)(check))()
+
+    return run
 
 
 @pytest.fixture(params=checkpoints.FAMILIES)

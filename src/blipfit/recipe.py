@@ -63,9 +63,9 @@ class DataConfig(Config):
 class AdaLoRAConfig(Config):
     """AdaLoRA's budget and schedule; only read if `method` is `adalora`. Steps are optimizer steps."""
 
-    init_rank: int | None = Field(default=None, ge=2)
+    init_rank: int | None = Field(default=None, ge=2, le=methods.MAX_RANK)
     """Rank of every layer at the start. Default: 1.5 × `target_rank`, rounded up."""
-    target_rank: float | None = Field(default=None, gt=0)
+    target_rank: float | None = Field(default=None, gt=0, le=methods.MAX_RANK / 2)
     """Mean rank of a layer at the end. Default: the adapter's `rank`."""
     tinit: int | None = Field(default=None, ge=0)
     """Steps before the budget starts to fall. Default: a tenth of all steps."""
@@ -81,6 +81,10 @@ class AdaLoRAConfig(Config):
     """Weight of the orthogonality penalty in the training loss; evaluation never includes it."""
 
 
+def _read_text_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value != "full" else value
+
+
 class AdapterConfig(Config):
     method: str = "lora"
     """How the layers are adapted: `lora`; `adalora`, which distributes a budget of ranks over them by importance; or
@@ -91,7 +95,7 @@ class AdapterConfig(Config):
     """Sublayers of the language model with LoRA; empty: frozen."""
     llm_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Only these blocks of the language model, counted from 0; T5: the encoder's first, then the decoder's."""
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=methods.MAX_RANK)
     """LoRA rank r; `ia3` has none."""
     alpha: float = Field(default=8, gt=0)
     """LoRA alpha; the scaling is alpha / rank (AdaLoRA: alpha / init_rank; rsLoRA: alpha / √rank)."""
@@ -108,10 +112,7 @@ class AdapterConfig(Config):
             )
         return value
 
-    @field_validator("qformer", "llm", mode="before")
-    @classmethod
-    def _read_text_as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) and value != "full" else value
+    _accepts_text = field_validator("qformer", "llm", mode="before")(_read_text_as_list)
 
     @field_validator("qformer", "llm")
     @classmethod
@@ -232,9 +233,8 @@ class PerformanceConfig(Config):
     """Compile the layers of Q-Former and language model with `torch.compile`. Takes a minute at the start, more if
     lengths vary; set pad_to_multiple_of with it."""
     cuda_graphs: bool = False
-    """Capture the forward and backward pass once per shape and replay it, which saves the time that the host needs to
-    launch thousands of kernels. Useful for few experiments on a GPU; set pad_to_multiple_of with it, otherwise every
-    batch has its own shape."""
+    """Capture the forward and backward pass once per shape and replay it: the host launches a graph, not thousands of
+    kernels. For few experiments on a GPU; set pad_to_multiple_of too, otherwise every batch has its own shape."""
     pad_to_multiple_of: int = Field(default=1, ge=1)
     """Pad the texts of a training batch to a multiple of this many tokens (answers: to a multiple of at most eight), so
     that batches have few different shapes."""
@@ -242,10 +242,10 @@ class PerformanceConfig(Config):
     """Stages whose layers store only their inputs and are computed again in the backward pass: less memory, more time.
     `query`: the Q-Former; `answer`: the language model."""
 
-    @field_validator("checkpointing", mode="before")
-    @classmethod
-    def _read_text_as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    shard_language_model: bool = False
+    """With several processes: distribute the language model over them (FSDP), if it does not fit into one GPU."""
+
+    _accepts_text = field_validator("checkpointing", mode="before")(_read_text_as_list)
 
     @field_validator("checkpointing")
     @classmethod
@@ -300,11 +300,10 @@ class Recipe(Config):
         return {RENAMED_IN_0_2.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
-    def _can_name_a_folder(self) -> "Recipe":
-        name = self.experiment
-        # Not printable: zero bytes, line ends, half characters.
-        if not name or name.startswith(".") or not name.isprintable() or any(c in name for c in "/\\"):
-            raise ValueError(f"experiment {name!r} cannot name a folder")
+    def _can_be_written(self) -> "Recipe":
+        recipe_parsing.require_folder_name(self.experiment)
+        for path, value in _leaves(self):
+            recipe_parsing.require_whole_characters(path, value)
         return self
 
     @model_validator(mode="after")
@@ -345,7 +344,7 @@ class Recipe(Config):
         for assignment in assignments:
             path, equals, text = assignment.partition("=")
             if not equals:
-                raise UserError(f"--set {assignment}: write it as section.field=value")
+                raise UserError(f"--set {assignment:.100}: write it as section.field=value")
             recipe_parsing.assign(
                 values, Recipe, _current_path(path.strip()), recipe_parsing.parse_value(assignment, text)
             )
@@ -370,13 +369,14 @@ def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def load(path: Path) -> Recipe:
     """Read a recipe from a YAML file. Raises UserError if it cannot be read or is no valid recipe."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = recipe_parsing.parse_yaml(file.read(recipe_parsing.MAX_BYTES + 1))
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; `blipfit show DATASET ID --json` prints a recipe to start from"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable YAML file: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no recipe: expected keys such as model, data, adapter, training")
     return from_mapping(values, source=str(path))

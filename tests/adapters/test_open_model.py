@@ -8,13 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blipfit import grid, inference
+from blipfit import grid, inference, sweep
 from blipfit.adapters import open_model, peft_format
 from blipfit.commands import cost, evaluate
 from blipfit.errors import UserError
 from blipfit.model.cost import Lengths
 from blipfit.recipe import ModelConfig
 from blipfit.training import loop
+from blipfit.training.model_cache import ModelCache
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_model_of_the_other_family_is_refused(run, small, family):
 
 def test_an_exchanged_adapter_is_refused(run):
     adapter, state = peft_format.read(run.adapter)
-    base = peft_format.read_identity(run.adapter)[1].name
+    base = peft_format.read_saved(run.adapter).base.name
     peft_format.save(run.adapter, adapter, state | {"query_tokens": state["query_tokens"] + 1e-3}, base)
     with pytest.raises(UserError, match=r"is not the adapter that .*result.json was made with"):
         open_model.locate_model(run.folder)
@@ -116,6 +117,8 @@ def test_a_base_with_other_weights_is_refused(train_beside, iconqa, tmp_path):
             open_model.locate_model(folder)
     with pytest.raises(UserError, match="with other weights of base than it has now"):
         train_beside(iconqa)
+    with pytest.raises(UserError, match="with other weights of base than it has now"):
+        sweep.make_plan([run.recipe()], {"iconqa": iconqa}, tmp_path / "results", ModelCache("cpu"), 1)
     with pytest.raises(UserError, match="other weights"):
         evaluate.run(run.folder, iconqa, "test", "cpu")
 

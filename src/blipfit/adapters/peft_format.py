@@ -31,6 +31,8 @@ from blipfit.recipe import AdapterConfig
 
 LORA_FILE, TRAINED_FILE = "adapter_model.safetensors", "trained.safetensors"
 _PREFIX = "base_model.model."
+MAX_VALUES = 2**30
+"""Most values of an AdaLoRA adapter; one of rank 12 on every layer of Vicuna-13B has 40 million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,20 @@ class BaseModel:
         folder = files[0].parent.resolve() if files else None
         is_path = folder is not None and folder == Path(name).expanduser().resolve()
         return cls(name, backbone.base_sha256, backbone.family, str(folder) if is_path else None)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """What an adapter folder holds, read once."""
+
+    folder: Path
+    config: AdapterConfig
+    state: Mapping[str, Tensor]
+    """All tensors by the bank's names, on the CPU."""
+    sha256: str
+    """SHA-256 of the tensors."""
+    base: BaseModel
+    """The model that it was trained on."""
 
 
 def save(
@@ -87,7 +103,11 @@ def save(
             suffix = _name_suffix(adapter)
             tensors = _move_to_cpu({f"{_PREFIX}{name}{suffix}": t for name, t in saved_lora.items()})
             save_file(tensors, temporary / LORA_FILE)
-            _make_peft_config(adapter, saved_lora, base.name).save_pretrained(str(temporary))
+            config = _make_peft_config(adapter, saved_lora, base.name)
+            for field, value in vars(config).items():
+                if isinstance(value, set):  # its order differs from one process to the next
+                    setattr(config, field, sorted(value))
+            config.save_pretrained(str(temporary))
     return digest(state)
 
 
@@ -106,6 +126,7 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             lora = load_file(folder / LORA_FILE)
             suffix = _name_suffix(adapter)
             lora = {name.removeprefix(_PREFIX).removesuffix(suffix): tensor for name, tensor in lora.items()}
+        _check_ranks(adapter, lora)
         if adapter.method == "adalora":
             lora = _restore_padding(lora, json.loads(header["layers"]), adapter.start_rank)
         state |= lora
@@ -114,7 +135,7 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{folder} is not an adapter folder of blipfit: it has no {TRAINED_FILE}; "
             "give the folder `adapter` of a finished run"
         ) from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} is damaged ({reason:.300}); copy it again or train again") from None
     if name := checkpoint_files.find_non_finite(state):
@@ -122,24 +143,26 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     return adapter, state
 
 
-def read_identity(folder: Path) -> tuple[str, BaseModel]:
-    """The SHA-256 of an adapter folder's tensors, and the model that it was trained on. Raises UserError as `read`."""
-    sha256 = digest(read(folder)[1])
+def read_saved(folder: Path) -> SavedAdapter:
+    """Read an adapter folder with its digest and the model that it was trained on. Raises UserError as `read`."""
+    config, state = read(folder)
     with safe_open(folder / TRAINED_FILE, "pt") as file:
         header = file.metadata()
     if "base" not in header:
         raise UserError(f"{folder} is damaged ({TRAINED_FILE} names no base model); copy it again or train again")
-    return sha256, BaseModel(header["base"], *(header.get(f"base_{key}") for key in ("sha256", "family", "folder")))
+    base = BaseModel(header["base"], *(header.get(f"base_{key}") for key in ("sha256", "family", "folder")))
+    return SavedAdapter(folder, config, state, digest(state), base)
 
 
-def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
-    """Install a saved adapter in a backbone, as a bank of one experiment.
+def install(backbone: Backbone, saved: SavedAdapter | Path) -> tuple[Bank, str]:
+    """Install a saved adapter, or the one in a folder, in a backbone, as a bank of one experiment.
 
     Returns the bank and the SHA-256 of the adapter's tensors. Raises UserError if the folder cannot be read, if the
     adapter was trained on another model (names or shapes differ), or if it changes nothing, because it would then be
     evaluated as the base model without notice.
     """
-    adapter, state = read(folder)
+    saved = read_saved(saved) if isinstance(saved, Path) else saved
+    folder, adapter, state = saved.folder, saved.config, saved.state
     bank = Bank(backbone, [adapter], [0])
     before = bank.state(0)
     try:
@@ -150,7 +173,7 @@ def install(backbone: Backbone, folder: Path) -> tuple[Bank, str]:
     if not changes(adapter, before, state):
         bank.remove()
         raise UserError(f"{folder} changes nothing of {backbone.name}: it was saved untrained; train it first")
-    return bank, digest(state)
+    return bank, saved.sha256
 
 
 def changes(adapter: AdapterConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
@@ -244,13 +267,35 @@ def _cut_padding(folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _restore_padding(lora: Mapping[str, Tensor], layers: Mapping[str, list[int]], rank: int) -> dict[str, Tensor]:
-    """The inverse of `_cut_padding`; `layers`: the numbers of inputs and outputs of every layer."""
+    """The inverse of `_cut_padding`; `layers`: the numbers of inputs and outputs of every layer.
+
+    Raises ValueError if a tensor belongs to none of the layers, or if these are too large.
+    """
+    if unknown := sorted(lora.keys() - {f"{layer}.{part}" for layer in layers for part in (LORA_A, LORA_B)}):
+        raise ValueError(f"{TRAINED_FILE} names no layer of the tensor {unknown[0]} in {LORA_FILE}")
+    sizes = [size for pair in layers.values() for size in pair]
+    if any(type(size) is not int or size < 1 for size in sizes) or rank * sum(sizes) > MAX_VALUES:
+        raise ValueError(f"{TRAINED_FILE} names layers of impossible sizes")
     folded: dict[str, Tensor] = {}
     for layer, (inputs, outputs) in layers.items():
         A = lora.get(f"{layer}.{LORA_A}", torch.zeros(0, inputs))
         B = lora.get(f"{layer}.{LORA_B}", torch.zeros(outputs, 0))
         folded |= _pad_layer(layer, A, B, rank)
     return folded
+
+
+def _check_ranks(adapter: AdapterConfig, lora: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors have the rank of the configuration, for which a bank allocates memory.
+
+    AdaLoRA's tensors may have any lower rank, or be absent.
+    """
+    ranks = {len(tensor) for name, tensor in lora.items() if f".{LORA_A}" in name and tensor.ndim}
+    if adapter.method == "adalora":
+        ranks = {rank for rank in ranks if rank > adapter.start_rank}
+    elif not lora and adapter.has_lora:
+        raise ValueError(f"it has no {LORA_FILE}")
+    if wrong := sorted(ranks - {adapter.start_rank}):
+        raise ValueError(f"{LORA_FILE} has rank {wrong[0]}, but {TRAINED_FILE} names rank {adapter.start_rank}")
 
 
 def _move_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,9 +60,9 @@ class _PlainTextConsole(Console):
         return super().render_str(escape_controls(text), **{**options, "emoji": False, "markup": False})
 
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """Control characters but tab and newline, which a terminal would obey; characters that change the direction of the text
-around them; half characters, which cannot be printed."""
+around them; byte order marks; half characters, which cannot be printed."""
 _MAX_ERROR = 900
 
 
@@ -76,14 +77,19 @@ def _escape_json(text: str) -> str:
 
 
 def print_error(message: str) -> None:
-    """Print a message on stderr as one line of `blipfit: …`, without control characters.
+    """Print a message on stderr as `format_error` does."""
+    print(format_error(message), end="", file=sys.stderr)
+
+
+def format_error(message: str) -> str:
+    """A message as one line of `blipfit: …` with its line end, without control characters.
 
     The middle of a message above 900 characters is left out: its beginning says where, its end how to fix it.
     """
     line = escape_controls(message).replace("\n", "\\n").replace("\t", "\\t")
     if len(line) > _MAX_ERROR:
         line = f"{line[: 2 * _MAX_ERROR // 3]} … {line[-_MAX_ERROR // 3 :]}"
-    print(f"blipfit: {line}", file=sys.stderr)
+    return f"blipfit: {line}\n"
 
 
 def format_placement(adapter: AdapterConfig | Mapping[str, Any]) -> str:
@@ -148,6 +154,18 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def distinct_names(paths: Sequence[str | Path]) -> list[str]:
+    """The names of files or folders, with as many of the folders above them as it takes to tell them apart."""
+    all_parts = [Path(path).parts for path in paths]
+    names = []
+    for parts in all_parts:
+        others = [other for other in all_parts if other != parts]
+        lengths = range(1, len(parts))
+        length = next((n for n in lengths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        names.append("/".join(parts[-length:]))
+    return names
 
 
 def results_table(records: Sequence[Mapping[str, Any]], title: str = "") -> Table:
