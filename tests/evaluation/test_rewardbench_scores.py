@@ -205,7 +205,7 @@ def test_scores_calculated_by_hand(tmp_path: Path):
     assert record["categories"]["general"]["accuracy"] == 66.6667
     assert (record["pooled"]["accuracy"], record["pooled"]["right"], record["pooled"]["wrong"]) == (71.4286, 5, 2)
     assert record["macro"] == 72.2222
-    assert (record["judgements"], record["samples"], record["repeated_ids"]) == (11, [1, 2], 1)
+    assert (record["judgments"], record["samples"], record["repeated_ids"]) == (11, [1, 2], 1)
     assert record["mean"]["hallucination"] == 60  # right 3 of the 5 that name an answer
     assert record["chosen"] == {"answer_1": 7, "answer_2": 3, "neither": 0}
     assert record["both_orders"] == {"pairs": 2, "steady": 1}
@@ -215,7 +215,10 @@ def test_scores_calculated_by_hand(tmp_path: Path):
 
 
 def independent(lines: list[dict], k: int) -> dict:
-    """A second implementation, in the official script's steps: count, drop, classify, average."""
+    """A second implementation, in the official script's steps: count, drop, classify, average.
+
+    It reads the lines alone and calls nothing of blipfit. `votes`: (agree, reject, without a verdict) of every pair.
+    """
     counts: dict[str, list] = {}
     for line in lines:
         key = json.dumps([line["id"], line["query"], sorted(line["response"])])
@@ -240,7 +243,8 @@ def independent(lines: list[dict], k: int) -> dict:
         total = agree + reject + unmatched
         official[group][0 if agree > total / 2 else 1 if reject > total / 2 else 2] += 1
         complete[group][2 if unmatched or agree == reject else 0 if agree > reject else 1] += 1
-    return {"official": averages(official), "complete": averages(complete)}
+    votes = [tuple(entry[:3]) for entry in counts.values()]
+    return {"official": averages(official), "complete": averages(complete), "votes": votes}
 
 
 def averages(groups: dict[str, list[int]]) -> dict[str, float | None]:
@@ -288,6 +292,7 @@ def random_judgments(generator: random.Random) -> list[dict]:
 def test_a_second_implementation_agrees_on_10000_files():
     generator = random.Random(6)
     outcomes: Counter[str] = Counter()
+    complete_votes: Counter[tuple[int, bool]] = Counter()  # (K, whether a verdict is missing) of pairs with K judgments
     for _ in range(10_000):
         lines, k = random_judgments(generator), generator.choice((1, 3, 5))
         judgments = rewardbench_scores.parse_judgments((f"FILE:{n}", line) for n, line in enumerate(lines, start=1))
@@ -301,7 +306,10 @@ def test_a_second_implementation_agrees_on_10000_files():
             )
         outcomes.update({outcome: record["pooled"][outcome] for outcome in rewardbench_scores.OUTCOMES})
         outcomes["rules differ"] += record["macro"] != record["complete"]["macro"]
+        complete_votes.update((k, votes[2] > 0) for votes in expected["votes"] if sum(votes) == k)
     assert min(outcomes.values()) > 200, outcomes
+    assert len(complete_votes) == 6
+    assert min(complete_votes.values()) > 500, complete_votes
 
 
 def test_a_second_implementation_agrees_on_real_rows_with_random_judgments(tmp_path: Path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 from blipfit.errors import UserError
-from blipfit.model import checkpoint_files, loading
+from blipfit.model import checkpoint_files, clip, loading, tiny
 from blipfit.recipe import ModelConfig
 
 
@@ -84,6 +84,28 @@ def test_a_kernel_of_the_hub_is_refused(folder, section):
     change_config(folder, section, "_attn_implementation", "someone/kernel")
     with pytest.raises(UserError, match="runs no code from the hub"):
         checkpoints.load(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"text_config": {"_attn_implementation": "someone/kernel@main:f"}},
+        {"attn_implementation": {"vision_config": "sdpa", "text_config": "someone/kernel"}},
+        {"model_type": "clip", "vision_config": {"encoder": {"_attn_implementation_internal": "someone/kernel"}}},
+    ],
+)
+def test_a_kernel_is_found_in_any_section_of_any_model(config):
+    with pytest.raises(UserError, match="runs no code from the hub"):
+        checkpoint_files.refuse_kernels(config, "model")
+    checkpoint_files.refuse_kernels(json.loads(json.dumps(config).replace("someone/", "")), "model")
+
+
+def test_a_clip_with_a_kernel_of_the_hub_is_refused(tmp_path):
+    copy = shutil.copytree(tiny.clip_folder(), tmp_path / "clip")
+    change_config(copy, "text_config", "_attn_implementation", "someone/kernel")
+    with pytest.raises(UserError, match=r"text_config\._attn_implementation .* runs no code from the hub"):
+        clip.load(str(copy))
 
 
 def test_the_digest_is_of_the_content_and_not_of_the_files(folder, small):

@@ -229,7 +229,7 @@ def score_judgments(judgments: Sequence[Judgment], samples: int | None = None) -
     counts = [len(pair_judgments) for pair_judgments in by_pair.values()]
     return {
         "judge": "rewardbench",
-        "judgements": len(judgments),
+        "judgments": len(judgments),
         "samples": [min(counts), max(counts)],
         "repeated_ids": _count_repeated_ids(by_pair),
         "equal_responses": sum(key[-1] == key[-2] for key in by_pair),

@@ -5,6 +5,7 @@
 are K-major: row k·B + b belongs to question b of experiment k.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ class Backbone:
     `hf` is an `InstructBlipForConditionalGeneration` whose Q-Former and language model compute their attention in
     `runtime.attention`. K is 1 unless a bank is installed in the model; a bank makes the query tokens `K × Q × D`.
     `autocast`: the 16-bit dtype of the stages `query` and `answer`, None for fp32. `weight_files`: the files that the
-    weights come from, if any.
+    weights come from, if any. `is_sharded`: the language model's layers are distributed over the processes
+    (`runtime.sharding`), so all processes must run the stage `answer` equally often.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Backbone:
         name: str,
         autocast: torch.dtype | None = None,
         weight_files: tuple[Path, ...] = (),
+        is_sharded: bool = False,
     ):
         self.hf, self.text, self.family, self.name = hf, text, family, name
-        self.autocast_dtype, self.weight_files = autocast, weight_files
+        self.autocast_dtype, self.weight_files, self.is_sharded = autocast, weight_files, is_sharded
         self.language = hf.language_model
         attention.enable(hf.qformer)
         attention.enable(hf.language_model)
@@ -86,9 +89,7 @@ class Backbone:
         """
         if stage == "query":
             return list(self.hf.qformer.encoder.layer[:-1])
-        if self.family == "t5":
-            return [*self.language.encoder.block, *self.language.decoder.block]
-        return list(self.language.model.layers)
+        return language_layers(self.language, self.family)
 
     def repeated_layers(self) -> list[nn.Module]:
         """Return the layers that are alike, so that compiling the first of a kind serves all others.
@@ -196,6 +197,8 @@ class Backbone:
         T5 runs its encoder once and the decoder over the candidates. A causal model caches the prompt's keys and values
         and continues from them with each candidate.
         """
+        if self.is_sharded and batch.candidate_ids_MA.shape[1] == 1:
+            batch = _widen_candidates(batch)
         B = batch.text_ids_BT.shape[0]
         K = visual.shape[0] // B
         rows = (torch.arange(K, device=visual.device)[:, None] * B + batch.question_M).flatten()
@@ -215,6 +218,8 @@ class Backbone:
             "eos_token_id": self.text.llm_tokenizer.eos_token_id,
             "pad_token_id": self.text.llm_tokenizer.pad_token_id,
         }
+        if self.is_sharded:
+            options["synced_gpus"] = True
         with self.arithmetic():
             inputs, mask = self._language_inputs(visual, batch)
             if self.family == "vicuna":
@@ -328,6 +333,19 @@ def _query_rows(module: Any, count: int | None) -> Iterator[None]:
         yield
     finally:
         setattr(module, QUERY_ROWS, None)
+
+
+def language_layers(language: Any, family: Family) -> list[nn.Module]:
+    """Return the transformer layers of a language model (T5: encoder, then decoder)."""
+    if family == "t5":
+        return [*language.encoder.block, *language.decoder.block]
+    return list(language.model.layers)
+
+
+def _widen_candidates(batch: CandidateBatch) -> CandidateBatch:
+    """Pad candidates of one token to two, because longer ones take another forward pass, which all processes share."""
+    ids, mask = F.pad(batch.candidate_ids_MA, (0, 1)), F.pad(batch.candidate_mask_MA, (0, 1))
+    return dataclasses.replace(batch, candidate_ids_MA=ids, candidate_mask_MA=mask)
 
 
 def _attention_mask(mask_NS: Tensor) -> Tensor:

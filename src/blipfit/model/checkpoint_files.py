@@ -68,7 +68,7 @@ def check(folder: Path, name: str, build_on_meta: Callable[[dict[str, Any], str]
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read config.json and check its types. Raises UserError if it cannot be used."""
+    """Read config.json and check its types. Raises UserError if it cannot be used, or names code of the hub."""
     file = folder / "config.json"
     _refuse_lfs_pointer(file)
     try:
@@ -78,16 +78,14 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name} cannot be loaded: {file} is not valid JSON ({reason}); get a complete copy") from None
     if not isinstance(config, dict):
         raise UserError(f"{name} cannot be loaded: {file} is not a JSON object; get a complete copy")
+    refuse_kernels(config, name)
     if config.get("model_type") == "instructblip":
         check_config(config, name)
     return config
 
 
 def check_config(config: Mapping[str, Any], name: str) -> None:
-    """Raise UserError if a field of an InstructBLIP configuration has the wrong type or an impossible value.
-
-    An attention implementation with a `/` is the name of a kernel on the hub, that is, code; it is refused.
-    """
+    """Raise UserError if a field of an InstructBLIP configuration has the wrong type or an impossible value."""
     for section, sizes in _SIZES.items():
         values = config if section == "" else config.get(section, {})
         prefix = f"{section}." if section else ""
@@ -109,11 +107,24 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
         for field in [field for field in ("dtype", "torch_dtype") if values.get(field) is not None]:
             if not isinstance(values[field], str) or not hasattr(torch, values[field].removeprefix("torch.")):
                 raise _wrong_value(name, prefix + field, values[field], "the name of a dtype")
-        for field in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-            if "/" in str(values.get(field, "")):
+
+
+def refuse_kernels(config: Mapping[str, Any], name: str) -> None:
+    """Raise UserError if a configuration of any model names a kernel of the hub, that is, code, in any section.
+
+    An attention implementation with a `/` is such a name.
+    """
+    sections = [("", config)]
+    while sections:
+        prefix, section = sections.pop()
+        for field, value in section.items():
+            path = f"{prefix}{field}"
+            if isinstance(value, Mapping):
+                sections.append((f"{path}.", value))
+            elif "attn_implementation" in path and "/" in str(value):
                 raise UserError(
-                    f"{name}: config.json names a kernel of the hub as {prefix}{field} ({values[field]!r:.100}), and "
-                    "blipfit runs no code from the hub; remove the field"
+                    f"{name}: config.json names a kernel of the hub as {path} ({value!r:.100}), and blipfit runs no "
+                    "code from the hub; remove the field"
                 )
 
 
@@ -204,10 +215,16 @@ def digest(files: Sequence[Path]) -> str:
     """Return the SHA-256 of all tensors in safetensors files: their names, dtypes, shapes and every byte.
 
     It does not depend on the number of files or the order in them. Several threads hash; within a process the same
-    files are read once.
+    files are read once. Raises UserError if a file is damaged.
     """
-    stats = [(file, file.stat()) for file in files]
-    return _digest(tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+    try:
+        stats = [(file, file.stat()) for file in files]
+        return _digest(tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        names = " or ".join(file.name for file in files)
+        raise UserError(
+            f"{files[0].parent}: {names:.100} is damaged ({error!s:.200}); get a complete copy of the weights"
+        ) from None
 
 
 @lru_cache(maxsize=16)

@@ -34,7 +34,7 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     Raises UserError if it is not available, is another kind of model, lacks weights, or has the tokenizer of another
     model.
     """
-    from transformers import AutoTokenizer, CLIPModel, PreTrainedConfig
+    from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = locate_clip(name)
@@ -42,7 +42,7 @@ def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
         checkpoint_files.check(Path(folder), name)
     try:
         with loading.quiet():
-            model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+            model_type = loading.read_hub_config(folder, None, name).get("model_type")
             if model_type != "clip":
                 raise UserError(f"{name} is a model of type {model_type!r}; the CLIP score needs one of type 'clip'")
             model, loading_info = CLIPModel.from_pretrained(

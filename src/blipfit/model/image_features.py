@@ -118,6 +118,8 @@ class ImageFeatures:
         """Return the images whose features are not stored: hash of the content → file."""
         assert self.store is not None
         files = _hash_files(questions)
+        if self.store.missing(files):
+            self.store.refresh()  # another process may have computed them
         return {image: files[image] for image in self.store.missing(files)}
 
     def check(self, questions: Sequence[Question]) -> Comparison:

@@ -10,7 +10,7 @@ import ssl
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from blipfit import disk_space
 from blipfit.data.batches import TextEncoder
 from blipfit.errors import UserError
 from blipfit.model import checkpoint_files, tiny
-from blipfit.model.backbone import Backbone
+from blipfit.model.backbone import Backbone, language_layers
 from blipfit.model.tokenizer_files import check_tokenizers, load_tokenizers
 from blipfit.recipe import Family, ModelConfig
 
@@ -52,13 +53,15 @@ def load(
     device: torch.device | str = "cpu",
     max_text: int = 128,
     max_target: int = 256,
+    shard: Callable[[Sequence[nn.Module]], None] | None = None,
 ) -> Backbone:
     """Load a checkpoint as a frozen Backbone in eval mode.
 
     `precision`: see `TrainingConfig.precision`. The Q-Former, its layer norm, the query tokens and the projection stay
     in fp32. In 16 bit, the language model gets the dtype of the precision and the ViT's linear layers float16
-    (`halve_tower`). `max_text`, `max_target`: the longest prompt and answer in tokens. Raises UserError if the
-    checkpoint is not available, is one of the known broken copies, or holds a weight that is not finite.
+    (`halve_tower`). `max_text`, `max_target`: the longest prompt and answer in tokens. `shard`: distributes the layers
+    of the language model over the processes, before anything is moved to the device. Raises UserError if the checkpoint
+    is not available, is one of the known broken copies, or holds a weight that is not finite.
     """
     device = torch.device(device)
     low_dtype = low_precision_dtype(precision, device)
@@ -79,13 +82,14 @@ def load(
             f"{model.name}: the Q-Former reads at most {positions} tokens; lower training.max_text_tokens={max_text}"
         )
     hf.requires_grad_(False).eval()
+    if shard is not None:
+        shard(language_layers(hf.language_model, family))
     if model.quantization == "none":  # a quantized model is loaded to its device
         hf.to(device)
     check_tokenizers(hf, family, qformer_tokenizer, tokenizer, model.name)
     text = TextEncoder(qformer_tokenizer, tokenizer, family, decoder_start_id(hf, family), max_text, max_target)
-    return Backbone(
-        hf, text, family, model.name, autocast=low_dtype, weight_files=_weight_files(folder, revision, model.name)
-    )
+    files = _weight_files(folder, revision, model.name)
+    return Backbone(hf, text, family, model.name, low_dtype, files, is_sharded=shard is not None)
 
 
 def base_sha256(model: ModelConfig) -> str | None:
@@ -209,7 +213,9 @@ def read_hub_config(folder: str, revision: str | None, name: str) -> dict[str, A
     try:
         config: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(folder, revision=revision)[0]
     except (OSError, ValueError, RecursionError) as error:
+        disk_space.refuse_full_disk(error)
         raise UserError(f"{name} cannot be loaded ({first_line(error):.300}); get a complete copy") from error
+    checkpoint_files.refuse_kernels(config, name)
     if config.get("model_type") == "instructblip":
         checkpoint_files.check_config(config, name)
     return config
@@ -264,6 +270,7 @@ def load_weights(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
+        disk_space.refuse_full_disk(error)
         raise UserError(f"{name} cannot be loaded ({first_line(error):.300}); get a complete copy") from error
     for weight, shape, expected in loading_info["mismatched_keys"]:
         raise UserError(

@@ -135,7 +135,7 @@ def train_tower(recipe: PretrainRecipe, folder: Path, state_file: Path, log: Log
 
     Like all stages, it continues from `state_file` if that exists, and `until` stops it before that step.
     """
-    tokenizer = CLIPProcessor.from_pretrained(folder / tiny.CLIP_NAME).tokenizer
+    tokenizer = CLIPProcessor.from_pretrained(folder / tiny.CLIP_NAME, trust_remote_code=False).tokenizer
     torch.manual_seed(recipe.seed)
     clip = tiny.build_clip(tokenizer, recipe.seed)
     tower = Tower(clip)
@@ -296,7 +296,7 @@ def build_backbone(
 
     `folder` has the tokenizers; `tower`, `queries` and `words` are state files of tower, Q-Former and language model.
     """
-    processor = InstructBlipProcessor.from_pretrained(folder / tiny.NAMES[family])
+    processor = InstructBlipProcessor.from_pretrained(folder / tiny.NAMES[family], trust_remote_code=False)
     hf = tiny.build(family, processor, seed)
     initialize_attention(hf.language_model)
     if tower is not None:
