@@ -18,7 +18,7 @@ from blipfit.evaluation.metrics import accuracy
 from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.recipe import AdapterConfig, Recipe
 from blipfit.report import terminal
-from blipfit.run_folder import Run
+from blipfit.run_folder import Inputs, Run
 from blipfit.training import record
 from blipfit.training.checkpoint import Progress
 from blipfit.training.model_cache import SPLITS
@@ -50,11 +50,11 @@ def finish(small, iconqa) -> Callable[[Path, Recipe, float], Run]:
     def write(results: Path, recipe: Recipe, percent: float) -> Run:
         family = Path(recipe.model.name).name
         run = Run.of(results, recipe)
-        run.claim(recipe, "questions")
+        run.claim(recipe, Inputs("questions"))
         bank = Bank(backbones[family], [recipe.adapter], [0])
         state, counts = bank.state(0), bank.trained_parameters(0)
         bank.remove()
-        finished = record.Finished(run, recipe, Progress(best_epoch=0), state, counts)
+        finished = record.Finished(run, recipe, Inputs("questions"), Progress(best_epoch=0), state, counts)
         right = round(percent * QUESTIONS / 100)
         judged = SplitEvaluation([], {"method": "ranking", **accuracy([n < right for n in range(QUESTIONS)]), "by": {}})
         record.write(finished, backbones[family], splits[family], {"val": judged, "test": judged}, "")

@@ -54,7 +54,15 @@ def test_base_and_adapter_in_one_table():
         ),
     ]
     printed = _printed(evaluate.render_on(records))
-    for told in ("50.0 [45.0–55.0]", "62.5 [57.5–67.5]", "+12.5 [-1.2–+20.0]", "301.25", "290.00", "-11.25", "101.25"):
+    for told in (
+        "50.0 [45.0–55.0]",
+        "62.5 [57.5–67.5]",
+        "+12.5 [-1.2–+20.0]",
+        "301.25 of 200",
+        "290.00 of 200",
+        "-11.25",
+        "101.25",
+    ):
         assert told in printed, told
     assert "61.5 [50.0–70.0]" in printed
     assert "50.0 [40.0–60.0]" in printed  # ROUGE-L in percent

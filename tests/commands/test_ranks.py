@@ -11,7 +11,7 @@ from blipfit.adapters.placement import component_of
 from blipfit.commands import ranks
 from blipfit.errors import UserError
 from blipfit.report import terminal
-from blipfit.run_folder import Run
+from blipfit.run_folder import Inputs, Run
 from blipfit.training import loop
 from blipfit.training.model_cache import ModelCache
 
@@ -33,7 +33,7 @@ HISTORY = {
 def folder(tmp_path: Path) -> Path:
     recipe = grid.recipe("icons", 30, "tiny").override(["adapter.method=adalora"])
     mine = Run.of(tmp_path, recipe)
-    mine.claim(recipe, "questions")
+    mine.claim(recipe, Inputs("questions"))
     run_folder.write_json(mine.ranks_file, HISTORY)
     run_folder.write_json(mine.result_file, {})
     return mine.folder
@@ -65,7 +65,7 @@ def test_ranks_are_shown_by_layer(folder, capsys):
 def test_other_runs_have_no_ranks_to_show(tmp_path):
     recipe = grid.recipe("icons", 30, "tiny")
     mine = Run.of(tmp_path, recipe)
-    mine.claim(recipe, "questions")
+    mine.claim(recipe, Inputs("questions"))
     with pytest.raises(UserError, match="was trained with lora"):
         ranks.run([mine.folder])
 

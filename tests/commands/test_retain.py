@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib import rc_context
 
 from blipfit import __main__ as entry_point
 from blipfit.commands import retain, shrink
@@ -49,6 +50,19 @@ def test_a_candidate_beside_its_original(small, smaller, family, iconqa, tmp_pat
     assert "interval is not above chance" in text
     retain.write_figure(record, tmp_path / "figures" / "kept.png")
     assert (tmp_path / "figures" / "kept.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_figure_names_its_points(tmp_path):
+    def candidate(name, share, ratio):
+        corrected = {"ratio": ratio, "interval": None if ratio is None else [ratio - 0.1, ratio + 0.1]}
+        return {"name": name, "shares": {"qformer_parameters": share}, "on": {"icons": {"corrected": corrected}}}
+
+    candidates = [candidate("results/half", 0.5, 0.9), candidate("results/tenth", 0.1, 0.7), candidate("gone", 1, None)]
+    record = {"base": "tiny-t5", "on": {"icons": {}}, "at_least": None, "candidates": candidates}
+    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        retain.write_figure(record, tmp_path / "kept.svg")
+    text = (tmp_path / "kept.svg").read_text()
+    assert [name for name in ("half", "tenth", "gone") if f">{name}<" in text] == ["half", "tenth"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 from blipfit import grid
 from blipfit.commands import show
 from blipfit.errors import UserError
+from blipfit.training.loop import train
 
 
 def test_memory_counts_quantization():
@@ -33,6 +34,22 @@ def test_a_model_of_the_other_family_is_refused(experiment, model):
         UserError, match=rf"experiment {experiment} .* is for .*{model} has a language model of another"
     ):
         show.run(recipe)
+
+
+@pytest.mark.parametrize(
+    "change", [[], ["adapter.method=ia3", "adapter.rank=8"], ["adapter.method=adalora", "adapter.rank=4"]]
+)
+def test_the_share_is_that_of_a_run(small, iconqa, tmp_path, change):
+    """Trained parameters in % of the model with its adapter, before a training and after it."""
+    own = ["training.batch_size=2", "training.max_epochs=1", "data.images=off", "training.learning_rate=0.03"]
+    recipe = grid.recipe("iconqa", 31, str(small["t5"])).override([*own, *change])
+    (run,) = train([recipe], iconqa, tmp_path / "results", device="cpu")
+    record = show.run(recipe)
+    for key in ("trained_parameters", "total_parameters", "trained_share"):
+        assert record[key] == run.result()[key], key
+    assert record["total_parameters"] > sum(record["total"].values())
+    line = next(part for part in show.render(record) if "parameters are trained, " in str(part))
+    assert line.endswith(f"% of the {record['total_parameters']:,} of the model with its adapter")
 
 
 @pytest.mark.parametrize(("experiment", "model"), [(15, "tiny"), (49, "tiny"), ("baseline", "tiny-t5")])

@@ -45,7 +45,7 @@ def test_a_folder_is_made(small, family, iconqa, tmp_path):
     assert Size.from_config(checkpoints.load(to).hf.config).hidden == 16
     text = printed(record)
     assert "measured and repaired on 8 questions of iconqa" in text
-    assert f"--model {to}" in text
+    assert f"`blipfit train iconqa recover --model {to} --data {iconqa}`" in text
 
 
 def test_the_folder_is_trained_like_any_model(small, family, iconqa, tmp_path):

@@ -207,6 +207,22 @@ def test_padding_to_a_multiple_gives_few_shapes(backbone):
     assert len(shapes(32)) < len(shapes(1)) / 4
 
 
+@pytest.mark.parametrize("rows", [slice(0, None, 2), slice(1, None, 2)])
+def test_some_rows_are_as_long_as_in_the_whole_batch(backbone, rows):
+    encoded = backbone.text.encode([SHORT, LONG, SHORT])
+    whole, part = backbone.text.targets(encoded), backbone.text.targets(encoded, rows=rows)
+    names = ["qformer_ids_BT", "qformer_mask_BT", "text_ids_BT", "text_mask_BT"]
+    names += ["decoder_ids_BA"] if backbone.family == "t5" else []
+    for name in names:
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
+    assert part.labels_N.tolist() == [token for e in encoded[rows] for token in e.target]
+    ids, whole_ids = getattr(part, names[-1]), getattr(whole, names[-1])
+    if backbone.family == "vicuna":
+        ids, whole_ids = part.text_ids_BT, whole.text_ids_BT
+    own = [p for p in whole.positions_N.tolist() if p // whole_ids.shape[1] in range(3)[rows]]
+    assert torch.equal(ids.flatten()[part.positions_N], whole_ids.flatten()[own])
+
+
 def test_evaluation_batches_are_not_padded_to_a_multiple(backbone):
     text = backbone.text
     encoded = text.encode([SHORT, LONG])

@@ -49,11 +49,12 @@ def test_a_killed_build_is_resumed(tower, spec: FeatureSpec, image_paths: list[P
 @pytest.mark.usefixtures("six_shards")
 def test_temporary_folders_of_a_killed_build_are_removed_later(tower, spec, image_paths, tmp_path: Path):
     store = FeatureStore.open(tmp_path, spec)
-    old, fresh = store.home / ".old.safetensors.x1", store.home / ".fresh.safetensors.x2"
+    old, fresh = store.home / ".old.safetensors.k1ll3d_1", store.home / ".fresh.safetensors.k1ll3d_2"
     for folder in (old, fresh):
         folder.mkdir()
         (folder / "a.safetensors").write_bytes(b"half")
-    os.utime(old, (1e9, 1e9))
+    for path in (old / "a.safetensors", old):
+        os.utime(path, (1e9, 1e9))
     store.build(feature_store.hash_files(image_paths[:3]), tower.see)
     assert not old.exists()
     assert fresh.exists()  # another process may be writing it

@@ -121,7 +121,7 @@ def test_the_manifest_describes_the_store(spec: FeatureSpec, tmp_path: Path):
 def test_every_field_of_the_spec_changes_the_key(spec: FeatureSpec, monkeypatch: pytest.MonkeyPatch):
     others = [
         replace(spec, tower_sha256="0" * 64),
-        replace(spec, size=224),
+        replace(spec, image_size=224),
         replace(spec, shape=(257, 128)),
         replace(spec, dtype=torch.bfloat16),
         replace(spec, computation="cuda"),
@@ -202,7 +202,7 @@ def test_too_small_a_disk_is_reported_before_any_computation(
 ):
     huge_spec = replace(spec, shape=(10**8, 10**7))
     see = pytest.fail  # a call fails the test
-    with pytest.raises(UserError, match=r"the features of 3 images take 5457 TiB, but .* left: free some space"):
+    with pytest.raises(UserError, match=r"the features of 3 images need 5457 TiB, but .* left: make room"):
         FeatureStore.open(tmp_path, huge_spec).build(feature_store.hash_files(image_paths[:3]), see)
 
 

@@ -138,6 +138,13 @@ def test_load_refuses_a_folder_that_was_not_prepared(official_iconqa: Path):
         iconqa.load(official_iconqa, "val")
 
 
+def test_an_id_that_occurs_twice_is_refused(prepared: Path):
+    file = prepared / "annotations" / "train.json"
+    edit_json(file, lambda entries: entries.append(dict(entries[0])))
+    with pytest.raises(UserError, match=r"train\.json: entries 1 and 2 both have id 7"):
+        iconqa.load(prepared, "train")
+
+
 def test_prepared_folder_outlives_its_source(prepared: Path, official_iconqa: Path):
     shutil.rmtree(official_iconqa)
     assert iconqa.load(prepared, "test")[0].image.stat().st_size

@@ -34,6 +34,7 @@ def test_texts_are_counted(backbone):
     assert text_checks.count_texts(build_split(backbone, ROWS)) == {
         "questions": 4,
         "cut_prompts": 1,
+        "very_long_prompts": 0,
         "cut_qformer_prompts": 1,
         "cut_answers": 1,
         "choices": 8,
@@ -85,13 +86,30 @@ def test_a_text_that_needs_too_much_memory_is_refused_before_the_model_reads_it(
     words = "ab " * (length // 3)
     for text in ("x" * length, words):
         with pytest.raises(UserError, match=r"a prompt has [\d,]+ tokens, more than the limit of 2,048: '.{60}'…"):
-            backbone.text.encode([PromptedQuestion(text, "a", ())])
+            backbone.text.encode([PromptedQuestion(text, "a", ())], whole_prompts=True)
+        (encoded,) = backbone.text.encode([PromptedQuestion(text, "a", ())])
+        assert (encoded.prompt_is_cut, len(encoded.prompt)) == (True, MAX_TOKENS)
     (encoded,) = backbone.text.encode([PromptedQuestion("What?", words, (words, "b"))])
     assert (encoded.target_is_cut, encoded.cut_candidates) == (True, 1)
     assert max(map(len, [encoded.target, *encoded.candidates])) <= backbone.text.max_target
     backbone.text.max_target = 10 * MAX_TOKENS
     with pytest.raises(UserError, match=r"an? (answer|choice) has [\d,]+ tokens"):
         backbone.text.encode([PromptedQuestion("What?", words, (words, "b"))])
+
+
+def test_a_very_long_prompt_loses_its_beginning_and_keeps_its_special_token(backbone):
+    short, long = (PromptedQuestion("ab " * count + "Which?", "a", ()) for count in (20, 3 * MAX_TOKENS))
+    whole, cut = backbone.text.encode([short, long])
+    assert (whole.prompt_is_cut, cut.prompt_is_cut, len(cut.prompt)) == (False, True, MAX_TOKENS)
+    special = -1 if backbone.text.family == "t5" else 0
+    assert cut.prompt[-8:] == whole.prompt[-8:]
+    assert cut.prompt[special] == whole.prompt[special], "T5's end token, Vicuna's start token"
+    assert cut.prompt_cut[-8:] == whole.prompt[-8:]
+    split = EncodedSplit([Question("1", Path(), "q", "a")] * 2, [short, long], [whole, cut])
+    counts = text_checks.count_texts(split)
+    assert counts["very_long_prompts"] == 1
+    sentences = text_checks.describe_reading(counts, 128, 256, "vqa-v1")
+    assert "1 of 2 prompts are longer than 2048 tokens and lose their beginning in evaluation too" in sentences
 
 
 @pytest.fixture

@@ -16,8 +16,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from blipfit.data import icons
+from blipfit.data.encoded_split import EncodedSplit
+from blipfit.data.prompts import PromptedQuestion
+from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import clip_score
+from blipfit.evaluation import clip_score, open_answers
 from blipfit.model import clip, tiny
 
 BPE = Path(__file__).parents[2].parent / "shared" / "tokenizers" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
@@ -229,6 +232,23 @@ def copy_checkpoint(checkpoint: Path, to: Path, **config) -> Path:
         (to / file.name).write_bytes(file.read_bytes())
     (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | config))
     return to
+
+
+def test_transparent_pixels_are_shown_as_the_question_says(tmp_path: Path):
+    """Published data sets drop transparency, other images are shown on white; both as in the model's input."""
+    file = tmp_path / "drawing.png"
+    drawing = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (16, 16, 48, 48))
+    drawing.save(file)
+    clip_model = clip.load(tiny.CLIP_NAME)
+    texts = ["a black square"]
+    on_white = clip_score.score(clip_model, [file], texts)
+    assert clip_score.score(clip_model, [file], texts, transparency=["white"]) == on_white
+    dropped = clip_score.score(clip_model, [file], texts, transparency=["dropped"])
+    assert dropped == clip_score.score(clip_model, [Image.new("RGB", (64, 64))], texts)
+    assert dropped.cosines != on_white.cosines
+    split = EncodedSplit([Question("1", file, "", "", transparency="dropped")], [PromptedQuestion("", "", ())], [])
+    assert open_answers.score_clip(clip_model, split, texts, 4) == dropped
 
 
 def test_wrong_models_are_refused(checkpoint: Path, tmp_path: Path):

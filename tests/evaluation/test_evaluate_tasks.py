@@ -59,6 +59,17 @@ def _evaluate(backbone, data, names, tmp_path, settings=SETTINGS, adapter=None, 
     return evaluate_tasks.compare_with_adapter(model, tasks, get_features, settings, get_evaluation, {"run": None})
 
 
+def test_a_part_of_a_split_never_replaces_the_whole(backbone, data):
+    def title(name, limit):
+        return load_task(backbone, name, data / name, limit=limit).title
+
+    assert title("icons", None) == title("icons", 7) == "icons-test"  # there are 6
+    assert title("icons", 2) == "icons-test-first-2"
+    assert title("mme", 2) == "mme-test-first-2"
+    assert title("rewardbench", 1) == "rewardbench-test-first-1"
+    assert title("rewardbench", 1000) == title("rewardbench", None) == "rewardbench-test"
+
+
 def test_records_of_base_and_adapter_follow_from_the_written_files(backbone, adapter, data, tmp_path):
     names = ("icons", "mme", "rewardbench")
     records = _evaluate(backbone, data, names, tmp_path, adapter=adapter)
@@ -124,10 +135,10 @@ def test_response_scores_are_the_negated_training_loss(small, data):
 def test_judgments_are_generated_in_both_orders(backbone, data, tmp_path, monkeypatch):
     monkeypatch.setitem(generation.PRESETS, "sampling", replace(generation.PRESETS["sampling"], max_tokens=4))
     (record,) = _evaluate(backbone, data, ["rewardbench"], tmp_path, replace(SETTINGS, samples=2))
-    scores = record["base"]["judgements"]
-    file = tmp_path / "out/rewardbench-test/judgements-base.jsonl"
+    scores = record["base"]["judgments"]
+    file = tmp_path / "out/rewardbench-test/judgments-base.jsonl"
     lines = read_lines(file)
-    assert scores["judgements"] == len(lines) == 4 * 2 * 2
+    assert scores["judgments"] == len(lines) == 4 * 2 * 2
     assert sorted(line["meta"]["random_number"] for line in lines) == [0] * 8 + [1] * 8
     assert score_rewardbench(file)["pooled"] == scores["pooled"]
     assert scores["decoding"] == "sampling"

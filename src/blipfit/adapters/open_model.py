@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from blipfit.adapters import peft_format
 from blipfit.adapters.bank import Bank
-from blipfit.adapters.peft_format import BaseModel
+from blipfit.adapters.peft_format import BaseModel, SavedAdapter
 from blipfit.errors import UserError
 from blipfit.model import loading, shapes
 from blipfit.model.backbone import Backbone
@@ -33,6 +33,8 @@ class Source:
     """The base model that the adapter was trained on."""
     is_base_given: bool = False
     """Whether the user gave the model with `--model`, instead of the one that the adapter was trained on."""
+    saved: SavedAdapter | None = field(default=None, repr=False, compare=False)
+    """The adapter itself, so that what is installed is what was checked."""
     warnings: tuple[str, ...] = ()
     """Sentences for the user and for every record of results: the adapter was trained on other base weights."""
 
@@ -54,9 +56,9 @@ class OpenedModel:
 
         Raises UserError if the adapter was trained on another model.
         """
-        if self.source.adapter is None:
+        if self.source.saved is None:
             return None
-        bank, _ = peft_format.install(self.backbone, self.source.adapter)
+        bank, _ = peft_format.install(self.backbone, self.source.saved)
         return bank
 
     @contextmanager
@@ -140,26 +142,49 @@ def locate_adapter(folder: Path, base: ModelConfig | None = None) -> Source:
 
 
 def _locate_folder(folder: Path) -> Source:
-    digest, base = peft_format.read_identity(folder)
-    return Source(str(folder), ModelConfig(name=base.name), folder, digest, trained_on=base)
+    saved = peft_format.read_saved(folder)
+    model = ModelConfig(name=saved.base.name)
+    return Source(str(folder), model, folder, saved.sha256, trained_on=saved.base, saved=saved)
 
 
 def _locate_run(name: str, run: Run) -> Source:
     recipe = run.recipe()
     if run.state() != "finished":
         raise UserError(f"{name} is not finished; run the same `blipfit train` again to continue it")
-    digest, base = peft_format.read_identity(run.adapter)
-    if digest != run.result()["adapter_sha256"]:
-        raise UserError(
-            f"{run.adapter} is not the adapter that {run.result_file} was made with; copy the run folder again, or "
-            "delete it and train again"
-        )
+    run.tidy()
+    saved = read_adapter(run)
+    base = saved.base
     if base.name != recipe.model.name:
         raise UserError(
             f"{run.adapter} was trained on {base.name}, but {run.recipe_file} names {recipe.model.name}; "
             "copy the run folder again or train it again"
         )
-    return Source(name, recipe.model, run.adapter, digest, run, recipe, base)
+    return Source(name, recipe.model, run.adapter, saved.sha256, run, recipe, base, saved=saved)
+
+
+def read_adapter(run: Run) -> SavedAdapter:
+    """Read the adapter of a finished run.
+
+    Raises UserError if it is missing or damaged, or if it is not the one that the run's result was made with.
+    """
+    if not (run.adapter / peft_format.TRAINED_FILE).is_file():
+        raise UserError(f"{run.adapter} is missing; copy the run folder again, or delete it and train again")
+    saved = peft_format.read_saved(run.adapter)
+    if saved.sha256 != run.result()["adapter_sha256"]:
+        raise UserError(
+            f"{run.adapter} is not the adapter that {run.result_file} was made with; copy the run folder again, or "
+            "delete it and train again"
+        )
+    return saved
+
+
+def describe_adapter_problem(run: Run) -> str | None:
+    """Return a sentence if a finished run's adapter is missing, damaged or exchanged, else None."""
+    try:
+        read_adapter(run)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _find_base(source: Source, base: BaseModel) -> ModelConfig:

@@ -38,6 +38,14 @@ def trained_parameters(model: nn.Module, family: Family, adapter: AdapterConfig)
     return counts
 
 
+def added_parameters(model: nn.Module, family: Family, adapter: AdapterConfig) -> int:
+    """Count the trained parameters that the model does not have without the adapter."""
+    qformer = adapter.qformer if adapter.qformer == "full" else ()
+    without_lora = adapter.model_copy(update={"method": "lora", "llm": (), "llm_layers": None, "qformer": qformer})
+    trained, own = (trained_parameters(model, family, config) for config in (adapter, without_lora))
+    return sum(trained.values()) - sum(own.values())
+
+
 def all_parameters(model: nn.Module) -> dict[str, int]:
     """Count all parameters of the model, by component."""
     counts: dict[str, int] = {}

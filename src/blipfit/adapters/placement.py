@@ -12,14 +12,15 @@ from torch import nn
 from blipfit import sublayers
 from blipfit.errors import UserError
 from blipfit.recipe import AdapterConfig, Family
+from blipfit.sublayers import PROJECTION as PROJECTION
+from blipfit.sublayers import QUERY_TOKENS as QUERY_TOKENS
+from blipfit.sublayers import VISION_NORM as VISION_NORM
+from blipfit.sublayers import component_of as component_of
 
 _BLOCK_PATTERNS = {
     "t5": (r"language_model\.encoder\.block\.(\d+)\.", r"language_model\.decoder\.block\.(\d+)\."),
     "vicuna": (r"language_model\.model\.layers\.(\d+)\.",),
 }
-QUERY_TOKENS = "query_tokens"
-VISION_NORM = "vision_model.post_layernorm"
-PROJECTION = "language_projection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +89,6 @@ def _select_blocks(names: Iterable[str], family: Family, layers: tuple[int, ...]
             f"({order}); change adapter.llm_layers"
         )
     return tuple(prefixes[layer] for layer in layers)
-
-
-def component_of(name: str) -> str:
-    """The component of the model that a module or parameter belongs to: a row of the cost table."""
-    if name.startswith("qformer."):
-        return next(
-            (f"qformer {sublayer}" for sublayer, pattern in sublayers.QFORMER.items() if re.match(pattern, name)),
-            "qformer other",
-        )
-    if name.startswith("language_model."):
-        return next(
-            (
-                f"llm {sublayer}"
-                for sublayer, patterns in sublayers.LANGUAGE.items()
-                if any(re.match(pattern, name) for pattern in patterns.values())
-            ),
-            "llm other",
-        )
-    if name.startswith(QUERY_TOKENS):
-        return "query tokens"
-    if name.startswith(VISION_NORM):
-        return "vision layer norm"
-    return "projection" if name.startswith(PROJECTION) else "vision"
 
 
 def is_feedforward(name: str) -> bool:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from blipfit import grid
 from blipfit import recipe as recipes
-from blipfit.adapters import open_model, parameter_counts, peft_format, placement
+from blipfit.adapters import open_model, parameter_counts, placement
 from blipfit.data.feature_store import format_bytes
 from blipfit.errors import UserError
 from blipfit.model import cost, latency, shapes
@@ -82,7 +82,7 @@ def _resolve(subject: str, experiment: str | None, model: str | None) -> tuple[R
 def _stored_parameters(run: Run) -> dict[str, int]:
     """Values in a run's adapter folder, by component."""
     counts: dict[str, int] = {}
-    for name, tensor in peft_format.read(run.adapter)[1].items():
+    for name, tensor in open_model.read_adapter(run).state.items():
         part = placement.component_of(name)
         counts[part] = counts.get(part, 0) + tensor.numel()
     return counts

@@ -120,16 +120,11 @@ def _load_model(name: str) -> str:
 def _read_data(folder: Path) -> str:
     from blipfit import data
     from blipfit.data.images import open_image
+    from blipfit.data.question import SPLITS
 
-    reasons = []
-    for name in data.DATA_SETS:
-        try:
-            splits = {split: data.load(name, folder, split) for split in ("train", "val", "test")}
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        for questions in splits.values():
-            for question in questions:
-                open_image(question.image)
-        return f"{name}: " + " / ".join(f"{len(questions)} {split}" for split, questions in splits.items())
-    raise UserError(f"{folder} is no data folder that blipfit reads: {reasons[0]}")
+    name = data.detect(folder)
+    splits = {split: data.load(name, folder, split) for split in (("test",) if name == "mme" else SPLITS)}
+    for questions in splits.values():
+        for question in questions:
+            open_image(question.image, question.transparency)
+    return f"{name}: " + " / ".join(f"{len(questions)} {split}" for split, questions in splits.items())

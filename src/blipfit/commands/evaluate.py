@@ -12,9 +12,10 @@ from blipfit.adapters import open_model
 from blipfit.adapters.open_model import Source, warning_fields
 from blipfit.commands import resolve_arguments
 from blipfit.data import encoded_split, text_checks
-from blipfit.data.mme import COGNITION, PERCEPTION
+from blipfit.data.image_hashes import digest_images
+from blipfit.data.mme import COGNITION, MAX_SCORE, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import evaluate_tasks, split_evaluation, text_metrics
+from blipfit.evaluation import evaluate_tasks, recorded_data, split_evaluation, text_metrics
 from blipfit.evaluation.evaluate_tasks import BASE, TUNED
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
 from blipfit.model import clip, tiny
@@ -35,9 +36,9 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate a finished run again on a split of its own data set; with `base` the untrained model beside it.
 
-    `model_name`: the base model, if it is not where the run's recipe says. If it has other weights, the record has
-    `warnings`. Raises UserError if the folder is no finished run, or if its adapter, base model or data set is not the
-    one it was made with.
+    `model_name`: the base model, if it is not where the run's recipe says. The record has `warnings` if it has other
+    weights, or if the questions or images are not those that the run was made with. Raises UserError if the folder is
+    no finished run, or if its adapter or base model is not the one it was made with.
     """
     recipe = Run(folder).recipe()
     place = resolve_arguments.data_folder(recipe.data.name, data)
@@ -52,22 +53,24 @@ def run(
         return evaluation.metrics
 
     record: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
-    record |= _announce_warnings(model.source)
+    changes = recorded_data.describe_changes(Run(folder), split, questions.questions, place)
+    record |= _announce_warnings([*model.source.warnings, *changes])
     if base:
         record["base"] = metrics(model.backbone)
     with model.adapter() as backbone:
         record["tuned"] = metrics(backbone)
     record["adapter_sha256"], record["base_sha256"] = model.source.adapter_sha256, model.backbone.base_sha256
+    record["images_sha256"] = digest_images(questions.questions)
     record["recorded"] = Run(folder).result()["metrics"].get(split, {}).get("accuracy")
     return record
 
 
-def _announce_warnings(source: Source) -> dict[str, list[str]]:
-    """Print a source's warnings on stderr, and return them as a part of the record."""
+def _announce_warnings(warnings: Sequence[str]) -> dict[str, list[str]]:
+    """Print warnings on stderr, and return them as a part of the record."""
     screen = terminal.console(stderr=True)
-    for warning in source.warnings:
+    for warning in warnings:
         screen.print(f"warning: {warning}", soft_wrap=True)
-    return warning_fields(source.warnings)
+    return warning_fields(warnings)
 
 
 def render(record: Mapping[str, Any]) -> list[Any]:
@@ -143,10 +146,18 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
         {
             "run": None if source.adapter is None else subject,
             "base_sha256": model.backbone.base_sha256,
-            **_announce_warnings(model.source),
+            **_announce_warnings([*model.source.warnings, *_describe_changed_images(source, folders, options.split)]),
         },
         announce=lambda sentence: screen.print(sentence, soft_wrap=True),
     )
+
+
+def _describe_changed_images(source: Source, folders: Sequence[tuple[str, Path]], split: str) -> list[str]:
+    """Sentences on the run's own data set among those that it is evaluated on, if it has other images now."""
+    if source.run is None:
+        return []
+    changes = [recorded_data.describe_changed_images(source.run, name, split, folder) for name, folder in folders]
+    return [sentence for sentences in changes for sentence in sentences]
 
 
 def _read_task(backbone: Backbone, source: Source, name: str, folder: Path, options: OnOptions) -> EvaluationTask:
@@ -258,8 +269,9 @@ def _format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
             f"pairwise accuracy, {kind}": terminal.format_accuracy(metrics[f"likelihood_{kind}"]["pooled"])
             for kind in ("sum", "mean")
         }
-        if "judgements" in metrics:
-            accuracies["accuracy of judgments"] = terminal.format_accuracy(metrics["judgements"]["pooled"])
+        judgments = metrics.get("judgments", metrics.get("judgements"))  # the name in older records
+        if judgments is not None:
+            accuracies["accuracy of judgments"] = terminal.format_accuracy(judgments["pooled"])
         return accuracies | _format_texts(metrics["answers"])
     if metrics["method"] == "generation":
         return _format_texts(metrics)
@@ -267,9 +279,10 @@ def _format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _format_totals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """MME's totals, each only if one of its subtasks has questions."""
+    """MME's totals with the most that they can be, each only if one of its subtasks has questions."""
     totals = {"perception": PERCEPTION, "cognition": COGNITION}
-    return {name: f"{metrics[name]:.2f}" for name, of in totals.items() if set(of) & metrics["subtasks"].keys()}
+    counts = {name: len(set(subtasks) & metrics["subtasks"].keys()) for name, subtasks in totals.items()}
+    return {name: f"{metrics[name]:.2f} of {MAX_SCORE * count}" for name, count in counts.items() if count}
 
 
 def _format_texts(metrics: Mapping[str, Any]) -> dict[str, str]:

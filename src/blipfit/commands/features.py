@@ -78,10 +78,43 @@ def _store_record(summary: manage_feature_stores.StoreSummary) -> dict[str, Any]
     return {**asdict(summary), "home": str(summary.home), "key": summary.key}
 
 
+def _sentences(record: Mapping[str, Any]) -> list[str]:
+    """What was deleted, built, checked or compared."""
+    if "deleted" in record:
+        return [f"deleted {record['deleted']}, which took {record['freed']}"]
+    if "built" in record:
+        images = terminal.format_count(record["built"], "image")
+        questions = terminal.format_count(record["questions"], "question")
+        return [f"computed the features of {images}, for {questions}, in {record['folder']}"]
+    if "compared" in record:
+        return _describe_comparison(record["compared"])
+    lines = []
+    for store in record["checked"]:
+        images = terminal.format_count(store["images"], "image")
+        lines.append(f"{store['store']}: every byte of {images} is as it was written")
+        lines += [f"  damaged: {path}: {reason}" for path, reason in store["damaged"].items()]
+        if store["damaged"]:
+            lines[-1] += "; delete the file, and the next build computes its images again"
+    return lines or ["there is no feature store"]
+
+
+def _describe_comparison(compared: Mapping[str, Any]) -> list[str]:
+    images = terminal.format_count(compared["images"], "image")
+    if not compared["images"]:
+        return ["no features of these images are stored; `blipfit features build` computes them"]
+    if not compared["different"]:
+        return [f"computed the features of {images} again: equal to the stored ones in every bit"]
+    return [
+        f"computed the features of {images} again: {len(compared['different'])} differ, by at most "
+        f"{compared['largest']:.3g}; images by their hash: {', '.join(compared['different'][:5])}"
+        + (" …" if len(compared["different"]) > 5 else "")
+    ]
+
+
 def render(record: Mapping[str, Any]) -> list[Any]:
-    """The table of stores, or one line per field of the record."""
+    """The table of stores, or sentences on what was done or checked."""
     if "stores" not in record:
-        return [f"{name}: {value}" for name, value in record.items()]
+        return _sentences(record)
     table = Table(title=f"image features in {record['folder']}", title_justify="left")
     for name in ("key", "model", "images", "shape", "type", "size", "damaged"):
         table.add_column(name, justify="left" if name in ("key", "model") else "right")

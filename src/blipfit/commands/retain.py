@@ -10,11 +10,12 @@ from rich.table import Table
 from blipfit.adapters import open_model
 from blipfit.commands import resolve_arguments
 from blipfit.errors import UserError
-from blipfit.evaluation import retention
+from blipfit.evaluation import recorded_data, retention
 from blipfit.evaluation.retention import SampleScores
 from blipfit.model import cost, shapes
 from blipfit.model.cost import Lengths
 from blipfit.report import retention_figure, terminal
+from blipfit.run_folder import Run
 
 COSTS = ("qformer_parameters", "query_flops", "flops")
 """Costs that decide on the Pareto front, as shares of the original's."""
@@ -37,9 +38,12 @@ def run(
     names = [base, *candidates]
     if len(set(names)) < len(names):
         raise UserError("a model is named twice; give the original once and every candidate once")
-    models = [open_model.locate_model(name).model.name for name in names]  # checks all before the first is evaluated
+    models, runs = _locate(names)
     folders = resolve_arguments.data_folders(on, data)
     screen = terminal.console(stderr=True)
+    warnings = _describe_changed_images(runs, folders, split)
+    for warning in warnings:
+        screen.print(f"warning: {warning}", soft_wrap=True)
     scores = retention.score_models(
         names, folders, device, split, limit, announce=lambda sentence: screen.print(sentence, soft_wrap=True)
     )
@@ -50,6 +54,7 @@ def run(
         "on": {dataset: retention.summarize(base_scores) for dataset, base_scores in scores[0].items()},
         "cost": costs[0],
         "at_least": at_least,
+        **open_model.warning_fields(warnings),
         "candidates": [
             _candidate_record(name, scores[0], candidate_scores, costs[0], candidate_cost, at_least)
             for name, candidate_scores, candidate_cost in zip(candidates, scores[1:], costs[1:], strict=True)
@@ -59,6 +64,27 @@ def run(
     for candidate, on_front in zip(record["candidates"], retention.pareto_front(points), strict=True):
         candidate["pareto"] = on_front
     return record
+
+
+def _locate(names: Sequence[str]) -> tuple[list[str], list[Run]]:
+    """Check all models and runs before the first is evaluated; return the base models' names, and the runs."""
+    models, runs = [], []
+    for name in names:
+        source = open_model.locate_model(name)  # not kept, because it holds the adapter
+        models.append(source.model.name)
+        if source.run is not None:
+            runs.append(source.run)
+    return models, runs
+
+
+def _describe_changed_images(runs: Sequence[Run], folders: Sequence[tuple[str, Path]], split: str) -> list[str]:
+    """Sentences on the runs whose own data set is among those of the comparison and has other images now."""
+    return [
+        sentence
+        for run in runs
+        for name, folder in folders
+        for sentence in recorded_data.describe_changed_images(run, name, split, folder)
+    ]
 
 
 def any_below(record: Mapping[str, Any]) -> bool:

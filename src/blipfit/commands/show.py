@@ -17,16 +17,16 @@ from blipfit.report import terminal
 def run(recipe: Recipe) -> dict[str, Any]:
     """The recipe, adapted modules, parameters by component, and estimated memory. Needs no weights.
 
+    `total_parameters` and `trained_share` count the model with its adapter, as the result of a run does.
+
     Raises UserError if the model's language model is of another family than the experiment's.
     """
     model = shapes.on_meta(recipe.model.name)
     family = shapes.family(recipe.model.name)
     _refuse_other_family(recipe, family)
     placed = placement.resolve(model, family, recipe.adapter)
-    trained, total = (
-        parameter_counts.trained_parameters(model, family, recipe.adapter),
-        parameter_counts.all_parameters(model),
-    )
+    trained = parameter_counts.trained_parameters(model, family, recipe.adapter)
+    total = parameter_counts.all_parameters(model)
     training = recipe.training
     memory = memory_estimate.estimate_memory(
         model,
@@ -37,6 +37,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         recipe.performance.checkpointing,
         recipe.model.quantization,
     )
+    trained_count = sum(trained.values())
+    total_count = sum(total.values()) + parameter_counts.added_parameters(model, family, recipe.adapter)
     unread = placement.no_gradient_pattern(model)
     return {
         "recipe": recipe.model_dump(mode="json"),
@@ -44,8 +46,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "without_gradient": [name for name in placed.lora if unread.match(name)],
         "trained": trained,
         "total": total,
-        "trained_parameters": sum(trained.values()),
-        "total_parameters": sum(total.values()),
+        "trained_parameters": trained_count,
+        "total_parameters": total_count,
+        "trained_share": trained_count / total_count,
         "estimated_bytes": memory,
     }
 
@@ -65,14 +68,13 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     """The fields of the recipe that matter here, then parameters and memory."""
     recipe = recipes.from_mapping(record["recipe"])
     lora, full = record["modules"]["lora"], record["modules"]["full"]
-    share = 100 * record["trained_parameters"] / record["total_parameters"]
     memory = record["estimated_bytes"]
     parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in memory.items())
     lines = [
         yaml.safe_dump(relevant_fields(recipe), sort_keys=False, allow_unicode=True),
         terminal.components_table(record["trained"], record["total"]),
-        f"{record['trained_parameters']:,} of the model's {record['total_parameters']:,} parameters are trained "
-        f"({share:.2f} %)",
+        f"{record['trained_parameters']:,} parameters are trained, {100 * record['trained_share']:.2f} % of the "
+        f"{record['total_parameters']:,} of the model with its adapter",
     ]
     if lora:
         lines.append(f"{methods.title(recipe.adapter.method)} in {len(lora)} layers, {lora[0]} … {lora[-1]}")

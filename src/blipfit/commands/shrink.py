@@ -1,5 +1,6 @@
 """`blipfit shrink`: a smaller Q-Former from a larger one, and what it saves."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +14,11 @@ from blipfit.commands import resolve_arguments
 from blipfit.commands.cost import format_gigaflops
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
-from blipfit.compression.checkpoint_writer import checkpoint_folder, refuse_existing
+from blipfit.compression.checkpoint_writer import checkpoint_folder, refuse_existing, require_space
 from blipfit.compression.qformer_size import COMMAND_OPTIONS, Size, reduce_size, resize_config
 from blipfit.compression.shrink import shrink, write_checkpoint
 from blipfit.errors import UserError
+from blipfit.file_writes import remove_leftovers
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.cost import Lengths
@@ -64,25 +66,41 @@ def run(
     folder: Path | None,
     count: int,
     seed: int,
-    to: Path,
+    to: Path | None,
     device: torch.device,
 ) -> dict[str, Any]:
     """Make the smaller checkpoint and write it to the folder `to`.
 
-    Raises UserError if the folder exists, or if the model, the sizes, the method or the data set cannot be used.
+    Raises UserError if `to` is missing or exists, or if the model, sizes, method or data set cannot be used.
     """
+    if to is None:
+        raise UserError("say where to write the smaller checkpoint: --to DIR; or only plan it with --dry-run")
     if method not in importance.METHODS:
         raise UserError(f"unknown importance {method!r}; known: {', '.join(importance.METHODS)}")
     refuse_existing(to)
-    size = reduce_size(shapes.on_meta(model).config, **sizes)
+    original = shapes.on_meta(model)
+    size = reduce_size(original.config, **sizes)
     part = ModelConfig(name=model)
+    _require_space(part, to, compare(original, shapes.from_config(resize_config(original.config, size))))
     backbone = loading.load(part, device=device)
     questions = _questions(backbone, dataset, folder, count, seed) if dataset else None
     small, record = shrink(backbone, size, method, questions)  # type: ignore[arg-type]
     record |= {"dataset": dataset, "seed": seed}
     write_checkpoint(checkpoint_folder(part), to, small, record)
     details = {name: value for name, value in record.items() if name not in ("kept", "before", "after")}
-    return {"model": model, "to": str(to), **compare(backbone.hf, small), **details}
+    data_folder = None if folder is None else str(folder)
+    return {"model": model, "to": str(to), "data": data_folder, **compare(backbone.hf, small), **details}
+
+
+def _require_space(model: ModelConfig, to: Path, comparison: Mapping[str, Any]) -> None:
+    """Raise UserError if the disk has too little room; a model that is not downloaded yet is not measured."""
+    remove_leftovers(to.parent, to.name)
+    source = Path(loading.locate_checkpoint(model)[0])
+    if source.is_dir():
+        before, after = comparison["before"]["parameters"], comparison["after"]["parameters"]
+        replaced = ("query_tokens", "qformer", "projection")
+        share = 1 - sum(before[name] for name in replaced) / sum(before.values())
+        require_space(source, to, share, 4 * sum(after[name] for name in replaced))  # fp32
 
 
 def _questions(backbone: Backbone, dataset: str, folder: Path | None, count: int, seed: int) -> Calibration:
@@ -136,7 +154,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"variance of the visual tokens that is lost, before training: {100 * record['lost']['after']:.1f} %"
         )
-    lines.append(
-        f"written: {record['to']}; recover its performance: `blipfit train icons recover --model {record['to']}`"
-    )
+    training = f"blipfit train {record['dataset'] or 'icons'} recover --model {shlex.quote(record['to'])}"
+    if record["data"] is not None:
+        training += f" --data {shlex.quote(record['data'])}"
+    lines.append(f"written: {record['to']}; recover its performance: `{training}`")
     return lines

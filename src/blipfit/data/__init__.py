@@ -1,9 +1,9 @@
 """Data sets by name: how each is prepared and loaded. Importing this imports no data set's module."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from blipfit.data import annotations
 from blipfit.data.question import SPLITS, Question
 from blipfit.data_sets import DATA_SETS, DataSet
 from blipfit.errors import UserError
+from blipfit.file_writes import temporary_folder
 
 
 class DataSetModule(Protocol):
@@ -106,11 +107,12 @@ def prepare_drawn(name: str, to: Path, count: int | None = None, seed: int = 42)
         raise UserError(
             f"{to} holds something else ({existing or 'not drawn'}); delete it or choose another folder with --to"
         )
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
-        source = Path(temporary) / name
+    with temporary_folder(to.with_name(f"{to.name}.drawn")) as temporary:
+        source = temporary / name
         _draw(name, source, count or DRAWN_COUNTS[name], seed)
         report = prepare(name, source, to)
+    notes = [f"drawn from icons with seed {seed}", *report.notes]
+    report = dataclasses.replace(report, published={}, notes=notes)
     (to / DRAWING_FILE).write_text(json.dumps(drawing) + "\n", encoding="utf-8")
     return report
 
@@ -133,11 +135,37 @@ def load(name: str, folder: Path, split: str, limit: int | None = None) -> list[
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be 1 or more")
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; run `blipfit prepare {name} --from DIR --to {folder}`")
+        source = "" if name == "icons" else " --from DIR"
+        raise UserError(f"{folder} does not exist; run `blipfit prepare {name}{source} --to {folder}`")
     questions = MODULES[data_set.name]().load(folder, split)
     if not questions:
         raise UserError(f"{folder} has no {name} questions in split {split}")
     return questions[:limit]
+
+
+def detect(folder: Path) -> str:
+    """Return the name of the data set that a prepared folder holds, by the names of its files.
+
+    Raises UserError if it is no prepared folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that `blipfit prepare` wrote")
+    files = {path.name for path in folder.iterdir()}
+    splits = {f"{split}.jsonl" for split in SPLITS}
+    if any(f"scienceqa_{split}.json" in files for split in SPLITS):
+        return "scienceqa"
+    if "annotations" in files:
+        return "icons" if "icons.json" in files else "iconqa"
+    if splits & files:
+        return "rewardbench" if "split.json" in files else "own"
+    from blipfit.data import mme
+
+    if any(f"{subtask}.txt" in files or subtask in files for subtask in mme.SUBTASKS):
+        return "mme"
+    raise UserError(
+        f"{folder} holds no data set that blipfit reads ({', '.join(DATA_SETS)}); give the folder that `blipfit "
+        "prepare` wrote"
+    )
 
 
 def fingerprint(splits: Iterable[Iterable[Question]]) -> str:

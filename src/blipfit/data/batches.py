@@ -6,7 +6,8 @@ Shape suffixes: `B` questions, `T` prompt tokens, `A` answer tokens, `M` candida
 The rules (source: the original experiments):
 
 - The Q-Former always reads the prompt as BERT tokens, `[CLS] … [SEP]`, truncated FROM THE LEFT to `max_text`.
-- The language model reads the same prompt: truncated from the left to `max_text` in training, whole in evaluation.
+- The language model reads the same prompt: truncated from the left to `max_text` in training, whole in evaluation (but
+  at most `MAX_TOKENS`, so that the memory is bounded).
 - T5: prompt `… </s>`; target `… </s>`, truncated from the right to `max_target`; the decoder starts with the pad token.
 - Causal (Vicuna): `BOS prompt answer </s>`, right-padded; the answer has no BOS; loss only on the answer and `</s>`.
 - Candidates to rank are tokenized like targets, but without `</s>` for causal models: only T5's score counts the end
@@ -26,8 +27,10 @@ from blipfit.errors import UserError
 from blipfit.recipe import Family
 
 MAX_TOKENS = 2048
-"""Maximum length of a prompt, and of an answer after truncation: the positions of Vicuna. Memory grows with the square
-of the length; the longest published prompt has 497 words."""
+"""Maximum length of a prompt in evaluation, and of an answer after truncation: the positions of Vicuna. Memory grows
+with the square of the length; the longest published prompt has 497 words."""
+
+ALL_ROWS = slice(None)
 
 
 class Tokenizer(Protocol):
@@ -48,13 +51,15 @@ class EncodedQuestion:
     qformer: list[int]
     """The prompt in the Q-Former's BERT tokens, truncated from the left."""
     prompt: list[int]
-    """The whole prompt, for evaluation."""
+    """The whole prompt, for evaluation; truncated from the left if it has more than MAX_TOKENS."""
     prompt_cut: list[int]
     """The prompt truncated from the left, for training."""
     target: list[int]
     """The answer to learn, with its end token."""
     candidates: list[list[int]]
     """All answers to rank; empty for an open question."""
+    prompt_is_cut: bool = False
+    """Whether `prompt` lacks its beginning."""
     qformer_is_cut: bool = False
     """Whether `qformer` lacks the beginning of the prompt."""
     target_is_cut: bool = False
@@ -157,24 +162,26 @@ class TextEncoder:
         self.max_text, self.max_target = max_text, max_target
         self.qformer_tokenizer.truncation_side = self.llm_tokenizer.truncation_side = "left"
 
-    def encode(self, prompted: Sequence[PromptedQuestion]) -> list[EncodedQuestion]:
+    def encode(self, prompted: Sequence[PromptedQuestion], whole_prompts: bool = False) -> list[EncodedQuestion]:
         """Tokenize prompts, targets and candidates of questions.
 
-        Raises UserError if a prompt or, after truncation, an answer has more than `MAX_TOKENS` tokens.
+        What is truncated is marked in the result. Raises UserError if, after truncation, an answer or a choice has more
+        than `MAX_TOKENS` tokens, or if a prompt is truncated and `whole_prompts` says that none may be.
         """
         prompts = [p.prompt for p in prompted]
         answers = [text for p in prompted for text in p.candidates]
         candidates = iter(self._answers(answers, add_end=self.family == "t5"))
         encoded = []
-        for p, qformer, prompt, prompt_cut, (target, target_is_cut) in zip(
+        for p, qformer, (prompt, prompt_length), prompt_cut, (target, target_is_cut) in zip(
             prompted,
             _ids(self.qformer_tokenizer, prompts, truncation=True, max_length=self.max_text),
-            self._prompts(prompts),
+            self._bounded_prompts(prompts),
             self._prompts(prompts, self.max_text),
             self._answers([p.target for p in prompted]),
             strict=True,
         ):
-            _check_length("prompt", p.prompt, len(prompt))
+            if whole_prompts:
+                _check_length("prompt", p.prompt, prompt_length)
             _check_length("answer", p.target, len(target))
             rows = [next(candidates) for _ in p.candidates]
             for text, (row, _) in zip(p.candidates, rows, strict=True):
@@ -186,6 +193,7 @@ class TextEncoder:
                     prompt_cut,
                     target,
                     [row for row, _ in rows],
+                    prompt_is_cut=prompt_length > MAX_TOKENS,
                     qformer_is_cut=len(qformer) == self.max_text and self._qformer_length(p.prompt) > self.max_text,
                     target_is_cut=target_is_cut,
                     cut_candidates=sum(is_cut for _, is_cut in rows),
@@ -201,31 +209,38 @@ class TextEncoder:
         """Return a batch of whole prompts, right-padded."""
         return PromptBatch(*self._pad_texts([e.qformer for e in encoded], [e.prompt for e in encoded]))
 
-    def targets(self, encoded: Sequence[EncodedQuestion], multiple: int = 1) -> TargetBatch:
+    def targets(self, encoded: Sequence[EncodedQuestion], multiple: int = 1, rows: slice = ALL_ROWS) -> TargetBatch:
         """Return a training batch: truncated prompts and targets. Every row has at least one label (its end token).
 
         Text lengths and the number of labels are padded to a multiple of `multiple` (T5's decoder ids to a multiple of
-        at most 8), so that few shapes occur and a compiled or captured step can be reused.
+        at most 8), so that few shapes occur and a compiled or captured step can be reused. `rows`: return only these
+        rows, as long as in the whole batch, so that their dropout noise has the whole batch's shape.
         """
         qformer = [e.qformer for e in encoded]
+        questions = encoded[rows]
         if self.family == "t5":
             text = self._pad_texts(qformer, [e.prompt_cut for e in encoded], multiple)
             shifted = [[self.decoder_start, *e.target[:-1]] for e in encoded]
             decoder_ids, _ = _pad(shifted, self._pad_id, min(multiple, 8))
-            positions = [row * decoder_ids.shape[1] + i for row, e in enumerate(encoded) for i in range(len(e.target))]
+            positions = [
+                row * decoder_ids.shape[1] + i for row, e in enumerate(questions) for i in range(len(e.target))
+            ]
+            decoder_ids = decoder_ids[rows]
         else:
             text = self._pad_texts(qformer, [e.prompt_cut + e.target for e in encoded], multiple)
             decoder_ids = None
             # Output i predicts token i + 1: the first answer token is predicted at the prompt's last token.
             positions = [
                 row * text[2].shape[1] + len(e.prompt_cut) - 1 + i
-                for row, e in enumerate(encoded)
+                for row, e in enumerate(questions)
                 for i in range(len(e.target))
             ]
-        labels = [token for e in encoded for token in e.target]
+        labels = [token for e in questions for token in e.target]
         padding = -len(labels) % multiple
         labels, positions = labels + [-100] * padding, positions + [0] * padding
-        return TargetBatch(*text, decoder_ids, torch.tensor(positions), torch.tensor(labels))
+        qformer_ids, qformer_mask, text_ids, text_mask = (tensor[rows] for tensor in text)
+        own = qformer_ids, qformer_mask, text_ids, text_mask, decoder_ids
+        return TargetBatch(*own, torch.tensor(positions), torch.tensor(labels))
 
     def candidates(self, encoded: Sequence[EncodedQuestion]) -> CandidateBatch:
         """Return a ranking batch: whole prompts and all candidates of every question."""
@@ -268,6 +283,17 @@ class TextEncoder:
         return [
             [self.llm_tokenizer.bos_token_id, *row]
             for row in _ids(self.llm_tokenizer, texts, add_special_tokens=False, **truncation)
+        ]
+
+    def _bounded_prompts(self, texts: list[str]) -> list[tuple[list[int], int]]:
+        """Tokenize prompts, truncated from the left to `MAX_TOKENS`; return the ids and the length of the whole prompt.
+
+        T5's end token and a causal model's start token stay.
+        """
+        starts = 0 if self.family == "t5" else 1
+        return [
+            (row if len(row) <= MAX_TOKENS else row[:starts] + row[starts - MAX_TOKENS :], len(row))
+            for row in self._prompts(texts)
         ]
 
     def _answers(self, texts: list[str], add_end: bool = True) -> list[tuple[list[int], bool]]:

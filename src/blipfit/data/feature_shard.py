@@ -5,7 +5,6 @@ metadata names the image of each row, so there is no separate index file that co
 """
 
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blipfit.errors import UserError
-from blipfit.run_folder import replacing
+from blipfit.file_writes import replacing
 
 SUFFIX = ".safetensors"
 _TENSOR = "features"
@@ -81,9 +80,6 @@ def write(folder: Path, images: Sequence[str], rows_NPD: Tensor) -> Path:
     try:
         with replacing(path) as temporary:
             save_file({_TENSOR: rows_NPD}, temporary, metadata)
-            # Without fsync a power failure can leave a file of the right name and length without its content.
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be written ({error}): free some space, or set BLIPFIT_CACHE to a folder on another disk; "

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blipfit import disk_space
 from blipfit.data import feature_shard, images
 from blipfit.data.feature_shard import Shard
 from blipfit.data.image_hashes import hash_file as hash_file
 from blipfit.data.image_hashes import hash_image, hash_on_white
 from blipfit.data.prefetch import prefetch
+from blipfit.disk_space import format_bytes as format_bytes
 from blipfit.errors import UserError
+from blipfit.file_writes import remove_leftovers
 from blipfit.run_folder import installed_version, read_json, write_json
 
 FORMAT = 1
@@ -40,7 +42,7 @@ VISION_BATCH_SIZE = 16  # images per forward pass of the vision tower
 SHARD_IMAGES = 512
 SHARD_BYTES = 256 * 2**20
 MANIFEST = "manifest.json"
-# A shard is written in seconds, so an older temporary folder belongs to a process that was killed.
+# A shard is written in seconds, so an older temporary folder of another machine belongs to a process that was killed.
 LEFTOVER_SECONDS = 3600.0
 
 ComputeFeatures = Callable[[Tensor], Tensor]
@@ -194,7 +196,7 @@ class FeatureStore:
         missing = self.missing(files)
         if not missing:
             return
-        _remove_leftovers(self.home)
+        remove_leftovers(self.home, seconds=LEFTOVER_SECONDS)
         _require_space(self.home, len(missing), self.spec.shape)
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
             pending: Future[Path] | None = None
@@ -325,22 +327,8 @@ def _require_same_spec(home: Path, spec: FeatureSpec) -> None:
 
 
 def _require_space(home: Path, count: int, shape: tuple[int, int]) -> None:
-    needed, free = estimate_bytes(count, shape), shutil.disk_usage(home).free
-    if needed > free:
-        raise UserError(
-            f"the features of {count} images take {format_bytes(needed)}, but {home} has only {format_bytes(free)} "
-            "left: free some space, set BLIPFIT_CACHE to a folder on another disk, or use --set data.images=off"
-        )
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Delete the temporary folders of processes that were killed while building."""
-    for path in home.glob(".*"):
-        try:
-            if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:  # another process deleted it first
-            continue
+    fix = "make room, set BLIPFIT_CACHE to a folder on another disk, or use --set data.images=off"
+    disk_space.require_space(home, estimate_bytes(count, shape), f"the features of {count} images", fix)
 
 
 def _load_pixels(files: Sequence[tuple[str, Path]], size: int, batch_size: int) -> Tensor:
@@ -366,11 +354,3 @@ def _split(items: Sequence[str], size: int) -> list[list[str]]:
 def thread_count() -> int:
     """Return the number of threads for hashing and decoding, which wait for files or release the GIL."""
     return min(8, os.cpu_count() or 1)
-
-
-def format_bytes(size: int) -> str:
-    """Format a number of bytes for people, for example `707 KiB` or `6.9 GiB`."""
-    amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while amount >= 1000 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{amount:.0f} {units[0]}" if amount >= 100 or units[0] == "bytes" else f"{amount:.1f} {units[0]}"

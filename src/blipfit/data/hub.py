@@ -4,10 +4,11 @@ Rows are streamed from the files, so `datasets` does not store a second copy in 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blipfit import disk_space
 from blipfit.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test"}
@@ -43,6 +44,7 @@ def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused `{name}` at revision {revision}: {_first_line(error)}") from None
     except connection_errors as error:
+        disk_space.refuse_full_disk(error)
         raise UserError(
             f"offline: `{name}` is not in the local cache ({_first_line(error)}); connect, or run "
             f"`hf download {name} --repo-type dataset --local-dir DIR` elsewhere and give --from DIR"
@@ -81,6 +83,11 @@ def read_parquet(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"{', '.join(names)}: not readable as parquet ({_first_line(error)}); download it again"
         ) from None
+
+
+def file_sizes(folder: Path, splits: Iterable[str]) -> list[int]:
+    """Return the sizes in bytes of the parquet files of some splits; their images are stored as they are."""
+    return [file.stat().st_size for split in splits for file in _files(folder, split)]
 
 
 def _files(folder: Path, split: str) -> list[Path]:

@@ -41,6 +41,7 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> Pre
     allowed = Source(Path(source), allow_outside)
     check_images(images.values(), allowed)
     with output_folder(to, ("annotations", *SPLITS), allowed) as out:
+        out.require_space(images.values())
         for name, image in images.items():
             out.add_image(image, name)
         for split, entries in problems.items():
@@ -52,7 +53,7 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> Pre
 def load(folder: Path, split: str) -> list[Question]:
     """Load one split of a prepared folder, or of a folder prepared for the published experiments.
 
-    Raises UserError if the folder is not prepared, or an entry or its image is missing or invalid.
+    Raises UserError if the folder is not prepared, an entry or its image is missing or invalid, or an id occurs twice.
     """
     file = folder / "annotations" / f"{split}.json"
     if not file.is_file():
@@ -61,7 +62,12 @@ def load(folder: Path, split: str) -> list[Question]:
             f"run `blipfit prepare iconqa --from DIR --to {folder}`"
         )
     entries = annotations.require_list(annotations.read_json(file), str(file))
-    return [_question(entry, f"{file}: entry {n}", folder, split) for n, entry in enumerate(entries, start=1)]
+    questions = [_question(entry, f"{file}: entry {n}", folder, split) for n, entry in enumerate(entries, start=1)]
+    entry_by_id: dict[str, int] = {}
+    for number, question in enumerate(questions, start=1):
+        if (first := entry_by_id.setdefault(question.id, number)) != number:
+            raise UserError(f"{file}: entries {first} and {number} both have id {question.id}; remove one of them")
+    return questions
 
 
 def _root(source: Path) -> Path:

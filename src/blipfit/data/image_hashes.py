@@ -1,10 +1,27 @@
 """Hashes that identify images by their content."""
 
 import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 from blipfit.data import images
+from blipfit.data.question import Question
+
+
+def digest_images(questions: Sequence[Question]) -> str:
+    """Return a SHA-256 over the id of every question and the content of its image, in order.
+
+    Threads hash the files; within a process a file is read once, also for the feature store. Raises UserError if a
+    file is missing or unreadable.
+    """
+    unique = list(dict.fromkeys((question.image, question.transparency) for question in questions))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        hashes = dict(zip(unique, pool.map(lambda entry: hash_image(*entry), unique), strict=True))
+    lines = (f"{question.id!r} {hashes[question.image, question.transparency]}\n" for question in questions)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -32,7 +49,8 @@ def hash_image(path: Path, transparency: images.Transparency) -> str:
 @cache
 def _hash_version(path: Path, transparency: images.Transparency, size: int, modified: int, inode: int) -> str:
     """Hash a file; size, time and inode are arguments only to be part of the cache key."""
-    data = images.read_image(path)
+    with images.large_file_lock(path):
+        data = images.read_image(path)
     file_hash = hashlib.sha256(data).hexdigest()
     return hash_on_white(file_hash) if transparency == "white" and images.is_transparent(data) else file_hash
 

@@ -11,11 +11,11 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -26,6 +26,8 @@ from blipfit.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+Result = TypeVar("Result")
 
 SIZE = 224
 # Mean and standard deviation per color channel, of CLIP's image processor.
@@ -106,15 +108,20 @@ def decode_image(data: bytes, name: str, transparency: Transparency = "white") -
 
     Raises UserError as `open_image` does.
     """
+    return _decode(data, name, transparency, lambda image: image)
+
+
+def _decode(data: bytes, name: str, transparency: Transparency, use: Callable[[Image.Image], Result]) -> Result:
+    """Return `use(image)` of a decoded image file; of large images, one is decoded and used at a time."""
     with _errors_as_user_errors(name, data):
         try:
-            return _to_rgb(_open(data), name, transparency)
+            return _to_rgb(_open(data), name, transparency, use)
         except ValueError:
             # Pillow refuses long texts and color profiles in PNG files; they do not change the pixels.
             stripped = _strip_png_metadata(data)
             if stripped == data:
                 raise
-            return _to_rgb(_open(stripped), name, transparency)
+            return _to_rgb(_open(stripped), name, transparency, use)
 
 
 def convert_image(image: Image.Image, name: str = "the image", transparency: Transparency = "white") -> Image.Image:
@@ -125,7 +132,7 @@ def convert_image(image: Image.Image, name: str = "the image", transparency: Tra
     if image.format not in (None, "MPO", *FORMATS):
         raise UserError(f"{name} is of the format {image.format}; expected {_format_names()}: convert it to PNG")
     with _errors_as_user_errors(name):
-        return _to_rgb(image, name, transparency)
+        return _to_rgb(image, name, transparency, lambda rgb: rgb)
 
 
 def hash_pixels(data: bytes, name: str, transparency: Transparency = "white") -> str:
@@ -133,11 +140,13 @@ def hash_pixels(data: bytes, name: str, transparency: Transparency = "white") ->
 
     Raises UserError as `decode_image` does.
     """
-    with _large_image_lock if _count_pixels(data) > _LARGE_PIXELS else nullcontext():
-        image = decode_image(data, name, transparency)
-        digest = hashlib.blake2b(f"{image.width} {image.height}\n".encode(), digest_size=16)
-        for top in range(0, image.height, 256):
-            digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
+    return _decode(data, name, transparency, _hash_rgb)
+
+
+def _hash_rgb(image: Image.Image) -> str:
+    digest = hashlib.blake2b(f"{image.width} {image.height}\n".encode(), digest_size=16)
+    for top in range(0, image.height, 256):
+        digest.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
     return digest.hexdigest()
 
 
@@ -296,25 +305,18 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=_available_formats())
 
 
-def _count_pixels(data: bytes) -> int:
-    """Return the number of pixels by the file's header, 0 if it is unreadable."""
-    try:
-        image = _open(data)
-    except Exception:
-        return 0
-    return image.width * image.height
-
-
-def _to_rgb(image: Image.Image, name: str, transparency: Transparency) -> Image.Image:
-    """Decode an opened image, turn it upright and convert it to RGB."""
+def _to_rgb(image: Image.Image, name: str, transparency: Transparency, use: Callable[[Image.Image], Result]) -> Result:
+    """Decode an opened image, turn it upright and convert it to RGB; return `use` of it."""
     pixels = image.width * image.height
+    if not pixels:
+        raise UserError(f"{name} has no pixels ({image.width} x {image.height}): give another image")
     if pixels > MAX_PIXELS:
         raise UserError(_too_large(name, f"{image.width} x {image.height}"))
     with _large_image_lock if pixels > _LARGE_PIXELS else nullcontext():
         image.load()
         turn = _TURNS.get(_orientation(image))
         rgb = _convert(image, name, transparency)
-        return rgb if turn is None else rgb.transpose(turn)
+        return use(rgb if turn is None else rgb.transpose(turn))
 
 
 def _orientation(image: Image.Image) -> int:

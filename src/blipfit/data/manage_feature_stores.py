@@ -1,8 +1,6 @@
 """List, summarize, check and delete the feature stores of a folder; none of it needs a model."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from blipfit.data import feature_shard
 from blipfit.data.feature_shard import DamagedShard
 from blipfit.data.feature_store import MANIFEST, list_shards
 from blipfit.errors import UserError
+from blipfit.file_writes import temporary_folder
 from blipfit.run_folder import read_json
 
 
@@ -133,9 +132,8 @@ def delete(home: Path) -> int:
     _manifest(home)
     freed = sum(path.stat().st_size for path in list_shards(home))
     # Moved away by one rename, so that no other process opens a partly deleted store.
-    trash = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
-    os.replace(home, trash / home.name)
-    shutil.rmtree(trash)
+    with temporary_folder(home) as trash:
+        os.replace(home, trash / home.name)
     return freed
 
 

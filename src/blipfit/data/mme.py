@@ -30,6 +30,8 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
 TRUTHS = ("yes", "no")
+MAX_SCORE = 200
+"""Highest score of a subtask; a total is the sum of its subtasks' scores."""
 
 HUB_NAME = "lmms-lab/MME"
 HUB_REVISION = "d6c9023f017b564f7b3ccccf5348166bce8fdbcd"
@@ -73,6 +75,7 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> Pre
     allowed = Source(Path(source), allow_outside)
     check_images(images, allowed)
     with output_folder(to, [f"{subtask}.txt" for subtask in SUBTASKS], allowed) as out:
+        out.require_space(images)
         for image, name in images.items():
             out.add_image(image, name)
         for subtask, lines in _format_lines(questions).items():
@@ -275,6 +278,7 @@ def _prepare_from_hub(source: Path, to: Path) -> PrepareReport:
     """
     questions: dict[str, dict[str, list[tuple[str, str]]]] = {}  # subtask → image name → questions and answers
     with output_folder(to, known_names=[f"{subtask}.txt" for subtask in SUBTASKS]) as out:
+        out.require_space(file_sizes=hub.file_sizes(source, ("test",)))
         for number, row in enumerate(hub.read_rows(source, "test")):
             location = f"{source}: row {number}"
             subtask, name = _subtask_and_name(row, location)

@@ -57,6 +57,7 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False, skip_b
         notes.append(f"{leaks} images are in more than one split")
     names = {q.image: _image_name(q.image, allowed) for split in splits.values() for q in split}
     with output_folder(to, [f"{split}.jsonl" for split in SPLITS], allowed) as out:
+        out.require_space(names)
         for name, image in {name: image for image, name in names.items()}.items():  # two paths can have one name
             out.add_image(image, name)
         for split, questions in splits.items():

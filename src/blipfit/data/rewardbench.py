@@ -159,6 +159,10 @@ def prepare(
         raise UserError(f"{source}: none of its {len(rows)} rows has an image; give the data set with its images")
     splits = split_pairs(pairs, seed, shares)
     with output_folder(to, [SETTINGS], allowed) as out:
+        out.require_space(
+            [pair.image for pair in pairs if isinstance(pair.image, Path)],
+            [len(pair.image) for pair in pairs if isinstance(pair.image, bytes)],
+        )
         image_names: dict[str, str] = {}
         for split, members in splits.items():
             lines = [

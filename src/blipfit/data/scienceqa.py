@@ -50,11 +50,12 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> Pre
     and are copied. Raises UserError if the source is incomplete or damaged, or `to` cannot be written.
     """
     if str(source) == "hub":
-        return _write(_read_parquet(hub.download(HUB_NAME, HUB_REVISION)), to)
+        source = hub.download(HUB_NAME, HUB_REVISION)
+        return _write(_read_parquet(source), to, file_sizes=hub.file_sizes(source, SPLITS))
     source = Path(source)
     root = _official_root(source)
     if root is None and hub.is_download(source):
-        return _write(_read_parquet(source), to)
+        return _write(_read_parquet(source), to, file_sizes=hub.file_sizes(source, SPLITS))
     if root is None:
         raise UserError(
             f"{source} is not a ScienceQA folder: it has neither problems.json with pid_splits.json nor "
@@ -62,8 +63,9 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False) -> Pre
         )
     problems = list(_read_official(root))
     allowed = Source(source, allow_outside)
-    check_images((problem.image for problem in problems if isinstance(problem.image, Path)), allowed)
-    return _write(problems, to, allowed)
+    images = [problem.image for problem in problems if isinstance(problem.image, Path)]
+    check_images(images, allowed)
+    return _write(problems, to, allowed, images)
 
 
 def load(folder: Path, split: str) -> list[Question]:
@@ -150,11 +152,19 @@ def _read_parquet(download: Path) -> Iterator[Problem]:
             yield Problem(f"{split}-{row}", split, record, image, location)
 
 
-def _write(problems: Iterable[Problem], to: Path, source: Source | None = None) -> PrepareReport:
+def _write(
+    problems: Iterable[Problem],
+    to: Path,
+    source: Source | None = None,
+    images: Iterable[Path] = (),
+    file_sizes: Iterable[int] = (),
+) -> PrepareReport:
+    """Write the problems; the disk must have room for image files, and for images in files of these bytes."""
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     tags: dict[str, dict[str, str]] = {}
     left_out: Counter[str] = Counter()
     with output_folder(to, (*ANNOTATIONS.values(), "images"), source) as out:
+        out.require_space(images, file_sizes)
         for problem in problems:
             if problem.image is None:
                 left_out["without an image"] += 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from blipfit.data.batches import TextEncoder
+from blipfit.data.batches import MAX_TOKENS, TextEncoder
 from blipfit.data.encoded_split import EncodedSplit
 
 PROMPTS_WITHOUT_QUESTION = ("caption-v1",)
@@ -14,11 +14,12 @@ def count_texts(split: EncodedSplit) -> dict[str, int]:
     """Count texts that are cut, empty questions, and questions with two equal choices.
 
     `cut_prompts` and `cut_answers` lose tokens in training only; `cut_qformer_prompts` (the Q-Former's reading of the
-    prompt) and `cut_choices` always.
+    prompt), `very_long_prompts` (more than MAX_TOKENS) and `cut_choices` always.
     """
     return {
         "questions": len(split),
         "cut_prompts": sum(len(e.prompt_cut) < len(e.prompt) for e in split.encoded),
+        "very_long_prompts": sum(e.prompt_is_cut for e in split.encoded),
         "cut_qformer_prompts": sum(e.qformer_is_cut for e in split.encoded),
         "cut_answers": sum(e.target_is_cut for e in split.encoded),
         "choices": sum(len(e.candidates) for e in split.encoded),
@@ -57,6 +58,10 @@ def describe_reading(counts: Mapping[str, int], max_text: int, max_target: int, 
     The arguments are those of `describe_training`, and the name of the prompt.
     """
     total, sentences = counts["questions"], []
+    if count := counts.get("very_long_prompts"):  # records of an older blipfit have none
+        sentences.append(
+            f"{count} of {total} prompts are longer than {MAX_TOKENS} tokens and lose their beginning in evaluation too"
+        )
     if count := counts["cut_qformer_prompts"]:
         sentences.append(
             f"{count} of {total} prompts are longer than {max_text} tokens of the Q-Former, which does not read their "

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blipfit import disk_space
 from blipfit.data.images import Transparency, hash_pixels, large_file_lock, open_image, read_image
 from blipfit.errors import UserError
+from blipfit.file_writes import explaining_full_disk, flush, flush_entry, temporary_folder
 
 MAX_LISTED = 20
 """Most bad entries that a report lists."""
@@ -91,6 +92,19 @@ class OutputFolder:
         self.source = source
         self.image_counts: Counter[str] = Counter()
 
+    def require_space(self, images: Iterable[Path] = (), file_sizes: Iterable[int] = ()) -> None:
+        """Raise UserError if the disk has no room for files that will be added: image files, and files of these bytes.
+
+        An image of the source on the same disk is linked and takes no room.
+        """
+        copied = [image for image in dict.fromkeys(images) if not self._is_linkable(image)]
+        needed = disk_space.file_bytes([*file_sizes, *(image.stat().st_size for image in copied)])
+        disk_space.require_space(self.final, needed, f"the files of {self.final}")
+
+    def _is_linkable(self, image: Path) -> bool:
+        is_own = self.source is None or self.source.contains(image)
+        return is_own and disk_space.is_same_disk(image.resolve().parent, self.root)
+
     def add_image(self, image: Path, name: str) -> None:
         """Add an image file under `name`: as a hard link if the file system allows it, otherwise as a copy.
 
@@ -145,15 +159,13 @@ def output_folder(to: Path, known_names: Iterable[str], source: Source | None = 
     """
     _require_own_folder(to, known_names)
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        try:
+        with explaining_full_disk(to), temporary_folder(to) as temporary:
             root = temporary / to.name
             root.mkdir()
             yield OutputFolder(root, to, source)
+            flush(root)
             _publish(root, to)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            flush_entry(to.parent)
     except OSError as error:
         raise UserError(f"cannot write {to}: {error.strerror or error}") from None
 

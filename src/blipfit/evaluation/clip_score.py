@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blipfit.data.images import open_image
+from blipfit.data.images import Transparency, open_image
 from blipfit.errors import UserError
 from blipfit.model.clip import Clip
 
@@ -40,13 +40,20 @@ class ClipScores:
         return max(math.fsum(self.cosines) / len(self.cosines), 0.0) if self.cosines else None
 
 
-def score(clip: Clip, images: Sequence[Path | Image.Image], texts: Sequence[str], batch_size: int = 32) -> ClipScores:
+def score(
+    clip: Clip,
+    images: Sequence[Path | Image.Image],
+    texts: Sequence[str],
+    batch_size: int = 32,
+    transparency: Sequence[Transparency] | None = None,
+) -> ClipScores:
     """Score each image with the text at the same index.
 
-    Texts that are longer than CLIP's maximum length are truncated and counted. Raises UserError if a score is NaN or
-    infinite.
+    Texts that are longer than CLIP's maximum length are truncated and counted. `transparency`: how the transparent
+    pixels of each file are shown; None shows all on white. Raises UserError if a score is NaN or infinite.
     """
-    pairs = list(zip(images, texts, strict=True))
+    modes: Sequence[Transparency] = ["white"] * len(images) if transparency is None else transparency
+    pairs = list(zip(zip(images, modes, strict=True), texts, strict=True))
     cosines: list[float] = []
     truncated_texts = 0
     for start in range(0, len(pairs), batch_size):
@@ -71,9 +78,9 @@ def _tokenize(clip: Clip, texts: list[str]) -> tuple[Tensor, int]:
     return ids, sum(len(row) > limit for row in rows)
 
 
-def _load_pixels(clip: Clip, images: list[Path | Image.Image]) -> Tensor:
-    pictures = [open_image(image) if isinstance(image, Path) else image for image in images]
-    return clip.processor(pictures, return_tensors="pt").pixel_values
+def _load_pixels(clip: Clip, images: list[tuple[Path | Image.Image, Transparency]]) -> Tensor:
+    opened = [open_image(image, mode) if isinstance(image, Path) else image for image, mode in images]
+    return clip.processor(opened, return_tensors="pt").pixel_values
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ def evaluate_mme(backbone: Backbone, task: EvaluationTask, get_features: GetFeat
         build_feature_lookup(encoded_split, get_features),
         replace(generation.PRESETS["greedy"], max_tokens=MAX_ANSWER_TOKENS),
         settings.batch_size,
+        partial=settings.partial,
     )
     answers: dict[str, list[mme_scores.Answer]] = {}
     records = []

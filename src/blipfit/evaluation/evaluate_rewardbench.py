@@ -27,6 +27,7 @@ def evaluate_rewardbench(
         task.encoded_split.encoded,
         build_feature_lookup(task.encoded_split, get_features),
         settings.batch_size,
+        partial=settings.partial,
     )
     ranking.require_finite(task.encoded_split.questions, ranked)
     sums = [(scores.sums[0], scores.sums[1]) for scores in ranked]
@@ -48,7 +49,7 @@ def evaluate_rewardbench(
         record |= {"category": pair.category, "best": pair.best, "sums": pair_sums, "means": pair_means}
     judgments: list[dict[str, Any]] = []
     if settings.samples:
-        metrics["judgements"], judgments = _generate_judgments(backbone, task, get_features, settings)
+        metrics["judgments"], judgments = _generate_judgments(backbone, task, get_features, settings)
     return TaskResult(answers.records, metrics, values, judgments)
 
 
@@ -62,20 +63,24 @@ def _generate_judgments(
     backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Generate `settings.samples` judgments of every pair in each order; return their score and their records."""
-    judgments, records = [], []
+    judgments, records, cut_prompts = [], [], 0
     preset_name = "sampling" if settings.samples > 1 else "greedy"
     for sample in range(settings.samples):
         decoding = replace(generation.PRESETS[preset_name], seed=sample)
         for swapped in (False, True):
             prompts = [clean_prompt(rewardbench_scores.judge_prompt(pair, swapped)) for pair in task.pairs]
+            encoded = backbone.text.encode([PromptedQuestion(prompt, "", ()) for prompt in prompts])
+            cut_prompts += sum(question.prompt_is_cut for question in encoded)
             (texts,) = generation.generate(
                 backbone,
-                backbone.text.encode([PromptedQuestion(prompt, "", ()) for prompt in prompts]),
+                encoded,
                 build_feature_lookup(task.encoded_split, get_features),
                 decoding,
                 settings.batch_size,
+                partial=settings.partial and settings.partial.section(f"judgments-{sample}-{swapped:d}"),
             )
             for pair, text in zip(task.pairs, texts, strict=True):
                 judgments.append(rewardbench_scores.Judgment(pair.id, pair.key, pair.best, swapped, text))
                 records.append(rewardbench_scores.judgment_record(pair, swapped, text))
-    return {**rewardbench_scores.score_judgments(judgments), "decoding": preset_name}, records
+    scores = rewardbench_scores.score_judgments(judgments)
+    return {**scores, "decoding": preset_name, "cut_prompts": cut_prompts}, records

@@ -4,24 +4,32 @@ Questions with choices are ranked. Open questions are answered by generation (`o
 VL-RewardBench follow their official rules (`mme_task.py`, `rewardbench_task.py`).
 """
 
+import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from blipfit import disk_space
 from blipfit import run_folder as folders
 from blipfit.adapters.open_model import OpenedModel
 from blipfit.data import text_checks
+from blipfit.data.image_hashes import digest_images
 from blipfit.evaluation import bootstrap, mme_scores, split_evaluation
 from blipfit.evaluation.evaluate_mme import evaluate_mme
 from blipfit.evaluation.evaluate_rewardbench import evaluate_rewardbench
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
 from blipfit.evaluation.open_answers import evaluate_open_answers
+from blipfit.evaluation.partial_scores import PartialScores
+from blipfit.evaluation.record_sizes import prediction_bytes
 from blipfit.evaluation.split_evaluation import GetFeatures
+from blipfit.file_writes import remove_leftovers
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
 from blipfit.run_folder import Evaluation
-from blipfit.runtime import distributed
+from blipfit.runtime import distributed, interruption
 
 BASE, TUNED = "base", "tuned"
 
@@ -41,7 +49,9 @@ def evaluate_task(
         return evaluate_rewardbench(backbone, task, get_features, settings)
     if all(question.choices for question in task.encoded_split.questions):
         config = EvaluationConfig(batch_size=settings.batch_size)
-        (evaluation,) = split_evaluation.evaluate_split(backbone, task.encoded_split, get_features, config)
+        (evaluation,) = split_evaluation.evaluate_split(
+            backbone, task.encoded_split, get_features, config, settings.partial
+        )
         evaluation.require_finite()
         accuracies = percent_values(evaluation.records, "correct")
         return TaskResult(evaluation.records, evaluation.metrics, {"accuracy": accuracies})
@@ -60,17 +70,22 @@ def compare_with_adapter(
     """Evaluate the base model, then the model with its adapter if it has one, and write one record per task.
 
     `get_evaluation` gives the folder that a task's files are written to. `common_fields` are added to every record.
-    `announce` receives one sentence before each evaluation. Returns the records in the order of the tasks. Raises
-    UserError if the adapter does not fit the model.
+    `announce` receives one sentence before each evaluation. What an interrupted evaluation has answered is not
+    evaluated again. Returns the records in the order of the tasks. Raises UserError if the adapter does not fit the
+    model, and Interrupted, after saving, if a signal arrives.
     """
     backbone = model.backbone
+    partials = [_open_partial_scores(model, task, settings, get_evaluation(task)) for task in tasks]
     timestamps = [time.perf_counter()]
 
     def evaluate_all(variant: str) -> list[TaskResult]:
         results = []
-        for task in tasks:
+        for task, partial in zip(tasks, partials, strict=True):
             announce(f"{task.title}, {variant}: {len(task.encoded_split)} questions")
-            results.append(evaluate_task(backbone, task, get_features, settings))
+            task_settings = dataclasses.replace(settings, partial=partial.section(variant))
+            with interruption.deferred():
+                results.append(evaluate_task(backbone, task, get_features, task_settings))
+                partial.save()
             timestamps.append(time.perf_counter())
         return results
 
@@ -86,14 +101,41 @@ def compare_with_adapter(
         record = {
             **_task_fields(backbone, task, settings),
             **common_fields,
-            **{variant: result.metrics for variant, result in task_results.items()},
+            **_result_fields(task_results),
             "seconds": round(sum(durations[number :: len(tasks)]), 3),
         }
-        if TUNED in task_results:
-            record["difference"] = _differences(task_results[BASE], task_results[TUNED])
         _write_evaluation(get_evaluation(task), task, task_results, record)
+        partials[number].delete()
         records.append(record)
     return records
+
+
+def _require_space(task: EvaluationTask, evaluation: Evaluation, variants: int) -> None:
+    """Remove what killed evaluations left in a task's folder; raise UserError if the disk lacks room for its files."""
+    remove_leftovers(evaluation.folder)
+    # Each record is written twice: the scores of an unfinished evaluation are deleted when the whole is written.
+    needed = 2 * variants * prediction_bytes(task.encoded_split.questions)
+    disk_space.require_space(evaluation.folder, needed, f"the records of {task.title}")
+
+
+def _open_partial_scores(
+    model: OpenedModel, task: EvaluationTask, settings: Settings, evaluation: Evaluation
+) -> PartialScores:
+    """The scores that an interrupted evaluation saved, if it was of the same weights, questions and settings.
+
+    Raises UserError if the disk lacks room for the evaluation's files.
+    """
+    _require_space(task, evaluation, 1 if model.source.adapter is None else 2)
+    subject = {
+        "base_sha256": model.backbone.base_sha256,
+        "adapter_sha256": model.source.adapter_sha256,
+        "precision": str(model.backbone.autocast_dtype),
+        "questions": hashlib.sha256(repr(task.encoded_split.encoded).encode()).hexdigest(),
+        "images_sha256": digest_images(task.encoded_split.questions),
+        "settings": [settings.batch_size, settings.decoding, settings.samples],
+        "versions": folders.versions(),
+    }
+    return PartialScores([evaluation.partial_scores_file], lambda: [json.dumps(subject)])
 
 
 def _task_fields(backbone: Backbone, task: EvaluationTask, settings: Settings) -> dict[str, Any]:
@@ -101,6 +143,7 @@ def _task_fields(backbone: Backbone, task: EvaluationTask, settings: Settings) -
         "on": task.name,
         "split": task.split,
         "questions": len(task.encoded_split),
+        "images_sha256": digest_images(task.encoded_split.questions),
         "texts": text_checks.summarize_texts(backbone.text, {task.split: task.encoded_split}),
         "prompt": task.prompt,
         "prompt_example": task.encoded_split.prompted[0].prompt,
@@ -111,6 +154,13 @@ def _task_fields(backbone: Backbone, task: EvaluationTask, settings: Settings) -
         "precision": str(backbone.autocast_dtype or "torch.float32").removeprefix("torch."),
         "versions": folders.versions(),
     }
+
+
+def _result_fields(results: Mapping[str, TaskResult]) -> dict[str, Any]:
+    """The metrics of a task without and with the adapter, and their differences."""
+    metrics = {variant: result.metrics for variant, result in results.items()}
+    difference = {"difference": _differences(results[BASE], results[TUNED])} if TUNED in results else {}
+    return {**metrics, **difference}
 
 
 def _write_evaluation(
@@ -124,7 +174,7 @@ def _write_evaluation(
             responses = [line["prediction"] for line in result.records]
             mme_scores.write_answers(evaluation.answers(variant), task.encoded_split.questions, responses)
         if result.judgments:
-            folders.write_lines(evaluation.judgements_file(variant), result.judgments)
+            folders.write_lines(evaluation.judgments_file(variant), result.judgments)
     folders.write_json(evaluation.record_file, record)
 
 

@@ -12,6 +12,7 @@ from blipfit.data.prompts import PromptedQuestion, get_prompt
 from blipfit.data.question import SPLITS
 from blipfit.data.rewardbench import Pair
 from blipfit.errors import UserError
+from blipfit.evaluation.partial_scores import PartialScores
 from blipfit.model.backbone import Backbone
 from blipfit.model.clip import Clip
 from blipfit.recipe import DataConfig
@@ -28,6 +29,8 @@ class Settings:
     """VL-RewardBench: number of generated judgments per pair and order. With 1 decoding is greedy, else sampled."""
     clip: Clip | None = None
     """CLIP model for the CLIP score of open answers; None computes no CLIP score."""
+    partial: PartialScores | None = None
+    """Scores and answers of an evaluation that was interrupted, and those to save; None saves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,13 @@ class EvaluationTask:
     encoded_split: EncodedSplit
     pairs: tuple[Pair, ...] = ()
     """VL-RewardBench only: the pairs of responses, in the order of the questions."""
+    limit: int | None = None
+    """The number of first questions that was asked for, if the split has so many; None: the whole split."""
 
     @property
     def title(self) -> str:
-        return f"{self.name}-{self.split}"
+        """The name of its evaluation; a part of a split has another, so that it does not replace the whole."""
+        return f"{self.name}-{self.split}" + ("" if self.limit is None else f"-first-{self.limit}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,13 @@ def load_task(
     prompt_name = prompt_name or data_sets.get_data_set(name).prompt
     if name == "rewardbench":
         pairs = _load_pairs(folder, split, limit)
-        return EvaluationTask(name, split, prompt_name, _encode_pairs(backbone, pairs, prompt_name), tuple(pairs))
+        encoded = _encode_pairs(backbone, pairs, prompt_name)
+        return EvaluationTask(name, split, prompt_name, encoded, tuple(pairs), limit if len(pairs) == limit else None)
     if name == "mme" and limit is not None and limit % 2:
         raise UserError(f"MME has two questions per image, so the limit must be even; {limit} is odd")
     config = DataConfig(name=name, prompt=prompt_name, limit=limit)
-    return EvaluationTask(name, split, prompt_name, encoded_split.load(backbone.text, config, folder, split))
+    encoded = encoded_split.load(backbone.text, config, folder, split)
+    return EvaluationTask(name, split, prompt_name, encoded, limit=limit if len(encoded) == limit else None)
 
 
 def percent_values(records: Sequence[dict[str, Any]], key: str) -> list[float]:

@@ -22,8 +22,8 @@ from transformers import (
 
 from blipfit.data.batches import EncodedQuestion, PromptBatch
 from blipfit.errors import UserError
+from blipfit.evaluation.partial_scores import PartialScores
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import distributed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +91,24 @@ def generate(
     decoding: Decoding,
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
+    partial: PartialScores | None = None,
 ) -> list[list[str]]:
     """Generate answers for all `K` experiments of the backbone's bank: `K` lists of texts in the questions' order.
 
     `features_at(indices)` returns image features `B × P × D`. `advance(count)` is called after each batch with its
     number of questions. Questions of similar length share a batch, which keeps padding small. Prompts are not
-    truncated.
+    truncated. `partial`: answers of an evaluation that was interrupted; those that it has are not generated again.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    results: list[tuple[int, int, str]] = []
-    for indices in distributed.shard(batches):
+
+    def generate_batch(indices: Sequence[int]) -> list[list[str]]:
         batch = backbone.text.prompts([encoded[i] for i in indices]).to(backbone.device)
         ids = generate_ids(backbone, backbone.query(features_at(indices), batch), batch, decoding)
-        for row, text in enumerate(backbone.text.decode(ids)):
-            results.append((row // len(indices), indices[row % len(indices)], text))
-        advance(len(indices))
-    texts = {(k, i): text for k, i, text in distributed.all_gather(results)}
+        texts, B = backbone.text.decode(ids), len(indices)
+        return [texts[start : start + B] for start in range(0, len(texts), B)]
+
+    texts = (partial or PartialScores()).evaluate("texts", batches, generate_batch, advance, backbone.is_sharded)
     return [[texts[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
 
 

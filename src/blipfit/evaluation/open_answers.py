@@ -1,10 +1,14 @@
 """Evaluate generated answers: ROUGE, exact match and, with a CLIP model, the CLIP score."""
 
+from collections.abc import Sequence
+
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import bootstrap, clip_score, split_evaluation
+from blipfit.evaluation.clip_score import ClipScores
 from blipfit.evaluation.evaluation_task import Settings, TaskResult, percent_values
 from blipfit.evaluation.split_evaluation import GetFeatures
 from blipfit.model.backbone import Backbone
+from blipfit.model.clip import Clip
 from blipfit.recipe import EvaluationConfig
 
 
@@ -16,14 +20,13 @@ def evaluate_open_answers(
     Raises UserError with the question's id if the loss of a reference answer is NaN or infinite.
     """
     config = EvaluationConfig(method="generation", decoding=settings.decoding, batch_size=settings.batch_size)
-    (evaluation,) = split_evaluation.evaluate_split(backbone, encoded_split, get_features, config)
+    (evaluation,) = split_evaluation.evaluate_split(backbone, encoded_split, get_features, config, settings.partial)
     evaluation.require_finite()
     records, metrics = evaluation.records, evaluation.metrics
     values = {"rougeL": percent_values(records, "rougeL"), "exact": percent_values(records, "correct")}
     if settings.clip is not None:
-        images = [question.image for question in encoded_split.questions]
         predictions = [record["prediction"] for record in records]
-        scores = clip_score.score(settings.clip, images, predictions, settings.batch_size)
+        scores = score_clip(settings.clip, encoded_split, predictions, settings.batch_size)
         values["clip_score"] = list(scores.values)
         metrics["clip_score"] = {
             "clip": settings.clip.name,
@@ -36,3 +39,10 @@ def evaluate_open_answers(
         for record, value in zip(records, scores.values, strict=True):
             record["clip_score"] = round(value, 4)
     return TaskResult(records, metrics, values)
+
+
+def score_clip(clip: Clip, encoded_split: EncodedSplit, predictions: Sequence[str], batch_size: int) -> ClipScores:
+    """Score the answers to questions with the questions' images, whose transparency is shown as to the model."""
+    questions = encoded_split.questions
+    images, transparency = [q.image for q in questions], [q.transparency for q in questions]
+    return clip_score.score(clip, images, predictions, batch_size, transparency)

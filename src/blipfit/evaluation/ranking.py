@@ -8,6 +8,7 @@ the text of the labeled choice.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.evaluation.partial_scores import PartialScores
 from blipfit.model.backbone import Backbone
-from blipfit.runtime import distributed
 
 MAX_ROWS = 512
 """Maximum number of candidates in one forward pass, over all experiments. It bounds the memory: a larger bank ranks
@@ -61,30 +62,31 @@ def rank(
     features_at: Callable[[Sequence[int]], Tensor],
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
+    partial: PartialScores | None = None,
 ) -> list[list[QuestionScores]]:
     """Score the candidates of questions for all `K` experiments of the backbone's bank.
 
     `features_at(indices)` returns image features `B × P × D`. `advance(count)` is called after each batch with its
-    number of questions. Questions of similar length share a batch, which keeps padding small. Returns `K` lists in the
-    questions' order.
+    number of questions. Questions of similar length share a batch, which keeps padding small. `partial`: scores of an
+    evaluation that was interrupted; those that it has are not computed again. Returns `K` lists in the order of the
+    questions.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
     max_candidates = max(1, MAX_ROWS // backbone.experiments)
     batches = _batches(order, [max(1, len(e.candidates)) for e in encoded], batch_size, max_candidates)
-    results: list[tuple[int, int, QuestionScores]] = []
-    for indices in distributed.shard(batches):
+
+    def score_batch(indices: Sequence[int]) -> list[list[tuple[list[float], list[int]]]]:
         batch = backbone.text.candidates([encoded[i] for i in indices]).to(backbone.device)
         scores = backbone.score(backbone.query(features_at(indices), batch), batch)
         sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
-        start = 0
-        for i in indices:
-            end = start + len(encoded[i].candidates)
-            for k, row in enumerate(sums):
-                results.append((k, i, QuestionScores(tuple(row[start:end]), tuple(lengths[start:end]))))
-            start = end
-        advance(len(indices))
-    ranked = {(k, i): scores for k, i, scores in distributed.all_gather(results)}
-    return [[ranked[k, i] for i in range(len(encoded))] for k in range(backbone.experiments)]
+        ends = list(accumulate(len(encoded[i].candidates) for i in indices))
+        spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return [[(row[span], lengths[span]) for span in spans] for row in sums]
+
+    scores = (partial or PartialScores()).evaluate("ranking", batches, score_batch, advance, backbone.is_sharded)
+    return [
+        [QuestionScores(*map(tuple, scores[k, i])) for i in range(len(encoded))] for k in range(backbone.experiments)
+    ]
 
 
 def _batches(

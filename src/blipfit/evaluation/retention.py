@@ -8,7 +8,7 @@ both models, so the differences in difficulty between samples cancel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from blipfit.adapters import open_model
+from blipfit.data.image_hashes import digest_images
+from blipfit.errors import UserError
 from blipfit.evaluation import bootstrap, ranking
 from blipfit.evaluation.evaluate_tasks import evaluate_task
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
@@ -33,6 +35,8 @@ class SampleScores:
     """0 to 1 per sample."""
     chance: list[float]
     """Expected score of a random answer, 0 to 1 per sample."""
+    images_sha256: str = ""
+    """Digest of the samples' images (`image_hashes.digest_images`)."""
 
 
 def score_task(backbone: Backbone, task: EvaluationTask, get_features: GetFeatures, settings: Settings) -> SampleScores:
@@ -74,7 +78,7 @@ def score_models(
 
     `names` are models or finished runs, `data_sets` names with their folders. MME is always evaluated on its only
     split, test. `announce` receives one sentence before each evaluation. Returns one dictionary per model: data set →
-    scores. Raises UserError if a model or a data set cannot be loaded.
+    scores. Raises UserError if a model or a data set cannot be loaded, or if a data set changes meanwhile.
     """
     results: list[dict[str, SampleScores]] = []
     for name in names:
@@ -85,11 +89,15 @@ def score_models(
                 task_split = "test" if data_set == "mme" else split
                 task = load_task(backbone, data_set, folder, task_split, limit=limit)
                 announce(f"{name} on {data_set}: {len(task.encoded_split)} samples")
-                model_scores[data_set] = score_task(backbone, task, get_features, settings or Settings())
+                scores = score_task(backbone, task, get_features, settings or Settings())
+                digest = digest_images(task.encoded_split.questions)
+                model_scores[data_set] = replace(scores, images_sha256=digest)
             results.append(model_scores)
     for model_scores in results:
         for data_set, scores in model_scores.items():
-            assert scores.sample_ids == results[0][data_set].sample_ids, "all models must have the same samples"
+            first = results[0][data_set]
+            if (scores.sample_ids, scores.images_sha256) != (first.sample_ids, first.images_sha256):
+                raise UserError(f"the questions or images of {data_set} changed during the evaluation; run it again")
     return results
 
 
@@ -101,6 +109,7 @@ def summarize(scores: SampleScores, seed: int = 0) -> dict[str, Any]:
         "interval": [round(100 * end, 4) for end in mean["interval"]],
         "chance": round(100 * sum(scores.chance) / len(scores.chance), 4),
         "samples": len(scores.sample_ids),
+        **({"images_sha256": scores.images_sha256} if scores.images_sha256 else {}),
     }
 
 

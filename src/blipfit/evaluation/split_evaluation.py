@@ -18,10 +18,10 @@ from blipfit.data.question import Question
 from blipfit.errors import UserError
 from blipfit.evaluation import generation, ranking, text_metrics
 from blipfit.evaluation.metrics import accuracy, breakdown
+from blipfit.evaluation.partial_scores import PartialScores
 from blipfit.evaluation.ranking import QuestionScores
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import EvaluationConfig
-from blipfit.runtime import distributed
 
 GetFeatures = Callable[[Sequence[Question]], torch.Tensor]
 """Returns the image features `B × P × D` of `B` questions."""
@@ -65,7 +65,11 @@ class SplitEvaluation:
 
 
 def validate(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: GetFeatures,
+    config: EvaluationConfig,
+    partial: PartialScores | None = None,
 ) -> list[ValidationResult]:
     """Compute the score that selects the best epoch, one result per experiment.
 
@@ -73,11 +77,11 @@ def validate(
     """
     backbone.hf.eval()
     if config.method == "generation":
-        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
+        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size, partial)
         failed = find_non_finite_losses(backbone, encoded_split, get_features, config.batch_size, losses)
         return [ValidationResult("val_loss", loss, -loss, name) for loss, name in zip(losses, failed, strict=True)]
     results = []
-    for scores in _rank(backbone, encoded_split, get_features, config):
+    for scores in _rank(backbone, encoded_split, get_features, config, partial):
         records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
         correct = [record["correct"] for record in records]
         non_finite = ranking.find_non_finite(encoded_split.questions, scores)
@@ -87,20 +91,27 @@ def validate(
 
 
 def evaluate_split(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: GetFeatures,
+    config: EvaluationConfig,
+    partial: PartialScores | None = None,
 ) -> list[SplitEvaluation]:
-    """Evaluate every experiment on a split, with all records and metrics; one result per experiment."""
+    """Evaluate every experiment on a split, with all records and metrics; one result per experiment.
+
+    `partial`: scores and answers of an evaluation that was interrupted; those that it has are not computed again.
+    """
     backbone.hf.eval()
     if config.method == "generation":
-        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size)
+        losses = compute_losses(backbone, encoded_split, get_features, config.batch_size, partial)
         failed = find_non_finite_losses(backbone, encoded_split, get_features, config.batch_size, losses)
-        texts = generate_texts(backbone, encoded_split, get_features, config)
+        texts = generate_texts(backbone, encoded_split, get_features, config, partial)
         return [
             dataclasses.replace(_score_texts(encoded_split, t, loss, config), non_finite_question=question_id)
             for loss, t, question_id in zip(losses, texts, failed, strict=True)
         ]
     evaluations = []
-    for scores in _rank(backbone, encoded_split, get_features, config):
+    for scores in _rank(backbone, encoded_split, get_features, config, partial):
         records = ranking.prediction_records(encoded_split.questions, encoded_split.prompted, scores)
         metrics = ranking.summarize(encoded_split.questions, records)
         non_finite = ranking.find_non_finite(encoded_split.questions, scores)
@@ -125,7 +136,11 @@ def check_evaluation(config: EvaluationConfig, name: str, splits: Mapping[str, S
 
 @torch.no_grad()
 def compute_losses(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, batch_size: int
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: GetFeatures,
+    batch_size: int,
+    partial: PartialScores | None = None,
 ) -> list[float]:
     """Compute the mean negative log-likelihood per label token, one value per experiment.
 
@@ -135,12 +150,25 @@ def compute_losses(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].target))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     features_at = build_feature_lookup(encoded_split, get_features)
-    totals = torch.zeros(backbone.experiments, device=backbone.device)
-    for indices in distributed.shard(batches):
+
+    def compute_batch(indices: Sequence[int]) -> list[list[Any]]:
         batch = backbone.text.targets([encoded[i] for i in indices]).to(backbone.device)
-        totals += backbone.losses(backbone.query(features_at(indices), batch), batch).to(totals)
+        losses_K = backbone.losses(backbone.query(features_at(indices), batch), batch).float()
+        others = [0.0] * (len(indices) - 1)  # the first question stands for its batch
+        return [[loss, *others] for loss in losses_K]  # tensors: nothing waits for the device
+
+    losses = (partial or PartialScores()).evaluate("losses", batches, compute_batch, in_step=backbone.is_sharded)
     labels = sum(len(e.target) for e in encoded)
-    return [total / labels for total in distributed.all_reduce_sum(totals).tolist()]
+    sums = [_sum_fp32([losses[k, batch[0]] for batch in batches]) for k in range(backbone.experiments)]
+    return [total / labels for total in sums]
+
+
+def _sum_fp32(values: Sequence[float | torch.Tensor]) -> float:
+    """Sum numbers one after the other in fp32, as a device adds them up."""
+    total = torch.zeros(())
+    for value in values:
+        total += value.item() if isinstance(value, torch.Tensor) else value
+    return total.item()
 
 
 @torch.no_grad()
@@ -180,7 +208,11 @@ def _non_finite_experiments(
 
 
 def generate_texts(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: GetFeatures,
+    config: EvaluationConfig,
+    partial: PartialScores | None = None,
 ) -> list[list[str]]:
     """Generate an answer to every question; one list of answers per experiment."""
     return generation.generate(
@@ -189,6 +221,7 @@ def generate_texts(
         build_feature_lookup(encoded_split, get_features),
         generation.get_preset(config.decoding),
         config.batch_size,
+        partial=partial,
     )
 
 
@@ -200,10 +233,14 @@ def build_feature_lookup(
 
 
 def _rank(
-    backbone: Backbone, encoded_split: EncodedSplit, get_features: GetFeatures, config: EvaluationConfig
+    backbone: Backbone,
+    encoded_split: EncodedSplit,
+    get_features: GetFeatures,
+    config: EvaluationConfig,
+    partial: PartialScores | None,
 ) -> list[list[QuestionScores]]:
     features_at = build_feature_lookup(encoded_split, get_features)
-    return ranking.rank(backbone, encoded_split.encoded, features_at, config.batch_size)
+    return ranking.rank(backbone, encoded_split.encoded, features_at, config.batch_size, partial=partial)
 
 
 def _score_texts(

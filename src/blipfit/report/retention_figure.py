@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.errors import UserError
-from blipfit.run_folder import replacing
+from blipfit.report import figure_files, terminal
 
 
 def write(record: Mapping[str, Any], file: Path) -> None:
-    """Plot retention against the share of the Q-Former's parameters, one line per data set.
+    """Plot retention against the share of the Q-Former's parameters, one line per data set, with the candidates' names.
 
     Raises UserError unless the file ends in .png, .svg or .pdf.
     """
@@ -20,6 +20,7 @@ def write(record: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     candidates = sorted(record["candidates"], key=lambda candidate: candidate["shares"]["qformer_parameters"])
+    _write_names(axes, candidates)
     for dataset in record["on"]:
         points = [(c["shares"]["qformer_parameters"], c["on"][dataset]["corrected"]) for c in candidates]
         points = [(share, ratio) for share, ratio in points if ratio["ratio"] is not None]
@@ -33,8 +34,17 @@ def write(record: Mapping[str, Any], file: Path) -> None:
     axes.set_title(f"retention of {record['base']}", loc="left")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=150)
+    figure_files.save_figure(figure, file, dpi=150)
+
+
+def _write_names(axes: Any, candidates: Sequence[Mapping[str, Any]]) -> None:
+    """Write each candidate's name above the highest of its points."""
+    names = terminal.distinct_names([candidate["name"] for candidate in candidates])
+    for candidate, name in zip(candidates, names, strict=True):
+        ratios = [values["corrected"]["ratio"] for values in candidate["on"].values()]
+        if heights := [100 * ratio for ratio in ratios if ratio is not None]:
+            x = 100 * candidate["shares"]["qformer_parameters"]
+            axes.annotate(name, (x, max(heights)), xytext=(5, 5), textcoords="offset points", fontsize="small")
 
 
 def _plot(axes: Any, label: str, points: Sequence[tuple[float, Mapping[str, Any]]]) -> None:

@@ -13,8 +13,10 @@ from blipfit.adapters import open_model
 from blipfit.data.batches import TargetBatch
 from blipfit.errors import UserError
 from blipfit.grid import SHRINK_RECORD, shrink_record
+from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import DistillationConfig, Recipe
+from blipfit.runtime import distributed
 
 
 class Teacher:
@@ -45,7 +47,7 @@ class Teacher:
         if self.config.visual:
             student_KBQD, teacher_BQD = visual.unflatten(0, (K, -1)).float(), teacher_visual[:, self.queries].float()
             squares_KB = (student_KBQD - teacher_BQD).square().mean((2, 3))
-            distance_K = labels_per_question * squares_KB.sum(1) / teacher_BQD.var()
+            distance_K = labels_per_question * squares_KB.sum(1) / distributed.variance(teacher_BQD)
             if not (self.config.labels or self.config.answers):
                 return self.config.visual * distance_K, distance_K
         logits_KNV = student.target_logits(visual, batch).float()
@@ -81,10 +83,15 @@ def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     return Teacher(model.backbone, config, _query_indices(recipe, model.backbone, student))
 
 
-def check_teacher(name: str) -> None:
-    """Raise UserError if the teacher is neither a finished run nor a model that can be loaded."""
+def identify_teacher(name: str) -> dict[str, str | None]:
+    """Return the digests of a teacher's base weights (None if they are not downloaded yet) and adapter (None for a
+    model without).
+
+    Raises UserError if the teacher is neither a finished run nor a model that can be loaded.
+    """
     try:
-        open_model.locate_model(name)
+        source = open_model.locate_model(name)
+        return {"base_sha256": loading.base_sha256(source.model), "adapter_sha256": source.adapter_sha256}
     except UserError as error:
         raise UserError(
             f"the teacher cannot be used: {error}; name another with --set distillation.teacher=…"

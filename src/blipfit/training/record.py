@@ -14,7 +14,7 @@ from blipfit.errors import UserError
 from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.run_folder import Run
+from blipfit.run_folder import Inputs, Run
 from blipfit.runtime import distributed
 from blipfit.training.checkpoint import Progress
 
@@ -25,12 +25,16 @@ class Finished:
 
     run: Run
     recipe: Recipe
+    inputs: Inputs
+    """What it was trained and evaluated with, by content."""
     progress: Progress
     state: dict[str, Tensor]
     counts: dict[str, int]
     """Trained parameters by component."""
     ranks: dict[str, Any] | None = None
     """AdaLoRA's history of ranks, see `Allocator.history`."""
+    save_id: str = ""
+    """Id of its last checkpoint."""
 
 
 def write(
@@ -69,6 +73,7 @@ def write(
         "adapter_sha256": adapter_hash,
         "base_sha256": base.sha256,
         "base_folder": base.folder,
+        **_input_fields(finished.inputs),
         "head_sha256": head_hash,
         "seconds": round(progress.seconds, 3),
         "device": distributed.device_name(backbone.device),
@@ -81,6 +86,12 @@ def write(
     run_folder.write_json(folder.result_file, result)
     shutil.rmtree(folder.checkpoint, ignore_errors=True)  # several times as large as the adapter, not needed any more
     return result
+
+
+def _input_fields(inputs: Inputs) -> dict[str, Any]:
+    """Digests of the questions and images of each split, and of the teacher if there is one."""
+    fields = {"questions_sha256": dict(inputs.questions), "images_sha256": dict(inputs.images)}
+    return fields | ({"teacher": dict(inputs.teacher)} if inputs.teacher else {})
 
 
 def _count_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> int:

@@ -62,6 +62,8 @@ def _write_problems(
     folder: OutputFolder, counts: Mapping[str, int], pairs: Iterator[tuple[Scene, SceneQuestion]], size: int
 ) -> None:
     """Write `counts[split]` of the pairs for every split, in order, in IconQA's official layout."""
+    # A question has two files of one block each: a compressed picture takes at most 0.7 bytes per pixel.
+    folder.require_space(file_sizes=[size * size * 3 // 4, 1] * sum(counts.values()))
     problems: dict[str, dict[str, Any]] = {}
     split_pids: dict[str, list[str]] = {split: [] for split in counts}
     for split, count in counts.items():
