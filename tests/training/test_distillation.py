@@ -1,6 +1,7 @@
 """Learning from the original: what the losses are, and that a smaller model comes nearer to it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -139,6 +140,29 @@ def test_trained_by_the_loop_with_a_run_as_teacher(small, family, smaller, iconq
     assert run.result()["recipe"]["distillation"]["teacher"] == str(original.folder)
     (again,) = train([chosen.override(["distillation.teacher=null"])], iconqa, tmp_path / "alone", device="cpu")
     assert again.result()["adapter_sha256"] != run.result()["adapter_sha256"]
+
+
+def test_the_teacher_is_known_by_its_content(small, family, smaller, iconqa, tmp_path):
+    """A continued or skipped run refuses another teacher under the same name: other weights, or another adapter."""
+    shutil.copytree(small[family], tmp_path / "model")
+    (taught,) = train([recipe(tmp_path / "model", "null", 28)], iconqa, tmp_path / "taught", device="cpu")
+    for number, name in enumerate((tmp_path / "model", taught.folder)):
+        lessons = [recipe(smaller, name, 28)]
+        (run,) = train(lessons, iconqa, tmp_path / f"results-{number}", device="cpu")
+        adapter = taught.result()["adapter_sha256"] if number else None
+        expected = {"base_sha256": taught.result()["base_sha256"], "adapter_sha256": adapter}
+        assert run.result()["teacher"] == json.loads(run.data_file.read_text())["teacher"] == expected
+    shutil.rmtree(taught.folder)
+    (other,) = train(
+        [recipe(tmp_path / "model", "null", 28).override(["training.seed=1"])], iconqa, tmp_path / "taught"
+    )
+    assert other.folder == taught.folder
+    with pytest.raises(UserError, match=r"holds results with another teacher than .*taught/iconqa/28 is now"):
+        train(lessons, iconqa, tmp_path / "results-1", device="cpu")
+    checkpoints.write(tmp_path / "new", family, checkpoints.own_tokenizers(family), seed=1)
+    shutil.copyfile(tmp_path / "new" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds results with another teacher than .*model is now"):
+        train([recipe(smaller, tmp_path / "model", 28)], iconqa, tmp_path / "results-0", device="cpu")
 
 
 def test_the_recipe_of_a_recovery(small, family, smaller, iconqa, tmp_path):

@@ -232,8 +232,8 @@ class Shapes:
     def __init__(self, walk: Walk, monkeypatch: pytest.MonkeyPatch):
         self.batches, original = [], walk.backbone.text.targets
 
-        def targets(encoded: Sequence[EncodedQuestion], multiple: int):
-            self.batches.append(original(encoded, multiple))
+        def targets(encoded: Sequence[EncodedQuestion], multiple: int, rows: slice):
+            self.batches.append(original(encoded, multiple, rows))
             return self.batches[-1]
 
         monkeypatch.setattr(walk.backbone.text, "targets", targets)

@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from blipfit.adapters.bank import Bank
 from blipfit.data import text_checks
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.evaluation import split_evaluation
+from blipfit.evaluation.partial_scores import PartialScores
 from blipfit.evaluation.split_evaluation import ValidationResult
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run_folder import Run
-from blipfit.runtime import distributed
+from blipfit.runtime import distributed, interruption
+from blipfit.runtime.save_interval import SaveInterval, SaveTimer
 from blipfit.training import batch_order, checkpoint, events, record
 from blipfit.training.bank_member import Member
 from blipfit.training.events import Listener
@@ -29,8 +31,6 @@ from blipfit.training.step import Stepper
 
 CHECK_EVERY = 10
 """Steps from one reading of the losses to the next; in between, the CPU does not wait for the GPU."""
-SAVE_SECONDS = 300.0
-"""Time from one checkpoint within an epoch to the next."""
 
 
 def fail_run(run: Run, recipe: Recipe, subject: str, listener: Listener) -> None:
@@ -50,6 +50,7 @@ class BankSession:
         splits: Mapping[str, EncodedSplit],
         image_features: tuple[ImageFeatures, ImageFeatures],
         listener: Listener,
+        save_interval: SaveInterval,
     ):
         self.backbone, self.splits, self.listener = backbone, splits, listener
         self.training_features, self.evaluation_features = image_features
@@ -57,7 +58,9 @@ class BankSession:
         self.training = self.members[0].recipe.training
         self.texts = text_checks.summarize_texts(backbone.text, splits)
         self.finished: list[Finished] = []
-        self.saved_at = time.monotonic()
+        self.save_interval, self.timer = save_interval, SaveTimer(save_interval)
+        self.titles = [member.recipe.title for member in members]
+        """Of all experiments that began the session together."""
         self._unread_losses: list[tuple[list[str], Tensor]] = []
         """Question ids and losses (K) of steps that were not read from the device yet."""
         self.stepper = Stepper(backbone, [member.recipe for member in members], splits["train"].encoded)
@@ -80,9 +83,12 @@ class BankSession:
         del self.stepper, self.best_KP
 
     def run(self) -> None:
-        """Train until every experiment has stopped."""
-        self._finish([k for k, member in enumerate(self.members) if member.progress.done])
+        """Train until every experiment has stopped. Raises Interrupted, after saving, if a signal arrives."""
+        done = [k for k, member in enumerate(self.members) if member.progress.done]
+        self._finish(sorted(done, key=lambda k: self.members[k].progress.epoch))  # in the order in which they stopped
         if self.members:
+            if len({member.save_id for member in self.members}) > 1:
+                self._save()  # members of different banks: from now on they have a save in common
             self.listener(self._started())
         while self.members:
             self._train_epoch()
@@ -98,13 +104,25 @@ class BankSession:
         for step in range(first, len(batches)):
             self._step(batches[step], features, epoch, step)
             is_last = step + 1 == len(batches)
+            self.timer.count_step()
             if (step + 1) % CHECK_EVERY == 0 or is_last:
                 self._read_losses()
-                if time.monotonic() - self.saved_at > SAVE_SECONDS and not is_last:
-                    self._save()
+            if (step + 1) % CHECK_EVERY == 0 or is_last or distributed.state().num_processes == 1:
+                self._save_if_due(is_last)
             if not self.members:
                 break
         self.backbone.hf.eval()
+
+    def _save_if_due(self, is_epoch_end: bool) -> None:
+        """Save if it is time; at the end of an epoch the save after the validation is enough.
+
+        All processes must call this after the same step. Raises Interrupted, after saving, if a signal arrived.
+        """
+        stops, is_due = map(distributed.any_process, (interruption.is_requested(), self.timer.is_due))
+        if stops or (is_due and not is_epoch_end):
+            self._save()
+        if stops:
+            interruption.stop()
 
     def _prefetch_features(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Tensor]:
         """Image features of one micro-batch after the other, read ahead of their use."""
@@ -152,11 +170,13 @@ class BankSession:
     def _validate(self) -> None:
         """Evaluate the validation split, remember the best values, write a log line each, save, finish what is done."""
         started = time.perf_counter()
+        partial = self.open_partial_scores(self.members, self._save_once)
         validations = split_evaluation.validate(
             self.backbone,
             self.splits["val"],
             self.evaluation_features.features,
             self.members[0].recipe.evaluation,
+            partial,
         )
         seconds = (time.perf_counter() - started) / self.bank.K
         # The last update of an epoch may have gone wrong without a loss to show it.
@@ -177,7 +197,19 @@ class BankSession:
         ]
         self.listener(events.EpochDone(self.members[0].progress.epoch, results))
         self._save()
+        partial.delete()
         self._finish([k for k, member in enumerate(self.members) if member.progress.done])
+
+    def open_partial_scores(
+        self, members: Sequence[Member] | Sequence[Finished], prepare_save: Callable[[], None] = lambda: None
+    ) -> PartialScores:
+        """The scores of an evaluation of these experiments: those that an interrupted session saved, and new ones."""
+        return PartialScores(
+            [member.run.partial_scores_file for member in members],
+            lambda: [member.save_id for member in members],
+            self.save_interval,
+            prepare_save,
+        )
 
     def _record_epoch(self, k: int, validation: ValidationResult, seconds: float) -> None:
         """Update experiment k's progress after a validation, and append its log line."""
@@ -212,7 +244,18 @@ class BankSession:
             state = {name: tensor.cpu() for name, tensor in self.bank.state(k, self.best_KP).items()}
             ranks = allocator.history(k) if allocator else None
             parameters = self.bank.trained_parameters(k)
-            self.finished.append(Finished(member.run, member.recipe, member.progress, state, parameters, ranks))
+            self.finished.append(
+                Finished(
+                    member.run,
+                    member.recipe,
+                    member.inputs,
+                    member.progress,
+                    state,
+                    parameters,
+                    ranks,
+                    member.save_id,
+                )
+            )
         self._drop(indices)
 
     def _drop(self, indices: Sequence[int]) -> None:
@@ -220,33 +263,37 @@ class BankSession:
         remaining = [k for k in range(len(self.members)) if k not in set(indices)]
         if len(remaining) == len(self.members):
             return
-        if remaining:
-            self.stepper.keep(remaining)
-            self.best_KP = self.best_KP[remaining].clone()
         self.members = [self.members[k] for k in remaining]
+        if remaining:
+            best = [self.bank.state(k, self.best_KP) for k in remaining]
+            self.stepper.keep(remaining)
+            self.stepper.optimizer.steps = self.members[0].progress.updates  # one that was done had taken fewer
+            self.best_KP = self.bank.values.clone()
+            for k, state in enumerate(best):
+                self.bank.load_state(k, state, self.best_KP)
 
     def _save(self) -> None:
-        """Write every experiment's checkpoint."""
+        """Write every experiment's checkpoint; the old ones are removed when all are written."""
         self._read_losses()
+        save_id = checkpoint.new_save_id()
         for k, member in enumerate(self.members):
-            groups = {
-                "values": self.bank.state(k),
-                "best": self.bank.state(k, self.best_KP),
-                **self.stepper.optimizer.state(k),
-                **(self.stepper.allocator.state(k) if self.stepper.allocator else {}),
-            }
-            checkpoint.save(member.run.checkpoint, member.progress, groups)
-        self.saved_at = time.monotonic()
+            groups = {**self.stepper.state(k), "best": self.bank.state(k, self.best_KP)}
+            member.save = checkpoint.write(member.run.checkpoint, save_id, self.titles, member.progress, groups)
+        for member in self.members:
+            checkpoint.remove_old(member.run.checkpoint)
+        self.timer.reset()
+
+    def _save_once(self) -> None:
+        """Save unless the latest checkpoint is of this position already."""
+        if any(member.save is None or member.save.position != member.position for member in self.members):
+            self._save()
 
     def _restore(self, k: int, member: Member) -> None:
         """Continue from the member's checkpoint, if it has one; log lines that will be written again are dropped."""
-        tensors, member.checkpoint = member.checkpoint, None
-        if tensors is not None:
-            self.bank.load_state(k, tensors["values"])
+        if member.save is not None:
+            tensors = member.save.read_tensors()
+            self.stepper.load_state(k, tensors, member.progress.updates)
             self.bank.load_state(k, tensors["best"], self.best_KP)
-            self.stepper.optimizer.load_state(k, tensors, member.progress.updates)
-            if self.stepper.allocator:
-                self.stepper.allocator.load_state(k, tensors)
         last_epoch = member.progress.epoch
         member.run.truncate_log(lambda line: line["epoch"] <= last_epoch)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from blipfit.recipe import Recipe
@@ -89,6 +90,8 @@ class RunSkipped:
 
     run: Run
     recipe: Recipe
+    warning: str | None = None
+    """A sentence if its adapter is missing, damaged or exchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,18 @@ class RunFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointDamaged:
+    """A checkpoint file is not what was written; all experiments of its bank continue from the save before."""
+
+    file: Path
+    used_file: Path | None
+    """The older checkpoint that is used instead; None if training starts from the beginning."""
+
+
 Event = (
     FeaturesBuilding
+    | CheckpointDamaged
     | TrialStarted
     | BankStarted
     | TrainingStarted

@@ -1,5 +1,6 @@
 """What several banks of a sweep share: the loaded model, the encoded questions, and the image features."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from blipfit.data import encoded_split
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import SPLITS
+from blipfit.errors import UserError
+from blipfit.methods import PEFT
 from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
-from blipfit.recipe import Recipe
-from blipfit.runtime import distributed
+from blipfit.recipe import ModelConfig, Recipe
+from blipfit.runtime import distributed, sharding
 
 
 class ModelCache:
@@ -32,15 +35,15 @@ class ModelCache:
     def backbone(self, recipe: Recipe) -> Backbone:
         """The recipe's model, loaded if it is not the latest one. Raises UserError if it cannot be loaded."""
         training = recipe.training
-        key = (recipe.model, training.precision, training.max_text_tokens, training.max_target_tokens)
+        lengths = training.max_text_tokens, training.max_target_tokens
+        is_sharded = recipe.performance.shard_language_model and distributed.process_count() > 1
+        key = (recipe.model, training.precision, *lengths, is_sharded)
         if self._backbone is None or self._backbone[0] != key:
             self._backbone = None  # frees the old model before the new one is loaded
             self._splits.clear()
             self._image_features.clear()
-            loaded = loading.load(
-                recipe.model, training.precision, self.device, training.max_text_tokens, training.max_target_tokens
-            )
-            self._backbone = (key, loaded)
+            arguments = (recipe.model, training.precision, self.device, *lengths)
+            self._backbone = (key, load_sharded(*arguments) if is_sharded else loading.load(*arguments))
         return self._backbone[1]
 
     def splits(self, recipe: Recipe, data: Path) -> dict[str, EncodedSplit]:
@@ -59,3 +62,35 @@ class ModelCache:
             training = ImageFeatures.from_backbone(backbone, mode) if mode == "shared" else evaluation
             self._image_features[mode] = (training, evaluation)
         return self._image_features[mode]
+
+
+def load_sharded(model: ModelConfig, precision: str, device: torch.device, max_text: int, max_target: int) -> Backbone:
+    """Load a model with its language model distributed over all processes, which must all call this.
+
+    The processes of a machine load one after the other, so that its memory holds the whole model once, and the GPU
+    never does. Raises UserError as `loading.load`.
+    """
+    mesh = sharding.create_mesh(device)
+    with distributed.in_turn():
+        return loading.load(model, precision, device, max_text, max_target, partial(sharding.shard_layers, mesh=mesh))
+
+
+def check_performance(recipe: Recipe) -> None:
+    """Raise UserError if settings of the recipe's `performance` exclude others, alone or with several processes."""
+    performance, adapter, teacher = recipe.performance, recipe.adapter, recipe.distillation.teacher
+    if performance.cuda_graphs and teacher and recipe.distillation.visual and distributed.process_count() > 1:
+        raise UserError(
+            f"{recipe.title}: with several processes, performance.cuda_graphs and distillation.visual exclude each "
+            "other; leave out one, or start a single process"
+        )
+    obstacles = {
+        "performance.cuda_graphs": performance.cuda_graphs,
+        "model.quantization": recipe.model.quantization != "none",
+        "distillation.teacher": teacher is not None,
+        f"{adapter.method} in adapter.llm": adapter.method in PEFT and bool(adapter.llm),
+    }
+    for obstacle, is_set in obstacles.items():
+        if performance.shard_language_model and is_set:
+            raise UserError(
+                f"{recipe.title}: performance.shard_language_model and {obstacle} exclude each other; leave out one"
+            )

@@ -3,7 +3,7 @@
 `K` experiments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from blipfit.adapters.bank import Bank
 from blipfit.data.batches import EncodedQuestion, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
-from blipfit.runtime import cpu_memory, distributed
+from blipfit.runtime import cpu_memory, distributed, shared_dropout
 from blipfit.runtime.compile_and_checkpoint import LayerExecution
 from blipfit.runtime.graphs import CapturedFunction
 from blipfit.training import batch_order, distillation
@@ -38,10 +38,15 @@ class Stepper:
             backbone.repeated_layers() if performance.compile else [],
             [layer for stage in performance.checkpointing for layer in backbone.layers(stage)],
         )
-        self.bank = Bank(backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
+        self._make_bank()
+
+    def _make_bank(self) -> None:
+        """Make a bank of the experiments and install it, with its optimizer and AdaLoRA's allocator."""
+        recipes, compiled = self.recipes, self.recipes[0].performance.compile
+        self.bank = Bank(self.backbone, [r.adapter for r in recipes], [r.training.seed for r in recipes])
         try:
-            self.optimizer = BankAdamW(self.bank, [r.training for r in recipes], compiled=performance.compile)
-            totals = [batch_order.total_steps(len(encoded), recipe.training) for recipe in recipes]
+            self.optimizer = BankAdamW(self.bank, [r.training for r in recipes], compiled=compiled)
+            totals = [batch_order.total_steps(len(self.encoded), recipe.training) for recipe in recipes]
             self.allocator = Allocator(self.bank, totals) if self.bank.is_adalora else None
         except BaseException:  # out of memory, above all: the backbone goes back as it was
             self.bank.remove()
@@ -59,24 +64,24 @@ class Stepper:
         self.bank.remove()
 
     def step(self, batch: Sequence[int], features: Sequence[Tensor], epoch: int, step: int) -> tuple[Tensor, int]:
-        """One update from an effective batch (question indices) and its image features, one tensor per micro-batch.
+        """One update from an effective batch (question indices) and the features of this process's rows, one tensor per
+        micro-batch.
 
         Returns the losses summed over this process's label tokens (K, on the device), and the number of all label
         tokens. The gradient is that of the sum divided by this number, so it does not depend on the micro-batches.
         """
-        micros = [distributed.shard(micro) for micro in batch_order.micro_batches(batch, self.training)]
-        multiple = self.recipes[0].performance.pad_to_multiple_of
-        targets = [self.backbone.text.targets([self.encoded[i] for i in micro], multiple) for micro in micros]
+        micros = list(batch_order.micro_batches(batch, self.training))
+        multiple, rows = self.recipes[0].performance.pad_to_multiple_of, distributed.own_rows()
+        targets = [self.backbone.text.targets([self.encoded[i] for i in micro], multiple, rows) for micro in micros]
         labels = sum(len(self.encoded[i].target) for i in batch)
         self.bank.grads.zero_()
         total = torch.zeros(self.bank.K, device=self.backbone.device, dtype=self.bank.values.dtype)
         self.execution.install()
         try:
-            for number, (micro_features, target) in enumerate(zip(features, targets, strict=True)):
-                # Processes have different rows, so they need different noise.
-                noise_seed = batch_order.step_seed(self.training.seed, epoch, step, number)
-                torch.manual_seed(noise_seed + distributed.state().process_index)
-                total += self._run(micro_features, target.to(self.backbone.device), labels, labels / len(batch))
+            for number, (micro, micro_features, target) in enumerate(zip(micros, features, targets, strict=True)):
+                torch.manual_seed(batch_order.step_seed(self.training.seed, epoch, step, number))
+                with shared_dropout.batch_rows(len(micro), rows):
+                    total += self._run(micro_features, target.to(self.backbone.device), labels, labels / len(batch))
         finally:
             self.execution.remove()
         distributed.all_reduce_sum(self.bank.grads)
@@ -119,10 +124,28 @@ class Stepper:
         return losses_K, losses_K
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Continue with these experiments only: bank, optimizer and AdaLoRA's allocator drop the others."""
+        """Continue with these experiments only, from the values that they have.
+
+        Bank, optimizer and AdaLoRA's allocator are made anew for them, as if they continued from a checkpoint: the
+        layout of a bank decides how sums are rounded, so it must not depend on experiments that have left.
+        """
         self._captured = None  # the CUDA graph was recorded for the old K
+        states = [self.state(k) for k in rows]
+        steps = self.optimizer.steps
         self.recipes = [self.recipes[k] for k in rows]
-        self.bank.keep(rows)
-        self.optimizer.keep(rows)
+        self.bank.remove()
+        self._make_bank()
+        for k, state in enumerate(states):
+            self.load_state(k, state, steps)
+
+    def state(self, k: int) -> dict[str, dict[str, Tensor]]:
+        """Copies of everything that experiment k's next steps depend on, in groups of named tensors."""
+        allocated = self.allocator.state(k) if self.allocator else {}
+        return {"values": self.bank.state(k), **self.optimizer.state(k), **allocated}
+
+    def load_state(self, k: int, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Restore experiment k's state, as returned by `state`, after `steps` optimizer steps."""
+        self.bank.load_state(k, state["values"])
+        self.optimizer.load_state(k, state, steps)
         if self.allocator:
-            self.allocator.keep(rows)
+            self.allocator.load_state(k, state)
