@@ -14,6 +14,7 @@ from blipfit import __main__ as entry_point
 from blipfit import data as data_sets
 from blipfit import grid
 from blipfit.data import icons
+from blipfit.report import terminal
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
@@ -56,6 +57,52 @@ def test_help_needs_no_torch() -> None:
     assert "grid" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "iconqa", "65"],
+        ["train", "iconqq", "15"],
+        ["sweep", "iconqa,iconqq", "15"],
+        ["sweep", "iconqa", "60-65"],
+        ["show", "iconqa", "65"],
+        ["cost", "iconqa", "65"],
+        ["evaluate", "nowhere"],
+        ["evaluate", "tiny-t5", "--on", "mmm"],
+        ["retain", "tiny-t5", "smaller", "--on", "mmm"],
+        ["shrink", "--model", "tiny-t5", "--on", "mmm"],
+        ["features", "build", "--on", "mmm"],
+        ["prepare", "mmm"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_name_is_reported_without_torch(tmp_path: Path, arguments: list[str]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from blipfit.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+
+
+def test_flags_have_no_type_in_the_help(blipfit) -> None:
+    for command in ("train", "sweep", "prepare", "evaluate", "shrink", "cost"):
+        lines = [line for line in blipfit(command, "--help")[1].splitlines() if "--help" not in line]
+        assert not [line for line in lines if "bool" in line]
+
+
+def test_a_recipe_file_is_shown(blipfit, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(grid.recipe("iconqa", 28, "tiny").to_yaml())
+    assert (
+        blipfit("show", tmp_path / "mine.yaml", "--json")[1]
+        == blipfit("show", "iconqa", "28", "--model", "tiny", "--json")[1]
+    )
+    assert "names one experiment" in mistake(blipfit("show", tmp_path / "mine.yaml", "28"))
+
+
+def test_drawn_benchmarks_say_that_they_are_drawn(blipfit, tmp_path: Path) -> None:
+    _, out, _ = blipfit("prepare", "mme", "--from", "icons", "--questions", 2, "--to", tmp_path / "mme")
+    assert "note: drawn from icons with seed 42" in out
+    assert "part of the whole set" not in out
+    assert "not the MME benchmark" in out
+
+
 def test_grid_json(blipfit) -> None:
     code, out, err = blipfit("grid", "--json")
     records = json.loads(out)
@@ -69,7 +116,7 @@ def test_grid_and_show_for_people(blipfit) -> None:
     assert "21,097,216" in blipfit("grid")[1]
     code, out, err = blipfit("show", "scienceqa", "28")
     assert (code, err) == (0, "")
-    assert "3,728,128 of the model's 4,022,969,088" in out
+    assert "3,728,128 parameters are trained, 0.09 % of the 4,025,094,912 of the model with its adapter" in out
     assert "never get a gradient" in out
 
 
@@ -121,7 +168,8 @@ def test_train_then_skip_then_refuse(blipfit, drawn: Path, tmp_path: Path) -> No
         (["train", "icons", "15", "--set", "training.max_epoch=1"], "did you mean 'max_epochs'?"),
         (["train", "icons", "15", "--set", "training=1"], "is a section"),
         (["train", "icons", "15", "--set", "training.max_epochs=many"], "training.max_epochs"),
-        (["train", "icons", "15", "--data", "nowhere"], "nowhere does not exist"),
+        (["train", "icons", "15", "--data", "nowhere"], "run `blipfit prepare icons --to nowhere`"),
+        (["train", "iconqa", "15", "--data", "nowhere"], "run `blipfit prepare iconqa --from DIR --to nowhere`"),
         (["train", "missing.yaml"], "missing.yaml does not exist"),
         (["train", "icons", "15", "--device", "quantum"], "--device quantum"),
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
@@ -129,6 +177,10 @@ def test_train_then_skip_then_refuse(blipfit, drawn: Path, tmp_path: Path) -> No
         (["prepare", "scienceqa", "--from", "nowhere"], "nowhere"),
         (["prepare", "icons", "--from", "x"], "drawn"),
         (["show", "iconqa", "0"], "no experiment '0'"),
+        (["show", "iconqa"], "say which experiments"),
+        (["shrink", "--model", "tiny-t5", "--dry-run", "--on", "icon"], "did you mean 'icons'?"),
+        (["shrink", "--model", "tiny-t5"], "--to DIR"),
+        (["features", "build", "--on", "icon"], "did you mean 'icons'?"),
         (["nosuch"], "nosuch"),
     ],
 )
@@ -284,6 +336,7 @@ def test_ask_caption_and_search(blipfit, drawn: Path, tmp_path: Path, monkeypatc
     assert (code, err) == (0, "")
     assert (tmp_path / "search.png").exists()
     assert "search.png" in out
+    assert [name.count("/") for name in terminal.distinct_names(pictures)] == [1, 1]
     assert "missing" in mistake(blipfit("ask", "none.png", "What?", "--model", "tiny"))
 
 

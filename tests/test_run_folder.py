@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blipfit import grid, run_folder
 from blipfit.errors import UserError
-from blipfit.run_folder import Run
+from blipfit.run_folder import Inputs, Run
+from leftovers import leave_temporary_folder
 
 RECIPE = grid.recipe("scienceqa", 15, "tiny")
 
@@ -18,16 +20,16 @@ def test_its_place_and_states(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
     assert mine.folder == tmp_path / "scienceqa" / "15"
     assert mine.state() == "new"
-    assert mine.claim(RECIPE, "questions") == "new"
+    assert mine.claim(RECIPE, Inputs("questions")) == "new"
     assert mine.recipe() == RECIPE
-    assert mine.claim(RECIPE, "questions") == mine.state() == "new", "nothing to continue yet"
+    assert mine.claim(RECIPE, Inputs("questions")) == mine.state() == "new", "nothing to continue yet"
     run_folder.write_text(mine.checkpoint / "state.safetensors", "state")
-    assert mine.claim(RECIPE, "questions") == mine.state() == "started"
+    assert mine.claim(RECIPE, Inputs("questions")) == mine.state() == "started"
     assert mine.failure() == "not finished"
     assert run_folder.find(tmp_path) == []
     result = {"metrics": {}, "adapter_sha256": "0"}
     run_folder.write_json(mine.result_file, result)
-    assert mine.claim(RECIPE, "questions") == mine.state() == "finished"
+    assert mine.claim(RECIPE, Inputs("questions")) == mine.state() == "finished"
     assert mine.result() == result
     assert run_folder.find(tmp_path) == [mine]
 
@@ -35,17 +37,43 @@ def test_its_place_and_states(tmp_path: Path):
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
     other = RECIPE.override(["training.seed=7"])
-    mine.claim(other, "questions")
-    mine.claim(RECIPE, "questions")
+    mine.claim(other, Inputs("questions"))
+    mine.claim(RECIPE, Inputs("questions"))
     assert mine.recipe() == RECIPE, "a folder in which nothing was trained is free"
     run_folder.write_text(mine.checkpoint / "state.safetensors", "state")
     before = mine.recipe_file.read_bytes()
     with pytest.raises(UserError, match=r"holds an unfinished run on other questions than --data has now"):
-        mine.claim(RECIPE, "other questions")
+        mine.claim(RECIPE, Inputs("other questions"))
     run_folder.write_json(mine.result_file, {})
     with pytest.raises(UserError, match=r"training.seed is 42 there and 7 here.*another --results folder"):
-        mine.claim(RECIPE.override(["training.seed=7"]), "questions")
+        mine.claim(RECIPE.override(["training.seed=7"]), Inputs("questions"))
     assert mine.recipe_file.read_bytes() == before
+
+
+def test_other_inputs_are_refused_by_their_content(tmp_path: Path):
+    recipe = RECIPE.override(["distillation.teacher=original"])
+    own, images = Run.of(tmp_path, recipe), {"train": "1", "test": "2"}
+    teacher = {"base_sha256": "t", "adapter_sha256": "a"}
+    inputs = Inputs("questions", {"train": "q"}, images, "base", teacher)
+    own.claim(recipe, inputs)
+    run_folder.write_text(own.checkpoint / "state.safetensors", "state")
+    own.refuse_other(recipe, inputs)
+    own.refuse_other(recipe, Inputs("questions"))  # what is not known now is not compared
+    own.refuse_other(recipe, replace(inputs, teacher={**teacher, "base_sha256": None}))
+    changes = {
+        "on other images, under the same names, than --data has now in test;": {"images": {**images, "test": "3"}},
+        "with other weights of tiny-t5 than it has now;": {"base_sha256": "other"},
+        "with another teacher than original is now;": {"teacher": {**teacher, "base_sha256": "other"}},
+        "with another teacher than original is now; ": {"teacher": {**teacher, "adapter_sha256": None}},
+    }
+    for sentence, change in changes.items():
+        with pytest.raises(UserError, match=rf"holds an unfinished run {sentence}"):
+            own.claim(recipe, replace(inputs, **change))
+    own.data_file.write_text('{"sha256": "questions", "images": 3}')
+    with pytest.raises(UserError, match=r"data.json is damaged"):
+        own.claim(recipe, inputs)
+    own.data_file.write_text('{"sha256": "questions"}')  # of an older blipfit
+    assert own.claim(recipe, inputs) == "started"
 
 
 def test_a_folder_without_recipe_is_no_run(tmp_path: Path):
@@ -60,7 +88,7 @@ def test_a_folder_without_recipe_is_no_run(tmp_path: Path):
 
 def test_a_failure_is_recorded(tmp_path: Path):
     mine = Run.of(tmp_path, RECIPE)
-    mine.claim(RECIPE, "questions")
+    mine.claim(RECIPE, Inputs("questions"))
     mine.fail("non-finite loss")
     assert mine.failure() == "non-finite loss"
     assert json.loads(mine.failure_file.read_text()) == {"reason": "non-finite loss"}
@@ -85,16 +113,14 @@ def _half_written(path: Path, folder: bool = False) -> None:
 def test_what_a_kill_left_behind_goes(tmp_path: Path):
     """A kill in the middle of a write leaves a temporary folder, one in the middle of a line half a line."""
     mine = Run.of(tmp_path, RECIPE)
-    mine.claim(RECIPE, "questions")
+    mine.claim(RECIPE, Inputs("questions"))
     mine.log({"epoch": 1})
     with mine.log_file.open("a") as file:
         file.write('{"epoch": 2, "lo')
-    for name in (".adapter.k1ll3d", "checkpoint/.state.safetensors.k1ll3d"):
-        half = mine.folder / name / "half"
-        half.parent.mkdir(parents=True)
-        half.write_text("half")
+    for target in (mine.adapter, mine.checkpoint / "state.safetensors"):
+        leave_temporary_folder(target)
     run_folder.write_text(mine.checkpoint / "state.safetensors", "whole")
-    assert mine.claim(RECIPE, "questions") == "started"
+    assert mine.claim(RECIPE, Inputs("questions")) == "started"
     mine.truncate_log(lambda line: True)
     assert run_folder.read_lines(mine.log_file) == [{"epoch": 1}]
     left = sorted(path.name for path in mine.folder.rglob("*"))

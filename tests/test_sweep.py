@@ -43,17 +43,17 @@ def recipes(*ids: int | str) -> list[Recipe]:
     ],
 )
 def test_experiments(text: str, names: list[str]) -> None:
-    assert sweep.parse_experiments(text) == names
+    assert grid.parse_experiments(text) == names
 
 
 def test_all_is_the_grid() -> None:
-    assert sweep.parse_experiments("all") == [str(i) for i in range(1, 65)]
+    assert grid.parse_experiments("all") == [str(i) for i in range(1, 65)]
 
 
 @pytest.mark.parametrize("text", ["", "4-1", "1-65", "x", "1..4", "base", "-3"])
 def test_no_experiments(text: str) -> None:
     with pytest.raises(UserError, match="names no experiments"):
-        sweep.parse_experiments(text)
+        grid.parse_experiments(text)
 
 
 def test_a_plan_measures_and_divides(drawn, model_cache, tmp_path: Path) -> None:
@@ -88,7 +88,8 @@ def test_growth_stops_where_it_no_longer_pays(drawn, model_cache, monkeypatch: p
     members = recipes(*range(13, 29))
     trials = sweep.measure_trials(members, drawn["icons"], model_cache, None)
     assert asked == [1, 2, 4, 8]
-    assert [len(bank.recipes) for bank in sweep._divide(members, trials, drawn, model_cache)] == [4, 4, 4, 4]
+    group = sweep._describe_group(members, trials, drawn, model_cache)
+    assert [len(bank.recipes) for bank in sweep._divide(group)] == [4, 4, 4, 4]
 
 
 def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.MonkeyPatch) -> None:

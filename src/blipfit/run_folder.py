@@ -4,25 +4,70 @@ This is the only file that knows the names inside `results/DATASET/EXPERIMENT/` 
 """
 
 import json
-import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-
 import blipfit
+from blipfit import folder_lock
 from blipfit import recipe as recipes
 from blipfit.errors import UserError
+from blipfit.file_writes import remove_leftovers, remove_temporary_folders
+from blipfit.file_writes import replacing as replacing
 from blipfit.recipe import Recipe
 
 State = Literal["new", "started", "finished"]
+LEFTOVER_SECONDS = 60.0
+"""Age from which a temporary folder in a run folder is of a killed process; a living one writes it in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run is trained and evaluated with, identified by content; what is not known is empty or None."""
+
+    questions_sha256: str
+    """Hash of the questions of all splits."""
+    questions: Mapping[str, str] = field(default_factory=dict)
+    """Hash of the questions of each split."""
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the images of each split: of every question's id and the content of its image."""
+    base_sha256: str | None = None
+    """Digest of the base weights; None if they are not downloaded yet."""
+    teacher: Mapping[str, str | None] | None = None
+    """Digests of the teacher's base weights (`base_sha256`) and adapter (`adapter_sha256`, None for a model)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `data.json` holds."""
+        known = {"questions": self.questions, "images": self.images, "teacher": self.teacher}
+        base = {} if self.base_sha256 is None else {"base_sha256": self.base_sha256}
+        return {
+            "sha256": self.questions_sha256,
+            **base,
+            **{name: dict(value) for name, value in known.items() if value},
+        }
+
+    def find_differences(self, recorded: Mapping[str, Any], recipe: Recipe) -> list[str]:
+        """Return what differs from a run's `data.json`, one phrase each; what either does not know is not compared."""
+        if recorded["sha256"] != self.questions_sha256:
+            return ["on other questions than --data has now"]
+        differences = []
+        images = recorded.get("images", {})
+        if splits := [split for split, digest in self.images.items() if images.get(split, digest) != digest]:
+            differences.append(f"on other images, under the same names, than --data has now in {', '.join(splits)}")
+        base = recorded.get("base_sha256")
+        if None not in (base, self.base_sha256) and base != self.base_sha256:
+            differences.append(f"with other weights of {recipe.model.name} than it has now")
+        if self.teacher and (teacher := recorded.get("teacher")):
+            pairs = {name: (teacher.get(name), digest) for name, digest in self.teacher.items()}
+            other_base = None not in pairs["base_sha256"] and len(set(pairs["base_sha256"])) > 1
+            if other_base or len(set(pairs["adapter_sha256"])) > 1:
+                differences.append(f"with another teacher than {recipe.distillation.teacher} is now")
+        return differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +90,13 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """Resume state: `state.safetensors` and `state.json`."""
+        """Resume state: the files of the last saves, and `scores.jsonl`; deleted when the run is finished."""
         return self.folder / "checkpoint"
+
+    @property
+    def partial_scores_file(self) -> Path:
+        """The scores of a validation or test that is not finished."""
+        return self.checkpoint / "scores.jsonl"
 
     @property
     def adapter(self) -> Path:
@@ -75,9 +125,13 @@ class Run:
         """The evaluation of the finished experiment on another data set or benchmark."""
         return Evaluation(self.folder / "evaluations" / name)
 
+    def evaluations(self) -> "list[Evaluation]":
+        """All complete evaluations of the finished experiment, ordered by name."""
+        return find_evaluations(self.folder, "evaluations/*")
+
     @property
     def data_file(self) -> Path:
-        """Hashes of the questions that it is trained and evaluated on, and of the base weights."""
+        """What it is trained and evaluated with, by content: see `Inputs`."""
         return self.folder / "data.json"
 
     @property
@@ -121,43 +175,24 @@ class Run:
             )
         return result
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder; a killed process leaves no lock.
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder, see `lock_all`."""
+        return lock_all([self])
 
-        Raises UserError if another process is training there.
-        """
-        lock = filelock.FileLock(self.create().folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"another process is training in {self.folder}; wait for it, or choose another --results folder"
-            ) from None
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-
-    def claim(self, recipe: Recipe, data: str, base: str | None = None) -> State:
-        """Create the folder for this recipe on these questions (`data`: their hash) and base weights (`base`: their
-        digest, if known).
-
-        Raises UserError if it holds results of another recipe, of other questions or of other base weights.
-        """
-        self.refuse_other(recipe, data, base)
+    def claim(self, recipe: Recipe, inputs: Inputs) -> State:
+        """Create the folder for this recipe and these inputs. Raises UserError as `refuse_other`."""
+        self.refuse_other(recipe, inputs)
         state = self.state()
         if state == "new":
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe.to_yaml())
-            write_json(self.data_file, {"sha256": data, **({} if base is None else {"base_sha256": base})})
+            write_json(self.data_file, inputs.to_json())
         self.tidy()
         return state
 
-    def refuse_other(self, recipe: Recipe, data: str, base: str | None = None) -> None:
-        """Raise UserError if the folder holds results of another recipe, of other questions (`data`: their hash) or of
-        other base weights (`base`: their digest, if known)."""
+    def refuse_other(self, recipe: Recipe, inputs: Inputs) -> None:
+        """Raise UserError if the folder holds results of another recipe, or of other questions, images, base weights
+        or another teacher."""
         if self.state() == "new":
             return
         contents = "results" if self.state() == "finished" else "an unfinished run"
@@ -165,23 +200,34 @@ class Run:
         if differences := self.recipe().differences(recipe):
             listed = ", ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in differences.items())
             raise UserError(f"{self.folder} holds {contents} of another recipe ({listed}); {fix}")
-        if not self.data_file.exists():
-            return
-        recorded = read_json(self.data_file)
-        if not isinstance(recorded, dict) or "sha256" not in recorded:
-            raise UserError(f"{self.data_file} is damaged: it must be an object with sha256; {fix}")
-        if recorded["sha256"] != data:
-            raise UserError(f"{self.folder} holds {contents} on other questions than --data has now; {fix}")
-        if base is not None and recorded.get("base_sha256", base) != base:
+        recorded = self.inputs()
+        if recorded is not None and (changes := inputs.find_differences(recorded, recipe)):
             raise UserError(
-                f"{self.folder} holds {contents} with other weights of {recipe.model.name} than it has now; restore "
-                f"them, or {fix}"
+                f"{self.folder} holds {contents} {' and '.join(changes)}; restore what was changed, or {fix}"
             )
 
+    def inputs(self) -> dict[str, Any] | None:
+        """What `data.json` holds; None if an older blipfit wrote none. Raises UserError if it is damaged."""
+        if not self.data_file.exists():
+            return None
+        recorded = read_json(self.data_file)
+        parts = {"questions": dict, "images": dict, "teacher": dict}
+        if (
+            not isinstance(recorded, dict)
+            or not isinstance(recorded.get("sha256"), str)
+            or any(not isinstance(recorded.get(name, {}), kind) for name, kind in parts.items())
+        ):
+            raise UserError(f"{self.data_file} is damaged; copy the run folder again, or delete it and train again")
+        return recorded
+
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to `log.jsonl`, in one call, so that a killed run leaves whole lines."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Add one line to `log.jsonl`. The file is written as a whole: an append could not be refused to a process that
+        has lost the folder.
+
+        Raises UserError if the disk is full.
+        """
+        lines = read_lines(self.log_file) if self.log_file.exists() else []
+        write_lines(self.log_file, [*lines, record])
 
     def truncate_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop log lines that a continued run will write again, and a last line that a kill cut off."""
@@ -192,11 +238,12 @@ class Run:
         write_lines(self.log_file, [line for line in complete if keep(line)])
 
     def tidy(self) -> None:
-        """Remove the temporary folders of writes that a kill interrupted."""
+        """Remove what a kill left: temporary folders and, if the run is finished, its checkpoint."""
+        if self.result_file.exists():
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            folder_lock.remove_traces(self.folder)
         for folder in (self.folder, self.checkpoint):
-            for temporary in folder.glob(".*"):
-                if temporary.is_dir():
-                    shutil.rmtree(temporary, ignore_errors=True)
+            remove_leftovers(folder, seconds=LEFTOVER_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +265,14 @@ class Evaluation:
     def predictions_file(self) -> Path:
         return self.folder / "predictions.jsonl"
 
-    def judgements_file(self, subject: str) -> Path:
+    def judgments_file(self, subject: str) -> Path:
         """Judgments in VL-RewardBench's format; `subject` is `base` or `tuned`."""
-        return self.folder / f"judgements-{subject}.jsonl"
+        return self.folder / f"judgments-{subject}.jsonl"
+
+    @property
+    def partial_scores_file(self) -> Path:
+        """The scores of an evaluation that is not finished."""
+        return self.folder / "scores.jsonl"
 
     def answers(self, subject: str) -> Path:
         """Folder of MME's answer files in the official format; `subject` is `base` or `tuned`."""
@@ -245,27 +297,31 @@ def installed_version(package: str) -> str:
         return "unknown"
 
 
+@contextmanager
+def lock_all(runs: Sequence[Run]) -> Iterator[None]:
+    """Keep other processes out of the folders, on all hosts that share them; a killed process leaves no lock.
+
+    A folder whose owner gives no sign of life is taken over: at once if the owner can be looked up, else after
+    `folder_lock.LEASE_SECONDS`. Raises UserError if another process is training in one of them.
+    """
+
+    def clean(folder: Path) -> None:
+        for location in (folder, Run(folder).checkpoint):
+            remove_temporary_folders(location)
+
+    with folder_lock.owning([run.create().folder for run in runs], clean):
+        yield
+
+
 def find(results: Path) -> list[Run]:
     """All finished runs below a results folder, ordered by path."""
     return [Run(file.parent) for file in sorted(results.glob("*/*/result.json"))]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
-
-    Works for files and for folders: create either at the yielded path.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary_folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = temporary_folder / path.name
-    try:
-        yield temporary
-        if temporary.is_dir() and path.exists():
-            os.replace(path, temporary_folder / "previous")  # a folder cannot be renamed over a full one
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary_folder, ignore_errors=True)
+def find_evaluations(folder: Path, pattern: str) -> list[Evaluation]:
+    """All complete evaluations in a folder, ordered by path; in a results folder `pattern` is `evaluations/*/*`."""
+    evaluations = [Evaluation(path) for path in sorted(folder.glob(pattern))]
+    return [evaluation for evaluation in evaluations if evaluation.record_file.is_file()]
 
 
 def write_text(path: Path, text: str) -> None:

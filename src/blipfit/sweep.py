@@ -4,18 +4,18 @@ Experiments with the same model, data and batches can share a bank. Its size is 
 few trial steps, and the size with the least time per experiment among those that fit into memory is used.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blipfit import grid
+from blipfit.adapters import open_model
 from blipfit.errors import UserError
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.run_folder import Run
-from blipfit.runtime import distributed
-from blipfit.training import bank_member, events, trial_steps
+from blipfit.run_folder import Inputs, Run
+from blipfit.runtime.save_interval import SaveInterval
+from blipfit.training import bank_member, checkpoint, disk_needs, events, trial_steps
 from blipfit.training.events import Listener
 from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
@@ -41,6 +41,48 @@ class PlannedBank:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """Experiments that can share a bank, with the measured trials and the work of one experiment."""
+
+    recipes: tuple[Recipe, ...]
+    trials: tuple[Trial, ...]
+    steps_per_epoch: int
+    val_questions: int
+    test_questions: int
+    is_fixed: bool = False
+    """Whether the size of its banks is given: by the user, or by a checkpoint that several experiments share."""
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the least time per experiment."""
+        return min(self.trials, key=lambda trial: trial.seconds_each)
+
+    def bank_seconds(self, recipes: Sequence[Recipe]) -> float:
+        """Time of a bank of these experiments to the last epoch, evaluation included."""
+        size, epochs = len(recipes), max(recipe.training.max_epochs for recipe in recipes)
+        questions = (epochs + 1) * self.val_questions + self.test_questions
+        steps = epochs * self.steps_per_epoch
+        return steps * self._interpolate("seconds", size) + questions * self._interpolate("evaluation_seconds", size)
+
+    def _interpolate(self, name: str, size: int) -> float:
+        """A trial's time for a bank of a size between the measured ones; beyond them in proportion to the nearest."""
+        points = [(trial.experiments, float(getattr(trial, name))) for trial in self.trials]
+        below = max((point for point in points if point[0] <= size), default=min(points))
+        above = min((point for point in points if point[0] >= size), default=max(points))
+        if below[0] == above[0] or not below[0] <= size <= above[0]:
+            nearest = below if below[0] <= size else above
+            return nearest[1] * size / nearest[0]
+        share = (size - below[0]) / (above[0] - below[0])
+        return below[1] + share * (above[1] - below[1])
+
+    def divide(self, number: int) -> list[PlannedBank]:
+        """So many banks, as even as possible."""
+        count = len(self.recipes)
+        parts = [self.recipes[i * count // number : (i + 1) * count // number] for i in range(number)]
+        return [PlannedBank(part, self.best, self.bank_seconds(part)) for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The banks of a sweep, in the order in which they will train."""
 
@@ -49,33 +91,12 @@ class Plan:
     """Experiments with a result, which are skipped."""
     trials: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
     """The measured trials, by the name of their group of experiments."""
+    groups: tuple[PlannedGroup, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Estimated time of all banks, one after the other."""
         return sum(bank.seconds for bank in self.banks)
-
-
-def parse_experiments(text: str) -> list[str]:
-    """Experiment names in `1-32`, `13,15,28`, `all` (1–64), `baseline` or any such list.
-
-    Raises UserError for anything else.
-    """
-    names: list[str] = []
-    for part in text.replace(" ", "").split(","):
-        low, dash, high = part.partition("-")
-        if part == "all":
-            names += map(str, grid.IDS)
-        elif part in (*grid.BASELINES, *grid.EXPLORATIONS, grid.RECOVERY):
-            names.append(part)
-        elif dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= grid.IDS[-1]:
-            names += map(str, range(int(low), int(high) + 1))
-        elif part.isdigit():
-            names.append(part)
-        else:
-            known = f"write 1-32, 13,15,28, all, {', '.join(grid.BASELINES)} or {grid.RECOVERY}"
-            raise UserError(f"{text!r} names no experiments: {part!r} is not understood; {known}")
-    return list(dict.fromkeys(names))
 
 
 def make_plan(
@@ -90,28 +111,44 @@ def make_plan(
 
     `data`: folder of each data set. Banks are ordered by their first experiment. Raises UserError if an input cannot be
     used, or if not even the smallest bank fits into memory.
+
+    Several processes measure together and make the same plan.
     """
-    if distributed.state().num_processes > 1:
-        raise UserError("a sweep measures on one process; launch `train` with several, or run the sweep without")
+    groups, finished = group_unfinished(recipes, data, results)
+    planned_groups: list[PlannedGroup] = []
+    banks: list[PlannedBank] = []
+    trials: dict[str, tuple[Trial, ...]] = {}
+    for saved_bank, members in groups:
+        name = f"{members[0].title} and {len(members) - 1} more" if len(members) > 1 else members[0].title
+        listener(events.TrialStarted(name, len(members)))
+        size = bank or (len(members) if saved_bank else None)
+        trials[name] = measure_trials(members, data[members[0].data.name], model_cache, size)
+        group = _describe_group(members, trials[name], data, model_cache, is_fixed=size is not None)
+        planned_groups.append(group)
+        banks += _divide(group)
+    return Plan(tuple(banks), tuple(finished), trials, tuple(planned_groups))
+
+
+def group_unfinished(
+    recipes: Sequence[Recipe], data: Mapping[str, Path], results: Path
+) -> tuple[list[tuple[tuple[str, ...], list[Recipe]]], list[Recipe]]:
+    """The experiments that can share a bank, with the titles of the bank that they continue, and the finished ones.
+
+    Raises UserError if an input cannot be used.
+    """
     groups: dict[Any, list[Recipe]] = {}
     finished = []
     recipes = sorted(_distinct(recipes), key=lambda recipe: _first_use(recipes, recipe))
-    hashes = _hash_questions_by_title(recipes, data)
+    inputs = _check_inputs_by_title(recipes, data)
     for recipe in recipes:
         run = Run.of(results, recipe)
-        run.refuse_other(recipe, hashes[recipe.title])
+        run.refuse_other(recipe, inputs[recipe.title])
         if run.state() == "finished":
             finished.append(recipe)
         else:
-            groups.setdefault(bank_member.bank_key(recipe), []).append(recipe)
-    banks: list[PlannedBank] = []
-    trials: dict[str, tuple[Trial, ...]] = {}
-    for members in groups.values():
-        name = f"{members[0].title} and {len(members) - 1} more" if len(members) > 1 else members[0].title
-        listener(events.TrialStarted(name, len(members)))
-        trials[name] = measure_trials(members, data[members[0].data.name], model_cache, bank)
-        banks += _divide(members, trials[name], data, model_cache)
-    return Plan(tuple(banks), tuple(finished), trials)
+            saved_bank = checkpoint.read_bank(run.checkpoint)  # it continues with the same experiments
+            groups.setdefault((bank_member.bank_key(recipe), saved_bank), []).append(recipe)
+    return [(saved_bank, members) for (_, saved_bank), members in groups.items()], finished
 
 
 def _distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -128,14 +165,14 @@ def _first_use(recipes: Sequence[Recipe], recipe: Recipe) -> int:
     return next(i for i, other in enumerate(recipes) if other.model == recipe.model)
 
 
-def _hash_questions_by_title(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, str]:
-    """Check all inputs, and return the hash of each experiment's questions by its title."""
-    hashes: dict[str, str] = {}
+def _check_inputs_by_title(recipes: Sequence[Recipe], data: Mapping[str, Path]) -> dict[str, Inputs]:
+    """Check all inputs, and return what each experiment is trained and evaluated with by its title."""
+    inputs: dict[str, Inputs] = {}
     for name in dict.fromkeys(recipe.data.name for recipe in recipes):
         recipes_of_set = [recipe for recipe in recipes if recipe.data.name == name]
-        digests = check_inputs(recipes_of_set, data[name])
-        hashes |= {recipe.title: digest for recipe, digest in zip(recipes_of_set, digests, strict=True)}
-    return hashes
+        inputs_of_set = check_inputs(recipes_of_set, data[name])
+        inputs |= {recipe.title: each for recipe, each in zip(recipes_of_set, inputs_of_set, strict=True)}
+    return inputs
 
 
 def measure_trials(
@@ -164,22 +201,22 @@ def measure_trials(
     return tuple(trials)
 
 
-def _divide(
-    members: Sequence[Recipe], trials: Sequence[Trial], data: Mapping[str, Path], model_cache: ModelCache
-) -> Iterable[PlannedBank]:
-    """Banks of at most the best measured size, as even as possible."""
-    best = min(trials, key=lambda t: t.seconds_each)
-    number = -(-len(members) // best.experiments)
+def _describe_group(
+    members: Sequence[Recipe],
+    trials: Sequence[Trial],
+    data: Mapping[str, Path],
+    model_cache: ModelCache,
+    is_fixed: bool = False,
+) -> PlannedGroup:
     splits = model_cache.splits(members[0], data[members[0].data.name])
     training = members[0].training
     steps = len(splits["train"]) // (training.batch_size * training.accumulation)
-    for index in range(number):
-        recipes = tuple(members[index * len(members) // number : (index + 1) * len(members) // number])
-        epochs = max(recipe.training.max_epochs for recipe in recipes)
-        questions = (epochs + 1) * len(splits["val"]) + len(splits["test"])
-        evaluation_seconds = questions * best.evaluation_seconds / best.experiments
-        seconds = len(recipes) * (epochs * steps * best.seconds_each + evaluation_seconds)
-        yield PlannedBank(recipes, best, seconds)
+    return PlannedGroup(tuple(members), tuple(trials), steps, len(splits["val"]), len(splits["test"]), is_fixed)
+
+
+def _divide(group: PlannedGroup) -> list[PlannedBank]:
+    """Banks of at most the best measured size, as even as possible."""
+    return group.divide(-(-len(group.recipes) // group.best.experiments))
 
 
 def run(
@@ -188,15 +225,20 @@ def run(
     results: Path,
     model_cache: ModelCache,
     listener: Listener = events.ignore,
+    save_interval: SaveInterval | None = None,
 ) -> list[Run]:
     """Train every bank of a plan, one after the other; returns all runs, the skipped ones first."""
+    disk_needs.require_space([bank.recipes for bank in planned.banks], data, results)
     runs = [Run.of(results, recipe) for recipe in planned.finished]
     for recipe, run in zip(planned.finished, runs, strict=True):
-        listener(events.RunSkipped(run, recipe))
+        run.tidy()
+        listener(events.RunSkipped(run, recipe, open_model.describe_adapter_problem(run)))
     for number, bank in enumerate(planned.banks, start=1):
         listener(events.BankStarted(number, len(planned.banks), bank.recipes))
         folder = data[bank.recipes[0].data.name]
-        runs += train(bank.recipes, folder, results, model_cache=model_cache, listener=listener)
+        runs += train(
+            bank.recipes, folder, results, model_cache=model_cache, listener=listener, save_interval=save_interval
+        )
     return runs
 
 

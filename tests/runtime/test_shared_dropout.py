@@ -93,6 +93,47 @@ def test_the_mask_is_sampled_for_the_rows_of_a_single_experiment():
     assert torch.equal(mask, torch.empty(3, 5).bernoulli_(0.5) * 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_have_the_noise_of_their_rows_in_the_whole_batch(processes, dtype):
+    x = torch.ones(5, 4, 8, dtype=dtype)
+    torch.manual_seed(1)
+    whole = SharedDropout(0.3, 1)(x)
+    for index in range(processes):
+        rows = slice(index, None, processes)
+        torch.manual_seed(1)
+        with shared_dropout.batch_rows(5, rows):
+            part = SharedDropout(0.3, 2)(x[rows].repeat(2, 1, 1))
+        assert all(torch.equal(of_experiment, whole[rows]) for of_experiment in part.chunk(2))
+
+
+def test_the_noise_of_other_rows_is_freed():
+    with shared_dropout.batch_rows(6, slice(0, None, 3)):
+        masks = [sample_mask(torch.ones(2, 8, dtype=dtype), 0.5, 1) for dtype in (torch.float32, torch.float16)]
+    assert [mask.shape for mask in masks] == [(2, 8)] * 2
+    assert [mask.untyped_storage().nbytes() for mask in masks] == [2 * 8 * 4, 2 * 8]
+
+
+def test_a_process_with_all_rows_samples_as_before():
+    torch.manual_seed(1)
+    mask = sample_mask(torch.ones(6, 8), 0.5, 1)
+    torch.manual_seed(1)
+    with shared_dropout.batch_rows(6, slice(0, None, 1)):
+        assert torch.equal(sample_mask(torch.ones(6, 8), 0.5, 1), mask)
+
+
+@pytest.mark.slow
+def test_compiled_code_has_the_noise_of_its_rows_too(fresh_compiler):
+    x = torch.ones(5, 4, 8)
+    compiled = torch.compile(SharedDropout(0.3, 1))
+    torch.manual_seed(1)
+    whole = compiled(x)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        torch.manual_seed(1)
+        with shared_dropout.batch_rows(5, rows):
+            assert torch.equal(compiled(x[rows]), whole[rows])
+
+
 def test_rows_in_any_memory_order():
     x = torch.randn(7, 6, 5).transpose(0, 1)
     layer = SharedDropout(0.5, 3)

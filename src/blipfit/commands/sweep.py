@@ -8,33 +8,14 @@ import torch
 from rich.table import Table
 
 from blipfit import sweep
-from blipfit.commands import resolve_arguments, train
-from blipfit.errors import UserError
+from blipfit.commands import train
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
+from blipfit.runtime import distributed
+from blipfit.runtime.save_interval import SaveInterval
+from blipfit.training import events
 from blipfit.training.model_cache import ModelCache
-
-
-def load_recipes(
-    datasets: str, ids: Sequence[str], model: str | None, assignments: Sequence[str], data: Path | None
-) -> tuple[list[Recipe], dict[str, Path]]:
-    """The recipes that the arguments name, and the folder of every data set among them.
-
-    Raises UserError if an experiment, recipe file or data set does not exist, or if `--data` cannot serve all of them.
-    """
-    recipes: list[Recipe] = []
-    for text in ids:
-        if text.endswith((".yaml", ".yml")):
-            recipes += resolve_arguments.load_recipes(text, [], model, assignments)
-            continue
-        names = sweep.parse_experiments(text)
-        for dataset in datasets.split(","):
-            recipes += resolve_arguments.load_recipes(dataset, names, model, assignments)
-    names = list(dict.fromkeys(recipe.data.name for recipe in recipes))
-    if data is not None and len(names) > 1:
-        raise UserError(f"--data names one folder, the sweep reads {', '.join(names)}; leave it out to use data/NAME")
-    return recipes, {name: resolve_arguments.data_folder(name, data) for name in names}
 
 
 def run(
@@ -44,6 +25,7 @@ def run(
     bank: int | None,
     only_plan: bool,
     device: torch.device,
+    save_interval: SaveInterval | None = None,
 ) -> dict[str, Any]:
     """Plan the banks, print the plan, train them; with `only_plan` the record holds nothing but the plan.
 
@@ -51,11 +33,13 @@ def run(
     """
     model_cache = ModelCache(device)
     with TrainingDisplay() as display:
-        plan = sweep.make_plan(recipes, folders, results, model_cache, bank, display)
+        listener = display if distributed.is_main() else events.ignore
+        plan = sweep.make_plan(recipes, folders, results, model_cache, bank, listener)
         record: dict[str, Any] = {"plan": plan_record(plan)}
         if not only_plan:
-            display.console.print(plan_table(record["plan"]))
-            record |= train.summarize(sweep.run(plan, folders, results, model_cache, display))
+            if distributed.is_main():
+                display.console.print(plan_table(record["plan"]))
+            record |= train.summarize(sweep.run(plan, folders, results, model_cache, listener, save_interval))
     return record
 
 
@@ -102,7 +86,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         size = len(bank["experiments"])
         table.add_row(
             str(number),
-            _format_titles(bank["experiments"]),
+            format_titles(bank["experiments"]),
             str(size),
             f"{1000 * bank['seconds_per_step']:.0f} ms",
             f"{1000 * bank['seconds_per_step'] / size:.0f} ms",
@@ -112,7 +96,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-def _format_titles(titles: Sequence[str]) -> str:
+def format_titles(titles: Sequence[str]) -> str:
     """`icons/13`, `icons/14`, … as `icons 13–28`."""
     dataset = titles[0].partition("/")[0]
     groups: list[list[str]] = []

@@ -12,17 +12,24 @@ from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
 from blipfit.run_folder import Run
+from blipfit.runtime.save_interval import SaveInterval
 from blipfit.training.loop import train
 
 
-def run(recipes: Sequence[Recipe], data: Path | None, results: Path, device: torch.device) -> dict[str, Any]:
+def run(
+    recipes: Sequence[Recipe],
+    data: Path | None,
+    results: Path,
+    device: torch.device,
+    save_interval: SaveInterval | None = None,
+) -> dict[str, Any]:
     """Train all recipes, which read one data set; finished runs are skipped, interrupted ones continue.
 
     Raises UserError before anything is trained if the data, a model or a run folder does not fit.
     """
     folder = resolve_arguments.data_folder(recipes[0].data.name, data)
     with TrainingDisplay() as display:
-        runs = train(recipes, folder, results, device=device, listener=display)
+        runs = train(recipes, folder, results, device=device, listener=display, save_interval=save_interval)
     return summarize(runs)
 
 

@@ -3,10 +3,16 @@
 Each experiment therefore has the noise that it would have alone: a bank of K experiments equals K single runs also
 with dropout, and experiments are compared under the same noise.
 
-Dimensions: `K` experiments in the bank, `B` rows of the batch. A tensor of a bank has K·B rows: first all B rows of
-experiment 0, then those of experiment 1, and so on (K-major). `…` stands for any further dimensions.
+Several processes share the rows of a batch. Each samples the noise of the whole batch and takes that of its own rows
+(`batch_rows`), so the noise does not depend on the number of processes.
+
+Dimensions: `K` experiments in the bank, `B` rows of the batch (with several processes: this process's rows). A tensor
+of a bank has K·B rows: first all B rows of experiment 0, then those of experiment 1, and so on (K-major). `…` stands
+for any further dimensions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +20,26 @@ from torch import Tensor, nn
 
 BANK_SIZE = "bank_size"
 """Name of the attribute that tells an attention module the number of experiments K; absent means 1."""
+_whole_batch: tuple[int, slice] | None = None
+"""The number of rows of the whole batch and this process's part of them; None if this process has all rows.
+
+A variable of the process, not of a thread: on a GPU, checkpointed layers are computed again in autograd's own thread.
+"""
+
+
+@contextmanager
+def batch_rows(count: int, rows: slice) -> Iterator[None]:
+    """Inside this context, tensors hold only the rows `rows` of a batch of `count` rows; also wrap the backward pass.
+
+    Dropout noise is then a part of the noise that a process with all rows has.
+    """
+    global _whole_batch
+    previous = _whole_batch
+    _whole_batch = None if range(count)[rows] == range(count) else (count, rows)
+    try:
+        yield
+    finally:
+        _whole_batch = previous
 
 
 class SharedDropout(nn.Module):
@@ -39,11 +65,16 @@ def sample_mask(x: Tensor, p: float, bank_size: int) -> Tensor:
     scaled: 0 or 1 / (1 - p). In a compiled graph it is always bool, and the numbers come from the compiler's generator:
     other noise of the same distribution, and the same noise for every bank size.
     """
-    shape = (x.shape[0] // bank_size, *x.shape[1:])
+    count, rows = _whole_batch or (x.shape[0] // bank_size, slice(None))
+    shape = (count, *x.shape[1:])
     if torch.compiler.is_compiling():
-        return torch.rand(shape, device=x.device) < 1 - p
+        noise = torch.rand(shape, device=x.device)
+        return (noise if _whole_batch is None else noise[rows]) < 1 - p
     mask = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return mask.bool() if x.element_size() == 2 else mask.div_(1 - p)
+    if x.element_size() == 2:
+        return mask[rows].bool()
+    # A copy, so that the other rows of the noise are freed.
+    return mask.div_(1 - p) if _whole_batch is None else mask[rows].div(1 - p)
 
 
 def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
