@@ -15,7 +15,7 @@ import torch
 
 import blipfit
 from benchmarks import measure
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import grid
 from blipfit.commands.evaluate import render_on, run_on
 from blipfit.data import icons
@@ -40,7 +40,7 @@ def run(families: list[Family], root: Path) -> dict[str, Any]:
         record["search"][family] = search = _measure_search(family, root / "search")
         print(f"{family}: precision at {TOP} {search['precision']:.3f} over {search['queries']} searches", flush=True)
         names = [name for name, (other, _) in grid.EXPLORATIONS.items() if other == family]
-        recipes = [grid.explore(name, model="tiny").override(OVERRIDES) for name in names]
+        recipes = [grid.exploration_recipe(name, model="tiny").override(OVERRIDES) for name in names]
         runs = train(recipes, folders["rewardbench"], root / "results", listener=TrainingDisplay())
         on = ",".join(f"{name}={folder}" for name, folder in folders.items())
         for name, run in zip(names, runs, strict=True):
@@ -62,9 +62,9 @@ def run(families: list[Family], root: Path) -> dict[str, Any]:
 def _prepare_data(folder: Path) -> dict[str, Path]:
     folders = {name: folder / name for name in ("rewardbench", "mme", "icons")}
     if not folders["rewardbench"].exists():
-        data_sets.prepare_drawn("rewardbench", folders["rewardbench"], PAIRS, seed=1042)
+        blipfit_data.prepare_drawn("rewardbench", folders["rewardbench"], PAIRS, seed=1042)
     if not folders["mme"].exists():
-        data_sets.prepare_drawn("mme", folders["mme"], MME_PICTURES, seed=1043)
+        blipfit_data.prepare_drawn("mme", folders["mme"], MME_PICTURES, seed=1043)
     icons.prepare(folders["icons"], train=2, val=2, test=QUESTIONS, seed=1044, skills=icons.PRETRAINED)
     return folders
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import grid
 from blipfit.commands import demo as demonstration
 from blipfit.recipe import Recipe
@@ -35,7 +35,7 @@ def run(root: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     }
     for seed in seeds:
         data = root / f"data-{seed}"
-        data_sets.prepare("icons", data, **demonstration.SIZES, seed=seed)
+        blipfit_data.prepare("icons", data, **demonstration.SIZES, seed=seed)
         runs = train(recipes(seed), data, root / f"results-{seed}", listener=TrainingDisplay())
         for run in runs:
             result = run.result()

@@ -14,7 +14,7 @@ from blipfit.model import loading
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
-from blipfit.training import trial_steps
+from blipfit.training import bank_trials
 
 BANK_SIZES = (1, 2, 4, 8, 16, 32)
 TEXT_TOKENS = (16, 32, 64, 128)
@@ -50,7 +50,7 @@ def _measure_family(first: int, data: Path, folder: Path, rounds: int) -> dict[s
     bank_recipes = select_recipes(first, FIXED_BANK_SIZE)
 
     def measure_step(recipes: Sequence[Recipe], split: EncodedSplit) -> dict[str, float]:
-        result = trial_steps.measure(backbone, recipes, split, image_features)
+        result = bank_trials.measure(backbone, recipes, split, image_features)
         assert result is not None
         return {"seconds": result.seconds_each, "bytes": result.memory}
 

@@ -20,7 +20,7 @@ from blipfit.model import loading
 from blipfit.model.cost import weight_bytes
 from blipfit.model.image_features import ImageFeatures
 from blipfit.runtime import cpu_memory
-from blipfit.training import batch_order, trial_steps
+from blipfit.training import bank_trials, batch_order
 from blipfit.training.step import Stepper
 
 STEPS = 20
@@ -61,7 +61,7 @@ def measure_bytes(kind: str, data: Path, first: int, size: int) -> int:
     train = encoded_split.load(backbone.text, recipes[0].data, data, "train")
     image_features = ImageFeatures.from_backbone(backbone, "off")
     if kind == "predicted":
-        result = trial_steps.measure(backbone, recipes, train, image_features)
+        result = bank_trials.measure(backbone, recipes, train, image_features)
         assert result is not None
         return result.memory - sum(weight_bytes(backbone.hf).values())
     training = recipes[0].training

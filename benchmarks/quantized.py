@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import grid
 from blipfit.commands import demo as demonstration
 from blipfit.model import cost, loading
@@ -24,7 +24,7 @@ QUANTIZATIONS = ("none", "8bit", "4bit")
 def run(root: Path) -> dict[str, Any]:
     """Train the runs that are not finished in `root` yet; writes and returns all results."""
     data = root / "data"
-    data_sets.prepare("icons", data, **demonstration.SIZES, seed=42)
+    blipfit_data.prepare("icons", data, **demonstration.SIZES, seed=42)
     record: dict[str, Any] = {"sizes": demonstration.SIZES, "overrides": list(demonstration.OVERRIDES)}
     for name in EXPERIMENTS:
         for quantization in QUANTIZATIONS:

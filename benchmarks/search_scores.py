@@ -89,7 +89,7 @@ def _score_candidates(backbone: Backbone, features: Tensor, task: PromptedQuesti
     scores = []
     for part in features.split(BATCH):
         batch = backbone.text.candidates(backbone.text.encode([task]) * len(part))
-        scores.append(backbone.score(backbone.query(part, batch), batch).sums_KM[0].view(len(part), -1))
+        scores.append(backbone.score_candidates(backbone.query(part, batch), batch).sums_KM[0].view(len(part), -1))
     return torch.cat(scores)
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit.commands import shrink as shrinking
 from blipfit.data import icons
-from blipfit.data.icons import icon_files
+from blipfit.data.icons import icon_data_sets
 from blipfit.data.prompts import get_prompt
-from blipfit.evaluation import retention
-from blipfit.evaluation.retention import SampleScores
+from blipfit.evaluation import retention_vs_original
+from blipfit.evaluation.retention_vs_original import SampleScores
 from blipfit.model import cost as costs
 from blipfit.model import shapes
 from blipfit.recipe import (
@@ -57,11 +57,11 @@ def run(model: str, sizes: list[str], seeds: list[int], epochs: int, rate: float
     name = f"shrink-recovery-{Path(model).name}"
     folders = _prepare_data(root / "data")
     data_sets = [("icons", folders["icons"]), ("mme", folders["mme"])]
-    (base,) = retention.score_models([model], data_sets, "cpu")
+    (base,) = retention_vs_original.score_models([model], data_sets, "cpu")
     for size in sizes:
         for seed in seeds:
             row = _recover(model, size, seed, epochs, rate, root, folders, data_sets, base)
-            row |= {"epochs": epochs, "rate": rate, "world": icon_files.VERSION, "original": _summarize(base)}
+            row |= {"epochs": epochs, "rate": rate, "world": icon_data_sets.VERSION, "original": _summarize(base)}
             results = _load_results(name)  # another process may have added to it
             results["model"] = Path(model).name
             results.setdefault("runs", {})[f"{size}/{seed}"] = row
@@ -99,7 +99,7 @@ def _recover(
     )
     model_cache = ModelCache("cpu", root / "features")
     (run,) = train([recipe], folders["own"], root / "results", device="cpu", model_cache=model_cache)
-    untrained, trained = retention.score_models([str(to), str(run.folder)], data_sets, "cpu")
+    untrained, trained = retention_vs_original.score_models([str(to), str(run.folder)], data_sets, "cpu")
     before, after = shapes.on_meta(model), shapes.on_meta(str(to))
     return {
         "shares": {
@@ -107,9 +107,11 @@ def _recover(
             "flops": costs.query(after.config, 40) / costs.query(before.config, 40),
         },
         "accuracy": {"shrunk": _summarize(untrained), "recovered": _summarize(trained)},
-        "kept": {name: retention.compute_retention(base[name], trained[name])["corrected"] for name in base},
+        "kept": {
+            name: retention_vs_original.compute_retention(base[name], trained[name])["corrected"] for name in base
+        },
         "kept_untrained": {
-            name: retention.compute_retention(base[name], untrained[name])["corrected"] for name in base
+            name: retention_vs_original.compute_retention(base[name], untrained[name])["corrected"] for name in base
         },
         "seconds": run.result()["seconds"],
     }
@@ -128,10 +130,10 @@ def _prepare_data(root: Path) -> dict[str, Path]:
         folders["own"].mkdir()
         prompt = get_prompt("iconqa-v1")
         for split in ("train", "val", "test"):
-            rows = [(q.image, prompt(q)) for q in data_sets.load("icons", folders["icons"], split)]
+            rows = [(q.image, prompt(q)) for q in blipfit_data.load("icons", folders["icons"], split)]
             lines = [{"image": str(image), "question": p.prompt, "answer": p.target} for image, p in rows]
             if split == "train":
-                taught = data_sets.load("mme", folders["taught"], "test")
+                taught = blipfit_data.load("mme", folders["taught"], "test")
                 lines += [{"image": str(q.image), "question": q.question, "answer": q.answer} for q in taught]
             elif split == "test":
                 lines = lines[:16]  # the test at the end of training is not used
@@ -141,7 +143,7 @@ def _prepare_data(root: Path) -> dict[str, Path]:
 
 
 def _summarize(scores: Mapping[str, SampleScores]) -> dict[str, Any]:
-    return {name: retention.summarize(sample_scores) for name, sample_scores in scores.items()}
+    return {name: retention_vs_original.summarize(sample_scores) for name, sample_scores in scores.items()}
 
 
 def _load_results(name: str) -> dict[str, Any]:

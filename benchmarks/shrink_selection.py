@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit.compression import importance
 from blipfit.compression.calibration import Calibration, sample_questions
 from blipfit.compression.importance import Scores
 from blipfit.compression.qformer_size import Size, reduce_size, resize_config
 from blipfit.compression.shrink import make_backbone, shrink_by_scores
 from blipfit.data import icons
-from blipfit.evaluation import retention
+from blipfit.evaluation import retention_vs_original
 from blipfit.evaluation.evaluation_task import Settings, load_task
-from blipfit.evaluation.retention import SampleScores
+from blipfit.evaluation.retention_vs_original import SampleScores
 from blipfit.model import cost, loading, shapes
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
@@ -63,15 +63,15 @@ class _Comparison:
     def __init__(self, backbone: Backbone, folder: Path):
         self.backbone = backbone
         self.image_features = ImageFeatures.from_backbone(backbone, "off")
-        samples = sample_questions(data_sets.load("icons", folder, "train"), 256)
+        samples = sample_questions(blipfit_data.load("icons", folder, "train"), 256)
         self.calibration = Calibration.from_questions(backbone, samples, "iconqa-v1", self.image_features)
         self.validation = Calibration.from_questions(
-            backbone, data_sets.load("icons", folder, "val"), "iconqa-v1", self.image_features
+            backbone, blipfit_data.load("icons", folder, "val"), "iconqa-v1", self.image_features
         )
         self.task = load_task(backbone, "icons", folder)
         self.task_features = self.image_features.features(self.task.encoded_split.questions)
         self.rows = {question.id: row for row, question in enumerate(self.task.encoded_split.questions)}
-        self.chance = retention.summarize(self.score(backbone))["chance"]
+        self.chance = retention_vs_original.summarize(self.score(backbone))["chance"]
 
     def scores_by_rule(self) -> dict[str, list[Scores]]:
         hf = self.backbone.hf
@@ -120,7 +120,7 @@ class _Comparison:
         return {"accuracy": 100 * sum(right) / len(right), "loss": loss}
 
     def score(self, backbone: Backbone) -> SampleScores:
-        return retention.score_task(backbone, self.task, self.features, Settings(batch_size=32))
+        return retention_vs_original.score_task(backbone, self.task, self.features, Settings(batch_size=32))
 
     def features(self, questions: Any) -> torch.Tensor:
         """Look up the image features, which are the same for all sizes because the vision tower is."""

@@ -17,7 +17,7 @@ import checkpoints
 from blipfit import grid
 from blipfit.model.backbone import Backbone
 from blipfit.run_folder import Run
-from blipfit.runtime import compile_and_checkpoint, onednn
+from blipfit.runtime import layer_execution, onednn
 from blipfit.training import loop
 
 # Several test processes run side by side, and arithmetic threads that wait for each other cost more than they bring.
@@ -102,7 +102,7 @@ def fresh_compiler() -> Iterator[None]:
 
     def forget() -> None:
         torch._dynamo.config.recompile_limit = limit
-        compile_and_checkpoint._COMPILED.clear()
+        layer_execution._COMPILED.clear()
         torch._dynamo.reset()
 
     forget()

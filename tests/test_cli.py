@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from blipfit import __main__ as entry_point
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import grid
 from blipfit.data import icons
 from blipfit.report import terminal
@@ -117,7 +117,9 @@ def test_grid_and_show_for_people(blipfit) -> None:
     code, out, err = blipfit("show", "scienceqa", "28")
     assert (code, err) == (0, "")
     assert "3,728,128 parameters are trained, 0.09 % of the 4,025,094,912 of the model with its adapter" in out
-    assert "never get a gradient" in out
+    assert "2 adapted layers have no effect" in out
+    assert "│ adapter            │           │     2,125,824 │" in out
+    assert "│ sum                │ 3,728,128 │ 4,025,094,912 │" in out
 
 
 def test_show_json_is_a_recipe_to_start_from(blipfit, tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_score_mme_gives_the_official_numbers(blipfit) -> None:
 
 def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(data_sets.DRAWN_COUNTS, "rewardbench", 40)
+    monkeypatch.setitem(blipfit_data.DRAWN_COUNTS, "rewardbench", 40)
     assert "rewardbench: " in blipfit("prepare", "rewardbench", "--from", "icons", "--to", "pairs")[1]
     train = ["train", "icons", "13", "--model", "tiny", "--data", drawn, "--set", "training.max_epochs=1", "--json"]
     assert blipfit(*train)[0] == 0

@@ -130,7 +130,7 @@ def test_trained_parameters_of_the_modules_equal_the_published(family):
     ("number", "published"), [(28, 3_728_128), (64, 21_097_216), (15, 2_339_584), (9, 188_884_480)]
 )
 def test_published_examples(number, published):
-    family, _, _ = grid.split_id(number)
+    family, _, _ = grid.decode_id(number)
     r = grid.recipe("scienceqa", number)
     assert (
         sum(parameter_counts.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter).values()) == published
@@ -160,7 +160,7 @@ def test_explorations(name):
     """LoRA in the whole Q-Former, and in a third of the language model's blocks, or none, or all."""
     r = grid.recipe("rewardbench", name)
     family, place = grid.EXPLORATIONS[name]
-    assert r == grid.explore(name)
+    assert r == grid.exploration_recipe(name)
     assert (r.experiment, r.model.name, r.data.prompt) == (name, grid.MODELS[family], "instruction-v1")
     assert (r.evaluation.method, r.data.images) == ("generation", "stored")
     counted = parameter_counts.trained_parameters(shapes.on_meta(r.model.name), family, r.adapter)
@@ -175,7 +175,9 @@ def test_explorations(name):
 
 
 def test_the_three_thirds_are_three_places():
-    first, middle, last = (set(grid.explore(f"explore-{p}").adapter.llm_layers) for p in ("first", "middle", "last"))
+    first, middle, last = (
+        set(grid.exploration_recipe(f"explore-{p}").adapter.llm_layers) for p in ("first", "middle", "last")
+    )
     assert first | middle | last == set(range(48))
     assert len(first) == len(middle) == len(last) == 16
 
@@ -191,4 +193,4 @@ def test_an_unknown_exploration():
     with pytest.raises(UserError, match=r"no experiment 'explore-end'.* explore-last"):
         grid.recipe("rewardbench", "explore-end")
     with pytest.raises(UserError, match="no exploration 'last'; known: explore-qformer"):
-        grid.explore("last")
+        grid.exploration_recipe("last")

@@ -96,6 +96,10 @@ def prepare_own(image: str) -> None:
     own.prepare(write("set/data.jsonl", json.dumps({**LINE, "image": image})), Path("out"))
 
 
+def prepare_csv(text: str) -> None:
+    own.prepare(write("data.csv", text), Path("out"))
+
+
 def prepare_link() -> None:
     Path("set").mkdir()
     Path("set/link.png").symlink_to("../a.png")
@@ -213,6 +217,10 @@ CASES: dict[str, Callable[[], object]] = {
     "own: index out of range": partial(read_own, {**LINE, "answer": 2}),
     "own: more than 26 choices": partial(read_own, {**LINE, "choices": list(map(str, range(27)))}),
     "own: fewer than 3 images": prepare_three_lines_of_one_image,
+    "own: two columns fit": partial(prepare_csv, "image,question,prompt,answer\na.png,?,?,x\n"),
+    "own: no column fits": partial(prepare_csv, "image,question,reply\na.png,?,x\n"),
+    "own: long row of a CSV file": partial(prepare_csv, "image,question,answer\na.png,?,x,y\n"),
+    "own: no revision": lambda: own.prepare("hf://owner/name", Path("out")),
     "ScienceQA: a problem twice": partial(prepare_scienceqa, {"train": ["1"], "val": ["1"], "test": []}),
     "IconQA: an id twice": partial(load_iconqa, "7", "7"),
     "MME: pairs": partial(read_mme, "a.png\tQ?\tYes", "b.png\tQ?\tNo"),

@@ -44,7 +44,7 @@ FORBIDDEN_CALLS = {
     **dict.fromkeys(("pandas.read_pickle", "torch.package.PackageImporter"), "a pickle"),
 }
 SAFE_YAML_LOADERS = ("SafeLoader", "CSafeLoader")
-PACKAGED_FORMATS = ("parquet", "json", "csv", "arrow", "text")
+PACKAGED_FORMATS = ("parquet", "json", "csv", "arrow", "text", "imagefolder", "webdataset")
 """Names of `load_dataset` that are formats of files, not repositories with code."""
 
 

@@ -9,9 +9,9 @@ from blipfit import grid, run_folder, sweep
 from blipfit.data import icons
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
+from blipfit.training.bank_trials import Trial
 from blipfit.training.loop import train
 from blipfit.training.model_cache import ModelCache
-from blipfit.training.trial_steps import Trial
 
 SHORT = ["training.max_epochs=2", "training.dropout=false"]
 

@@ -1,6 +1,6 @@
 """The command line: each command reads its arguments, calls one module of `commands/`, and prints the result.
 
-Everything that needs torch is imported inside the commands, so that `--help` answers at once.
+torch is imported inside the commands, after names are checked, so that `--help` and a wrong name are answered at once.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from blipfit import cli_sweep
 from blipfit.commands import options
-from blipfit.errors import UserError
+from blipfit.runtime import launcher
 
 app = typer.Typer(
     name="blipfit",
@@ -25,7 +26,7 @@ TRAIN, EVALUATE, USE, COMPRESS, INSPECT = "Train", "Evaluate", "Use a model", "C
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", metavar="", help="Print the version and exit.")] = False,
 ) -> None:
     """Fine-tune InstructBLIP with few trained parameters; shrink, evaluate and compare it."""
     if version:
@@ -46,69 +47,49 @@ def prepare(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of data that is drawn. Default: 42.")] = None,
     allow_outside: options.PrepareAllowOutside = False,
     skip_bad: options.PrepareSkipBad = False,
+    columns: options.PrepareColumns = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read a data set in its official layout, check every image, and write its annotation files."""
+    """Check a data set (downloaded, your own or drawn) and write the folder that `train` reads."""
     from blipfit.commands import prepare as command
 
-    report = command.run(dataset, source, to, questions, skills, seed, allow_outside, skip_bad)
+    report = command.run(dataset, source, to, questions, skills, seed, allow_outside, skip_bad, columns)
     _print(report, as_json, command.render)
 
 
 @app.command(rich_help_panel=TRAIN)
 def train(
-    dataset: Annotated[str, typer.Argument(help="scienceqa, iconqa, icons, own or rewardbench; or a recipe file.")],
+    dataset: options.TrainSubject,
     ids: options.TrainIds = None,
     model: options.Model = None,
     data: options.DataFolder = None,
     results: options.Results = Path("results"),
     sets: options.Sets = None,
     precision: options.TrainPrecision = None,
+    save_every: options.SaveEvery = None,
+    processes: options.Processes = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Train, evaluate and record experiments. Run it again to continue an interrupted training."""
     from blipfit.commands import resolve_arguments
-    from blipfit.commands import train as command
 
     assignments = [*(sets or []), *([f"training.precision={precision}"] if precision else [])]
     recipes = resolve_arguments.load_recipes(dataset, ids or [], model, assignments)
-    record = command.run(recipes, data, results, _device(device))
-    _print(record, as_json, command.render)
-    if record["failed"]:
-        raise typer.Exit(1)
+    launcher.launch(processes)
+    from blipfit.commands import train as command
+
+    record = command.run(recipes, data, results, _device(device), save_every)
+    _print(record, as_json, command.render, failed=bool(record["failed"]))
 
 
-@app.command(rich_help_panel=TRAIN)
-def sweep(
-    datasets: Annotated[str, typer.Argument(metavar="DATASET", help="One data set or several: scienceqa,iconqa.")],
-    ids: Annotated[list[str], typer.Argument(metavar="IDS…", help="1-32, 13,15,28, all, baseline; or recipe files.")],
-    model: options.Model = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Data folder (one data set); else data/DATASET.")] = None,
-    results: options.Results = Path("results"),
-    sets: options.Sets = None,
-    bank: options.SweepBank = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only print the plan.")] = False,
-    device: options.Device = None,
-    as_json: options.Json = False,
-) -> None:
-    """Train many experiments in banks: several share each pass over the frozen model. Measures the fastest size."""
-    from blipfit.commands import sweep as command
-
-    recipes, folders = command.load_recipes(datasets, ids, model, sets or [], data)
-    record = command.run(recipes, folders, results, bank, plan, _device(device))
-    _print(record, as_json, command.render)
-    if record.get("failed"):
-        raise typer.Exit(1)
+app.command(rich_help_panel=TRAIN)(cli_sweep.sweep)
+app.command(hidden=True)(cli_sweep.unit)
 
 
 @app.command(rich_help_panel=TRAIN)
 def demo(
-    results: Annotated[Path, typer.Option("--results", help="Folder of the demo's data and runs.")] = Path(
-        "results/demo"
-    ),
-    device: options.Device = None,
-    as_json: options.Json = False,
+    results: options.DemoResults = Path("results/demo"), device: options.Device = None, as_json: options.Json = False
 ) -> None:
     """Fine-tune a miniature InstructBLIP on new kinds of questions. No download, no GPU, a few minutes."""
     from blipfit.commands import demo as command
@@ -122,7 +103,7 @@ def evaluate(
     on: Annotated[str | None, typer.Option(help="Data sets: icons,mme,rewardbench; NAME=DIR gives the folder.")] = None,
     data: options.DataFolder = None,
     split: Annotated[str, typer.Option(help="train, val or test; all for rewardbench.")] = "test",
-    base: Annotated[bool, typer.Option("--base", help="Evaluate the untrained model too (always with --on).")] = False,
+    base: options.EvaluateBase = False,
     limit: Annotated[int | None, typer.Option(min=1, help="With --on: only the first N questions.")] = None,
     decoding: Annotated[str, typer.Option(help="With --on: decoding of open answers.")] = "greedy",
     samples: options.EvaluateSamples = 0,
@@ -132,15 +113,17 @@ def evaluate(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Evaluate a finished run again. With --on: a run (with and without its adapter) or a model on other data sets."""
+    """Evaluate a run on its own test split; with --on, a run or a model on other data sets."""
+    from blipfit.commands import resolve_arguments
+
+    resolve_arguments.check_evaluation(subject, on)
     from blipfit.commands import evaluate as command
 
-    torch_device = _device(device)
     if on is None:
-        _print(command.run(Path(subject), data, split, torch_device, base, model), as_json, command.render)
+        _print(command.run(Path(subject), data, split, _device(device), base, model), as_json, command.render)
         return
     on_options = command.OnOptions(data, split, limit, decoding, samples, clip, results, model)
-    _print(command.run_on(subject, on, torch_device, on_options), as_json, command.render_on)
+    _print(command.run_on(subject, on, _device(device), on_options), as_json, command.render_on)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -157,14 +140,27 @@ def score(
 
 
 @app.command(rich_help_panel=EVALUATE)
-def ablation(
-    folders: Annotated[list[Path], typer.Argument(metavar="RESULTS/DATASET…", help="Folders of finished runs.")],
-    as_json: options.Json = False,
-) -> None:
+def ablation(folders: options.AblationFolders, as_json: options.Json = False) -> None:
     """Show the effect of each sublayer, the rank and the language model on the accuracy, from finished runs."""
     from blipfit.commands import ablation as command
 
     _print(command.run(folders), as_json, command.render)
+
+
+@app.command(rich_help_panel=EVALUATE)
+def report(
+    paths: options.ReportPaths = None,
+    to: options.ReportTo = None,
+    data: options.ReportData = None,
+    watch: options.ReportWatch = False,
+    port: options.ReportPort = 8765,
+    as_json: options.Json = False,
+) -> None:
+    """Write the results as one HTML page, or their main table as Markdown, LaTeX, CSV or JSON. Needs no model."""
+    from blipfit.commands import report as command
+
+    record = command.start(paths or [Path("results")], to, data or [], port if watch else None)
+    _print(record, as_json, command.render)
 
 
 @app.command(rich_help_panel=USE)
@@ -188,7 +184,7 @@ def ask(
 
 @app.command(rich_help_panel=USE)
 def caption(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
     model: options.Model = None,
     adapter: options.Adapter = None,
     decoding: Annotated[str, typer.Option(help="caption, greedy, published, sampling.")] = "caption",
@@ -220,34 +216,48 @@ def search(
     _print(command.run(ask.load_model(model, adapter, device), folder, text, top, sheet), as_json, command.render)
 
 
+@app.command(rich_help_panel=USE)
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or an adapter folder.")],
+    to: Annotated[Path, typer.Option("--to", help="New folder for the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="Precision of the written weights: fp32, bf16 or fp16.")] = "fp32",
+    data: options.DataFolder = None,
+    model: options.BaseModel = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Merge an adapter into its base model: an ordinary checkpoint for transformers, compared with the adapter."""
+    from blipfit.commands import merge as command
+
+    _print(command.run(run, to, dtype, data, _device(device), model), as_json, command.render)
+
+
 @app.command(rich_help_panel=COMPRESS)
 def shrink(
     model: Annotated[str, typer.Option(help="Hub name, local folder, tiny-t5 or tiny-vicuna.")],
     hidden_size: Annotated[int | None, typer.Option(help="Width of the Q-Former.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads per layer.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Units of each feed-forward branch.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Width of each feed-forward branch.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
     queries: Annotated[int | None, typer.Option(help="Query tokens.")] = None,
     cross_every: Annotated[int | None, typer.Option(help="Cross-attention in every N-th layer.")] = None,
     importance: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
-    dataset: Annotated[str | None, typer.Option("--on", help="Data set to measure importance and repair on.")] = None,
+    dataset: options.ShrinkOn = None,
     data: options.DataFolder = None,
     questions: Annotated[int, typer.Option(min=1, help="Training questions to measure and repair on.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sample of questions.")] = 0,
     to: Annotated[Path | None, typer.Option("--to", help="New folder for the checkpoint.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes and FLOPs; needs no weights.")] = False,
+    dry_run: options.ShrinkDryRun = False,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make a smaller Q-Former from the weights of a larger one. Sizes that are not given stay as they are."""
+    """Make a smaller Q-Former from the weights of a larger one. Options left out keep the original size."""
     from blipfit.commands import shrink as command
 
     sizes = {"hidden": hidden_size, "heads": heads, "intermediate": intermediate_size}
     sizes |= {"layers": layers, "queries": queries, "cross_every": cross_every}
     if dry_run:
         record = command.run_dry(model, sizes)
-    elif to is None:
-        raise UserError("say where to write the smaller checkpoint: --to DIR; or only plan it with --dry-run")
     else:
         record = command.run(model, sizes, importance, dataset, data, questions, seed, to, _device(device))
     _print(record, as_json, command.render)
@@ -256,8 +266,8 @@ def shrink(
 @app.command(rich_help_panel=COMPRESS)
 def retain(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a model or a run folder.")],
-    candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATES…", help="Models or run folders.")],
-    on: Annotated[str, typer.Option(help="Data sets: icons,mme,rewardbench; NAME=DIR gives the folder.")] = "icons",
+    candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE", help="Smaller models, or run folders.")],
+    on: options.RetainOn = "icons",
     data: options.DataFolder = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples of every data set.")] = None,
@@ -266,15 +276,13 @@ def retain(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare candidates with an original on the same samples: how much performance they retain, and their cost."""
+    """Compare smaller models with the original one: how much accuracy they keep on the same samples, and their cost."""
     from blipfit.commands import retain as command
 
     record = command.run(base, candidates, on, data, split, limit, at_least, _device(device))
     if figure is not None:
         command.write_figure(record, figure)
-    _print(record, as_json, command.render)
-    if command.any_below(record):
-        raise typer.Exit(1)
+    _print(record, as_json, command.render, failed=command.any_below(record))
 
 
 @app.command(rich_help_panel=COMPRESS)
@@ -290,12 +298,15 @@ def cost(
     as_json: options.Json = False,
 ) -> None:
     """Count parameters and FLOPs of a model, recipe or run; with --measure, time and memory of an answer too."""
+    from blipfit.commands import resolve_arguments
+
+    resolve_arguments.check_experiment(subject, experiment, model)
     from blipfit.commands import cost as command
     from blipfit.model.cost import Lengths
 
     lengths = Lengths(text, text, answer, candidates)
-    torch_device = _device(device) if measure else None
-    _print(command.run(subject, experiment, model, lengths, torch_device), as_json, command.render)
+    record = command.run(subject, experiment, model, lengths, _device(device) if measure else None)
+    _print(record, as_json, command.render)
 
 
 @app.command(rich_help_panel=INSPECT)
@@ -308,17 +319,18 @@ def grid(as_json: options.Json = False) -> None:
 
 @app.command(rich_help_panel=INSPECT)
 def show(
-    dataset: options.Dataset,
-    experiment: options.ShowExperiment,
+    dataset: options.ShowSubject,
+    experiment: options.ShowExperiment = None,
     model: options.Model = None,
     sets: options.Sets = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show an experiment before it runs: recipe, modules, parameters, memory. Needs no download."""
+    """Show an experiment before it runs: recipe, adapted layers, parameters, memory. Needs no download."""
     from blipfit.commands import resolve_arguments
+
+    (recipe,) = resolve_arguments.load_recipes(dataset, [experiment] if experiment else [], model, sets or [])
     from blipfit.commands import show as command
 
-    (recipe,) = resolve_arguments.load_recipes(dataset, [experiment], model, sets or [])
     _print(command.run(recipe), as_json, command.render)
 
 
@@ -326,7 +338,7 @@ def show(
 def features(
     action: Annotated[str, typer.Argument(help="list, build, check or delete.")] = "list",
     key: Annotated[str | None, typer.Argument(metavar="KEY", help="Key of the store, for delete.")] = None,
-    dataset: Annotated[str | None, typer.Option("--on", help="Data set, for build and check.")] = None,
+    dataset: options.FeaturesOn = None,
     data: options.DataFolder = None,
     model: options.FeaturesModel = "tiny-t5",
     store: options.FeaturesStore = None,
@@ -336,16 +348,13 @@ def features(
     """List, build, check or delete stored image features."""
     from blipfit.commands import features as command
 
-    torch_device = _device(device) if action != "list" else None
-    _print(command.run(action, key, dataset, data, model, store, torch_device), as_json, command.render)
+    used_device = None if action == "list" else _device(device)
+    _print(command.run(action, key, dataset, data, model, store, used_device), as_json, command.render)
 
 
 @app.command(rich_help_panel=INSPECT)
-def ranks(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished AdaLoRA runs.")],
-    as_json: options.Json = False,
-) -> None:
-    """Show which sublayers and layers kept AdaLoRA's ranks; writes a heat map to RUN/ranks.png."""
+def ranks(runs: options.RanksRuns, as_json: options.Json = False) -> None:
+    """Show how AdaLoRA distributed the ranks over sublayers and layers; writes a heat map to RUN/ranks.png."""
     from blipfit.commands import ranks as command
 
     records = command.run(runs)
@@ -358,16 +367,12 @@ def doctor(model: options.Model = None, data: options.DataFolder = None, as_json
     from blipfit.commands import doctor as command
 
     record = command.run(model, data)
-    _print(record, as_json, command.render)
-    if command.count_failed(record):
-        raise typer.Exit(1)
+    _print(record, as_json, command.render, failed=command.count_failed(record) > 0)
 
 
 @app.command("pretrain-tiny", hidden=True)
 def pretrain_tiny(
-    folder: Annotated[Path, typer.Argument(help="Folder for the miniatures; an interrupted run continues there.")],
-    families: Annotated[str, typer.Option(help="t5, vicuna, or both, comma-separated.")] = "t5,vicuna",
-    as_json: options.Json = False,
+    folder: options.PretrainFolder, families: options.PretrainFamilies = "t5,vicuna", as_json: options.Json = False
 ) -> None:
     """Make the embedded miniatures again, from nothing: tokenizers, tower and CLIP, Q-Former, language models."""
     from blipfit.commands import pretrain_tiny as command
@@ -381,7 +386,10 @@ def _device(name: str | None) -> Any:
     return distributed.select_device(name)
 
 
-def _print(record: Any, as_json: bool, render: Callable[[Any], Any]) -> None:
+def _print(record: Any, as_json: bool, render: Callable[[Any], Any], failed: bool = False) -> None:
+    """Print a record; a command that has `failed` then ends with exit code 1."""
     from blipfit.report import terminal
 
     terminal.print_record(record, as_json, render)
+    if failed:
+        raise typer.Exit(1)

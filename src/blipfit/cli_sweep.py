@@ -18,7 +18,7 @@ Partition = Annotated[str | None, typer.Option(help="slurm: partition.", rich_he
 Gres = Annotated[str | None, typer.Option(help="slurm: resources of a unit, such as gpu:1.", rich_help_panel=CLUSTER)]
 TimeLimit = Annotated[
     str,
-    typer.Option("--time", help="slurm: time limit, before which a unit saves.", rich_help_panel=CLUSTER),
+    typer.Option("--time", help="slurm: time limit of a unit; it saves before that.", rich_help_panel=CLUSTER),
 ]
 Container = Annotated[
     str | None, typer.Option(help="slurm: image of pyxis, or a .sif file of Apptainer.", rich_help_panel=CLUSTER)
@@ -37,7 +37,7 @@ GpusPerUnit = Annotated[
 CpusPerUnit = Annotated[
     int | None, typer.Option(min=1, help="CPUs of a unit. Default: ray 1, slurm its own.", rich_help_panel=CLUSTER)
 ]
-MemoryPerUnit = Annotated[str | None, typer.Option(help="Memory of a unit: 48G.", rich_help_panel=CLUSTER)]
+MemoryPerUnit = Annotated[str | None, typer.Option(help="Memory of a unit, for example 48G.", rich_help_panel=CLUSTER)]
 Status = Annotated[
     bool, typer.Option("--status", metavar="", help="Show the state of all units.", rich_help_panel=CLUSTER)
 ]
@@ -46,14 +46,19 @@ Cancel = Annotated[
 ]
 Gpus = Annotated[str | None, typer.Option(help="With --plan: numbers of GPUs: 1,8,64.", rich_help_panel=CLUSTER)]
 Price = Annotated[
-    float | None, typer.Option("--price-per-hour", min=0, help="With --gpus: of one GPU.", rich_help_panel=CLUSTER)
+    float | None,
+    typer.Option("--price-per-hour", min=0, help="With --gpus: price of one GPU.", rich_help_panel=CLUSTER),
 ]
-FailuresPerDay = Annotated[float, typer.Option(min=0, help="With --gpus: of one GPU.", rich_help_panel=CLUSTER)]
+FailuresPerDay = Annotated[
+    float, typer.Option(min=0, help="With --gpus: failures of one GPU.", rich_help_panel=CLUSTER)
+]
 
 
 def sweep(
     datasets: Annotated[str, typer.Argument(metavar="DATASET", help="One data set or several: scienceqa,iconqa.")],
-    ids: Annotated[list[str], typer.Argument(metavar="IDS…", help="1-32, 13,15,28, all, baseline; or recipe files.")],
+    ids: Annotated[
+        list[str], typer.Argument(metavar="IDS", help="1-32, 13,15,28, all or names such as baseline; or recipe files.")
+    ],
     model: options.Model = None,
     data: Annotated[Path | None, typer.Option("--data", help="Data folder (one data set); else data/DATASET.")] = None,
     results: options.Results = Path("results"),
@@ -81,7 +86,7 @@ def sweep(
     failures_per_day: FailuresPerDay = 1.0,
     as_json: options.Json = False,
 ) -> None:
-    """Train many experiments in banks: several share each pass over the frozen model. Measures the fastest size."""
+    """Train many experiments, several at a time in one frozen model (a bank). Finds the fastest bank size first."""
     from blipfit.commands import resolve_arguments
 
     _check_engine(engine, processes)

@@ -57,7 +57,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GridPlacement:
     """A placement: which sublayers of the language model and of the Q-Former are adapted."""
 
     llm: tuple[LanguageSublayer, ...]
@@ -65,17 +65,17 @@ class Row:
 
 
 _LLM, _QFORMER = ("attn", "ffn"), ("self_attn", "cross_attn", "ffn")
-ROWS = (
-    Row(("ffn",), "full"),
-    Row(("attn",), "full"),
-    Row(_LLM, "full"),
-    Row((), ("ffn",)),
-    Row((), ("self_attn",)),
-    Row((), ("cross_attn",)),
-    Row((), _QFORMER),
-    Row(_LLM, _QFORMER),
+PLACEMENTS = (
+    GridPlacement(("ffn",), "full"),
+    GridPlacement(("attn",), "full"),
+    GridPlacement(_LLM, "full"),
+    GridPlacement((), ("ffn",)),
+    GridPlacement((), ("self_attn",)),
+    GridPlacement((), ("cross_attn",)),
+    GridPlacement((), _QFORMER),
+    GridPlacement(_LLM, _QFORMER),
 )
-IDS = range(1, 2 * len(ROWS) * len(RANKS) + 1)
+IDS = range(1, 2 * len(PLACEMENTS) * len(RANKS) + 1)
 
 # Learning rates that differ from the rule (2e-5 with the Q-Former fully trained, 5e-4 elsewhere).
 _LEARNING_RATES: dict[str, dict[int, float]] = {
@@ -89,13 +89,13 @@ _MAX_EPOCHS: dict[str, dict[int, int]] = {"iconqa": {6: 10, 38: 10}}
 _ICONS_RATE, _ICONS_RATE_FULL, _ICONS_EPOCHS = 2e-3, 5e-4, 3
 
 
-def split_id(experiment: int) -> tuple[Family, Row, int]:
+def decode_id(experiment: int) -> tuple[Family, GridPlacement, int]:
     """Language-model family, placement and rank of an experiment. Raises ValueError outside 1–64."""
     if experiment not in IDS:
         raise ValueError(f"there is no experiment {experiment}; the grid has 1 to {IDS[-1]}")
-    half, index = divmod(experiment - 1, len(ROWS) * len(RANKS))
+    half, index = divmod(experiment - 1, len(PLACEMENTS) * len(RANKS))
     row, rank = divmod(index, len(RANKS))
-    return ("t5", "vicuna")[half], ROWS[row], RANKS[rank]
+    return ("t5", "vicuna")[half], PLACEMENTS[row], RANKS[rank]
 
 
 def family(experiment: str) -> Family | None:
@@ -104,7 +104,7 @@ def family(experiment: str) -> Family | None:
         return BASELINES[experiment]
     if experiment in EXPLORATIONS:
         return EXPLORATIONS[experiment][0]
-    return split_id(int(experiment))[0] if experiment.isdecimal() and int(experiment) in IDS else None
+    return decode_id(int(experiment))[0] if experiment.isdecimal() and int(experiment) in IDS else None
 
 
 def trainable() -> list[str]:
@@ -121,17 +121,17 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
     Raises UserError if the data set or the experiment does not exist.
     """
     if experiment in EXPLORATIONS:
-        return explore(str(experiment), dataset, model)
+        return exploration_recipe(str(experiment), dataset, model)
     if experiment == RECOVERY:
-        return recover(dataset, model)
+        return recovery_recipe(dataset, model)
     data_set = DATA_SETS.get(dataset)
     if data_set is None or not data_set.trains:
         raise UserError(f"the grid has no data set {dataset!r}; known: {', '.join(trainable())}")
     if experiment in BASELINES:
-        number, family, row, rank = 0, BASELINES[str(experiment)], Row((), "full"), 8
+        number, family, row, rank = 0, BASELINES[str(experiment)], GridPlacement((), "full"), 8
     else:
         number = _number(experiment)
-        family, row, rank = split_id(number)
+        family, row, rank = decode_id(number)
     full, name = row.qformer == "full", model_name(family, model)
     rate, epochs = 2e-5 if full else 5e-4, 15
     if dataset == "icons" and name == model_name(family, "tiny"):
@@ -153,7 +153,7 @@ def recipe(dataset: str, experiment: int | str, model: str | None = None) -> Rec
     )
 
 
-def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -> Recipe:
+def exploration_recipe(name: str, dataset: str = "rewardbench", model: str | None = None) -> Recipe:
     """An exploration: LoRA of rank 8 in the whole Q-Former and in the named part of the language model.
 
     A `model` that is neither published nor a miniature is assumed to have as many blocks as its family's published one.
@@ -175,7 +175,7 @@ def explore(name: str, dataset: str = "rewardbench", model: str | None = None) -
     return template.model_copy(update={"experiment": name, "adapter": adapter, "training": training})
 
 
-def recover(dataset: str, model: str | None) -> Recipe:
+def recovery_recipe(dataset: str, model: str | None) -> Recipe:
     """Recovery of a shrunk Q-Former: all of it is trained to give the visual tokens of the original, without labels.
 
     `model` is a folder that `blipfit shrink` wrote; the original named there is the teacher. Batches are large, because
@@ -226,10 +226,32 @@ def recipes(dataset: str) -> Iterator[Recipe]:
     return (recipe(dataset, number) for number in IDS)
 
 
+def parse_experiments(text: str) -> list[str]:
+    """Experiment names in `1-32`, `13,15,28`, `all` (1–64), `baseline` or any such list.
+
+    Raises UserError for anything else.
+    """
+    names: list[str] = []
+    for part in text.replace(" ", "").split(","):
+        low, dash, high = part.partition("-")
+        if part == "all":
+            names += map(str, IDS)
+        elif part in (*BASELINES, *EXPLORATIONS, RECOVERY):
+            names.append(part)
+        elif dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= IDS[-1]:
+            names += map(str, range(int(low), int(high) + 1))
+        elif part.isdigit():
+            names.append(part)
+        else:
+            known = f"write 1-32, 13,15,28, all, {', '.join(BASELINES)} or {RECOVERY}"
+            raise UserError(f"{text!r} names no experiments: {part!r} is not understood; {known}")
+    return list(dict.fromkeys(names))
+
+
 def _number(experiment: int | str) -> int:
     try:
         number = int(experiment)
-        split_id(number)
+        decode_id(number)
     except ValueError:
         raise UserError(
             f"there is no experiment {experiment!r}; the grid has 1 to {IDS[-1]} and {', '.join(BASELINES)}, "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from blipfit import grid
 from blipfit.adapters import open_model
-from blipfit.data import annotations, feature_store, file_kinds
+from blipfit.data import annotations, feature_store, not_an_image
 from blipfit.data import images as image_files
 from blipfit.data.image_hashes import hash_image
 from blipfit.data.prompts import PromptedQuestion, get_prompt
@@ -139,14 +140,15 @@ class Model:
 
         Raises UserError if an image cannot be read, or if the decoding is unknown.
         """
-        sources = [images] if isinstance(images, ImageSource) else list(images)
+        sources = [images] if isinstance(images, ImageSource) else list(_require_items(images, "images"))
+        _require_count(batch_size, "batch_size")
         return self._generate(sources, _prompted(CAPTION_PROMPT), decoding, batch_size)
 
     def rank(
         self,
         image: ImageSource,
         question: str,
-        choices: Sequence[str],
+        choices: Iterable[str],
         *,
         context: str = "",
         prompt: str | None = None,
@@ -157,9 +159,10 @@ class Model:
         """
         if isinstance(choices, str):
             raise UserError("choices must be a list of texts, not a text")
+        choices = tuple(_require_items(choices, "choices"))
         if len(choices) < 2:
             raise UserError("ranking needs two choices at least")
-        prompted = _prompted(prompt or self.prompt_name, question, tuple(choices), context)
+        prompted = _prompted(prompt or self.prompt_name, question, choices, context)
         sums = self._score_candidates(self._see([image]), prompted)[0].tolist()
         total = math.log(math.fsum(math.exp(value - max(sums)) for value in sums)) + max(sums)
         ranked = [RankedChoice(c, value, math.exp(value - total)) for c, value in zip(choices, sums, strict=True)]
@@ -180,6 +183,8 @@ class Model:
         number of images as they are computed. An image that cannot be read is left out: `skip` receives it, by default
         as a Python warning. Raises UserError if there are no images that can be read, or if `text` is empty.
         """
+        _require_count(top, "top")
+        _require_count(batch_size, "batch_size")
         prompted = PromptedQuestion(_prompted(CAPTION_PROMPT).prompt, text, wordings(text))
         image_features = self._stored_features()
         files = self._usable_files(find_images(images), skip or _warn)
@@ -235,7 +240,9 @@ class Model:
     ) -> list[str]:
         if isinstance(decoding, str):
             decoding = generation.get_preset(decoding)
-        encoded = self.backbone.text.encode([prompted]) * len(images)
+        if not isinstance(decoding, generation.Decoding):
+            raise UserError(f"decoding must be a name or a Decoding, but is of the type {type(decoding).__name__}")
+        encoded = self.backbone.text.encode([prompted], whole_prompts=True) * len(images)
         texts: list[str]
         (texts,) = generation.generate(
             self.backbone, encoded, lambda rows: self._see([images[i] for i in rows]), decoding, batch_size
@@ -245,7 +252,7 @@ class Model:
     def _score_candidates(self, features_BPD: Tensor, prompted: PromptedQuestion) -> Tensor:
         """Log-likelihoods `B × M` of the same candidates for every image."""
         B = len(features_BPD)
-        encoded = self.backbone.text.encode([prompted])
+        encoded = self.backbone.text.encode([prompted], whole_prompts=True)
         if encoded[0].cut_candidates:
             raise UserError(
                 f"a choice or text is longer than {self.backbone.text.max_target} tokens, of which only the beginning "
@@ -253,7 +260,9 @@ class Model:
             )
         batch = self.backbone.text.candidates(encoded * B).to(self.backbone.device)
         with torch.no_grad():
-            sums_BM = self.backbone.score(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
+            sums_BM = (
+                self.backbone.score_candidates(self.backbone.query(features_BPD, batch), batch).sums_KM[0].view(B, -1)
+            )
         if not sums_BM.isfinite().all():
             raise UserError(
                 "the model's scores are NaN or infinite; check the weights of model and adapter, or use precision fp32"
@@ -267,6 +276,8 @@ def wordings(text: str) -> tuple[str, ...]:
     People search for `red star`, and captions say `a red star`; the sum of both likelihoods finds the images that
     either finds (measured on drawn images). Raises UserError if the text is empty.
     """
+    if not isinstance(text, str):
+        raise UserError(f"the text must be a text, but is of the type {type(text).__name__}")
     annotations.require_whole_characters(text, "the text")
     words = text.split()
     if not words:
@@ -278,7 +289,8 @@ def wordings(text: str) -> tuple[str, ...]:
 
 
 def _prompted(name: str, question: str = "", choices: tuple[str, ...] = (), context: str = "") -> PromptedQuestion:
-    for what, text in (("the question", question), ("the context", context), *(("a choice", c) for c in choices)):
+    texts = {"the prompt's name": name, "the question": question, "the context": context}
+    for what, text in (*texts.items(), *(("a choice", choice) for choice in choices)):
         if not isinstance(text, str):
             raise UserError(f"{what} must be a text, but is of the type {type(text).__name__}")
         annotations.require_whole_characters(text, what)
@@ -298,9 +310,21 @@ def open_source(source: ImageSource) -> Image.Image:
         return image_files.convert_image(_array_image(source))
     if not isinstance(source, str | Path):
         raise UserError(f"an image must be a file, a PIL image or an array, but is of the type {type(source).__name__}")
-    if isinstance(source, str) and (reason := file_kinds.explain_no_path(source)):
+    if isinstance(source, str) and (reason := not_an_image.explain_no_path(source)):
         raise UserError(f"the image {reason}")
     return image_files.open_image(Path(source))
+
+
+def _require_items(values: Iterable[Any], what: str) -> Iterable[Any]:
+    """Return `values` if they are several; raises UserError for a single value, which is no list."""
+    if not isinstance(values, Iterable):
+        raise UserError(f"{what} must be a list, but is of the type {type(values).__name__}")
+    return values
+
+
+def _require_count(number: int, what: str) -> None:
+    if not isinstance(number, int) or number < 1:
+        raise UserError(f"{what} is {number!r:.100}; it must be a whole number of 1 or more")
 
 
 def _array_image(array: np.ndarray) -> Image.Image:
@@ -321,7 +345,7 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     Files and folders whose names begin with a dot are passed over. Raises UserError if there are none.
     """
     if not isinstance(images, str | Path):
-        files = [Path(image) for image in images]
+        files = [_require_path(image) for image in _require_items(images, "images")]
         if not files:
             raise UserError("the list of images is empty")
         return files
@@ -338,6 +362,12 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return files
+
+
+def _require_path(image: str | Path) -> Path:
+    if not isinstance(image, str | Path):
+        raise UserError(f"an image to search must be a path, but is of the type {type(image).__name__}")
+    return Path(image)
 
 
 def select_usable(files: Sequence[Path], errors: Iterable[UserError | None], skip: Skip) -> list[Path]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_RANK = 16_384
+"""No layer of a published model has more inputs; a larger rank would only exhaust the memory."""
 OWN = {"lora": "LoRA", "adalora": "AdaLoRA"}
 """Methods of blipfit's own bank, which trains several experiments at once, with their written names."""
 LORA_FIELDS = {"rank": "r", "alpha": "lora_alpha"}

@@ -42,7 +42,7 @@ class ModelConfig(Config):
 
 class DataConfig(Config):
     name: str
-    """Data set: `scienceqa`, `iconqa`, `icons` or `own`."""
+    """Data set: `scienceqa`, `iconqa`, `icons`, `own` or `rewardbench`."""
     prompt: str
     """Name of the prompt with its version, e.g. `scienceqa-v1`."""
     images: Literal["stored", "shared", "off"] = "shared"

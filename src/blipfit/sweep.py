@@ -15,11 +15,11 @@ from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run_folder import Inputs, Run
 from blipfit.runtime.save_interval import SaveInterval
-from blipfit.training import bank_member, checkpoint, disk_needs, events, trial_steps
+from blipfit.training import bank_member, bank_trials, checkpoint, disk_needs, events
+from blipfit.training.bank_trials import Trial
 from blipfit.training.events import Listener
 from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
-from blipfit.training.trial_steps import Trial
 
 MAX_SLOWDOWN = 1.05
 """Larger banks are not tried once a step takes 1.05 times the lowest time per experiment."""
@@ -187,7 +187,7 @@ def measure_trials(
     sizes = [min(bank, len(members))] if bank else _doubling(len(members))
     trials: list[Trial] = []
     for size in sizes:
-        latest = trial_steps.measure(backbone, _spread(members, size), encoded_split, image_features)
+        latest = bank_trials.measure(backbone, _spread(members, size), encoded_split, image_features)
         if latest is None:
             break
         trials.append(latest)

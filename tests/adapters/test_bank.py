@@ -36,7 +36,7 @@ class Trainer:
         adapters = [adapter for adapter, _ in experiments]
         self.rates = [rate for _, rate in experiments]
         self.bank = Bank(backbone, adapters, seeds or list(range(len(adapters))), dtype=dtype)
-        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=rate) for rate in self.rates])
+        self.optimizer = self._make_optimizer()
         encoded = reference.ask(backbone, 6)
         pixels = reference.pictures(backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
@@ -54,10 +54,20 @@ class Trainer:
             losses.append((losses_K.detach() / len(batch.labels_N)).tolist())
         return torch.tensor(losses, dtype=torch.float64)
 
+    def _make_optimizer(self):
+        return BankAdamW(self.bank, [TrainingConfig(learning_rate=rate) for rate in self.rates])
+
     def keep(self, indices):
-        self.bank.keep(indices)
-        self.optimizer.keep(indices)
-        self.rates = [self.rates[k] for k in indices]
+        """Continue with these experiments in a bank of their own, as `Stepper.keep_experiments` does."""
+        states = [(self.bank.state(k), self.optimizer.state(k)) for k in indices]
+        steps, self.rates = self.optimizer.steps, [self.rates[k] for k in indices]
+        self.bank.remove()
+        adapters = [self.bank.adapters[k] for k in indices]
+        self.bank = Bank(self.backbone, adapters, [0] * len(adapters), dtype=self.bank.values.dtype)
+        self.optimizer = self._make_optimizer()
+        for k, (values, moments) in enumerate(states):
+            self.bank.load_state(k, values)
+            self.optimizer.load_state(k, moments, steps)
 
 
 def _train_single(folder, experiments, k, steps):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 import reference
-from blipfit.adapters import peft_format, placement
+from blipfit.adapters import load_adapter, peft_format, placement
 from blipfit.adapters.bank import Bank
 from blipfit.errors import UserError
 from blipfit.recipe import AdaLoRAConfig, AdapterConfig
@@ -92,7 +92,8 @@ def test_peft_loads_a_saved_adapter(backbone, small, tmp_path, adapter):
 
     new_backbone = checkpoints.load(small[backbone.family])
     hf = new_backbone.hf
-    PeftModel.from_pretrained(hf, str(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match=load_adapter.NOTICE):
+        PeftModel.from_pretrained(hf, str(tmp_path / "adapter"))
     wrapped_names = {
         name.removesuffix(".lora_A.default") for name, _ in hf.named_modules() if name.endswith(".lora_A.default")
     }
@@ -128,7 +129,7 @@ backbone = checkpoints.load(Path(sys.argv[1]))
 bank, digest = peft_format.install(backbone, Path(sys.argv[2]))
 batch = backbone.text.candidates(reference.ask(backbone))
 with torch.no_grad():
-    scores = backbone.score(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
+    scores = backbone.score_candidates(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
 print(digest)
 print(scores.sums_KM[0].tolist())
 """
@@ -140,7 +141,7 @@ def test_a_new_process_computes_the_same_scores(small, tmp_path):
     _, digest = peft_format.install(backbone, folder)
     batch = backbone.text.candidates(reference.ask(backbone))
     with torch.no_grad():
-        scores = backbone.score(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
+        scores = backbone.score_candidates(backbone.query(backbone.see(reference.pictures(backbone, 4)), batch), batch)
     process = subprocess.run(
         [sys.executable, "-c", _NEW_PROCESS, backbone.name, str(folder)],
         env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -231,7 +232,8 @@ def test_a_damaged_folder_is_refused(backbone, adapter_folder, damage, message):
 
 def test_saving_again_replaces_the_whole_folder(backbone, adapter_folder):
     peft_format.save(adapter_folder, AdapterConfig(), _trained_state(backbone, AdapterConfig()), backbone.name)
-    assert [p.name for p in adapter_folder.iterdir()] == ["trained.safetensors"]
+    expected = ["README.md", "load_adapter.py", "trained.safetensors"]
+    assert sorted(p.name for p in adapter_folder.iterdir()) == expected
     assert [p.name for p in adapter_folder.parent.iterdir()] == ["adapter"]
 
 
@@ -277,7 +279,8 @@ def test_peft_loads_adalora(backbone, small, tmp_path):
         logits = backbone.target_logits(backbone.query(backbone.see(pixels), batch), batch)[0]
     bank.remove()
     new_backbone = checkpoints.load(small[backbone.family])
-    PeftModel.from_pretrained(new_backbone.hf, str(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match=load_adapter.NOTICE):
+        PeftModel.from_pretrained(new_backbone.hf, str(tmp_path / "adapter"))
     peft_logits = reference.with_trained(new_backbone, tmp_path / "adapter" / "trained.safetensors", encoded, pixels)
     torch.testing.assert_close(logits, peft_logits, atol=1e-5, rtol=1e-5)
 

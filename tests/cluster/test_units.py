@@ -20,8 +20,8 @@ from blipfit.errors import UserError
 from blipfit.recipe import Recipe
 from blipfit.runtime.save_interval import SaveInterval
 from blipfit.sweep import PlannedGroup
+from blipfit.training.bank_trials import Trial
 from blipfit.training.model_cache import ModelCache
-from blipfit.training.trial_steps import Trial
 
 TEMPLATE = Unit(0, (), Path(), Path(), "cpu", SaveInterval(seconds=None, steps=20))
 

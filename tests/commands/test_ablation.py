@@ -14,12 +14,12 @@ from blipfit.adapters.bank import Bank
 from blipfit.commands import ablation
 from blipfit.data import encoded_split
 from blipfit.errors import UserError
+from blipfit.evaluation.evaluate_split import SplitEvaluation
 from blipfit.evaluation.metrics import accuracy
-from blipfit.evaluation.split_evaluation import SplitEvaluation
 from blipfit.recipe import AdapterConfig, Recipe
 from blipfit.report import terminal
 from blipfit.run_folder import Inputs, Run
-from blipfit.training import record
+from blipfit.training import write_result
 from blipfit.training.checkpoint import Progress
 from blipfit.training.model_cache import SPLITS
 
@@ -54,10 +54,10 @@ def finish(small, iconqa) -> Callable[[Path, Recipe, float], Run]:
         bank = Bank(backbones[family], [recipe.adapter], [0])
         state, counts = bank.state(0), bank.trained_parameters(0)
         bank.remove()
-        finished = record.Finished(run, recipe, Inputs("questions"), Progress(best_epoch=0), state, counts)
+        finished = write_result.Finished(run, recipe, Inputs("questions"), Progress(best_epoch=0), state, counts)
         right = round(percent * QUESTIONS / 100)
         judged = SplitEvaluation([], {"method": "ranking", **accuracy([n < right for n in range(QUESTIONS)]), "by": {}})
-        record.write(finished, backbones[family], splits[family], {"val": judged, "test": judged}, "")
+        write_result.write(finished, backbones[family], splits[family], {"val": judged, "test": judged}, "")
         return run
 
     return write
@@ -68,7 +68,7 @@ def grown(tmp_path_factory, finish, small) -> Path:
     """The whole grid and the baselines, without noise."""
     results = tmp_path_factory.mktemp("results")
     for name in (*grid.IDS, *grid.BASELINES):
-        family = grid.BASELINES[name] if isinstance(name, str) else grid.split_id(name)[0]
+        family = grid.BASELINES[name] if isinstance(name, str) else grid.decode_id(name)[0]
         recipe = grid.recipe("iconqa", name, str(small[family]))
         finish(results, recipe, law(recipe))
     return results / "iconqa"
@@ -109,7 +109,7 @@ def test_the_grid_gives_the_law_back(grown):
 
 
 def _rank(experiment: str) -> int:
-    return grid.split_id(int(experiment))[2]
+    return grid.decode_id(int(experiment))[2]
 
 
 def test_the_pairs_are_all_there_are(grown):

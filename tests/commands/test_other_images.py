@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import sweep
 from blipfit.commands import evaluate, retain
 from blipfit.data.image_hashes import digest_images
@@ -36,7 +36,7 @@ def exchange(iconqa: Path):
     """Write another image under the name of the first one of a split."""
 
     def write(split: str) -> None:
-        file = data_sets.load("iconqa", iconqa, split)[0].image
+        file = blipfit_data.load("iconqa", iconqa, split)[0].image
         Image.new("RGB", (48, 40), "navy").save(file)
 
     return write
@@ -48,10 +48,10 @@ def plan(run, data: Path) -> sweep.Plan:
 
 def test_a_run_records_its_questions_and_images(finished_run, iconqa):
     result, recorded = finished_run.result(), json.loads(finished_run.data_file.read_text())
-    splits = {split: data_sets.load("iconqa", iconqa, split) for split in ("train", "val", "test")}
+    splits = {split: blipfit_data.load("iconqa", iconqa, split) for split in ("train", "val", "test")}
     assert recorded["images"] == result["images_sha256"] == {s: digest_images(q) for s, q in splits.items()}
     assert recorded["questions"] == result["questions_sha256"]
-    assert recorded["questions"] == {split: data_sets.fingerprint([q]) for split, q in splits.items()}
+    assert recorded["questions"] == {split: blipfit_data.fingerprint([q]) for split, q in splits.items()}
     assert recorded["base_sha256"] == result["base_sha256"]
 
 
@@ -112,7 +112,7 @@ def test_evaluation_and_retention_on_the_own_data_set_warn_of_other_images(finis
     (file,) = finished_run.folder.glob("evaluations/*/evaluation.json")
     written = json.loads(file.read_text())
     assert written["warnings"] == record["warnings"]
-    assert written["images_sha256"] == digest_images(data_sets.load("iconqa", iconqa, "test", 2))
+    assert written["images_sha256"] == digest_images(blipfit_data.load("iconqa", iconqa, "test", 2))
     record = retain.run(model, [folder], on, None, "test", 2, None, CPU)
     assert OTHER in record["warnings"][0]
     assert record["on"]["iconqa"]["images_sha256"] == written["images_sha256"]

@@ -53,8 +53,8 @@ def test_ranks_are_summed_by_sublayer(folder):
 
 def test_ranks_are_shown_by_layer(folder, capsys):
     (record,) = ranks.run([folder])
-    assert ranks.by_depth(record["ranks"])["qformer.encoder.layer.*.attention.attention.query"] == {0: 3, 3: 3}
-    assert ranks.by_depth(record["ranks"])["language_model.encoder.block.*.layer.0.SelfAttention.q"] == {1: 2}
+    assert ranks.ranks_by_block(record["ranks"])["qformer.encoder.layer.*.attention.attention.query"] == {0: 3, 3: 3}
+    assert ranks.ranks_by_block(record["ranks"])["language_model.encoder.block.*.layer.0.SelfAttention.q"] == {1: 2}
     first, second, last = ranks.run_tables(record)
     assert [column.header for column in second.columns] == ["module", "0", "1", "3"]
     assert list(first.columns[3].cells) == ["6", "2", "8"]

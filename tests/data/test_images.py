@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from blipfit.data import images as image_files
-from blipfit.data.file_kinds import explain_no_path
 from blipfit.data.images import (
     SIZE,
     augment,
@@ -33,6 +32,7 @@ from blipfit.data.images import (
     sample_crop_box,
     to_pixels,
 )
+from blipfit.data.not_an_image import explain_no_path
 from blipfit.errors import UserError
 
 

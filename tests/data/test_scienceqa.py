@@ -336,7 +336,7 @@ def test_grades_that_prepare_accepts(official_scienceqa: Path, tmp_path: Path, g
     scienceqa.prepare(official_scienceqa, tmp_path / "sqa")
     questions = scienceqa.load(tmp_path / "sqa", "val")
     assert questions[0].tags.get("grade") == (str(grade) if grade else None)
-    metrics.leaderboard(questions, [True, False])  # the last step of a training
+    metrics.leaderboard_columns(questions, [True, False])  # the last step of a training
 
 
 def test_empty_questions_and_equal_choices_are_counted_by_prepare(official_scienceqa: Path, tmp_path: Path):

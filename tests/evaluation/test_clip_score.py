@@ -20,7 +20,7 @@ from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import PromptedQuestion
 from blipfit.data.question import Question
 from blipfit.errors import UserError
-from blipfit.evaluation import clip_score, open_answers
+from blipfit.evaluation import clip_score, evaluate_open_answers
 from blipfit.model import clip, tiny
 
 BPE = Path(__file__).parents[2].parent / "shared" / "tokenizers" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
@@ -248,7 +248,7 @@ def test_transparent_pixels_are_shown_as_the_question_says(tmp_path: Path):
     assert dropped == clip_score.score(clip_model, [Image.new("RGB", (64, 64))], texts)
     assert dropped.cosines != on_white.cosines
     split = EncodedSplit([Question("1", file, "", "", transparency="dropped")], [PromptedQuestion("", "", ())], [])
-    assert open_answers.score_clip(clip_model, split, texts, 4) == dropped
+    assert evaluate_open_answers.score_clip(clip_model, split, texts, 4) == dropped
 
 
 def test_wrong_models_are_refused(checkpoint: Path, tmp_path: Path):

@@ -41,7 +41,7 @@ RIGHT = [True, False, True, True]
 
 
 def test_the_leaderboard_has_scienceqas_columns():
-    columns = metrics.leaderboard(QUESTIONS, RIGHT)
+    columns = metrics.leaderboard_columns(QUESTIONS, RIGHT)
     assert {name: (column["right"], column["questions"]) for name, column in columns.items()} == {
         "NAT": (1, 2),
         "SOC": (1, 1),

@@ -80,7 +80,7 @@ def _brute_force(hf, backbone, pixels, encoded):
 
 def _scores(backbone, pixels, encoded):
     batch = backbone.text.candidates(encoded)
-    return backbone.score(backbone.query(backbone.see(pixels), batch), batch)
+    return backbone.score_candidates(backbone.query(backbone.see(pixels), batch), batch)
 
 
 @torch.no_grad()

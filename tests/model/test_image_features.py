@@ -116,8 +116,8 @@ def test_the_model_answers_from_stored_features(stored: ImageFeatures, backbone:
     encoded = backbone.text.encode([PromptedQuestion("Question: What? Short answer:", "(a) x", ("(a) x", "(b) y"))] * 2)
     batch = backbone.text.candidates(encoded)
     with torch.no_grad():
-        exact = backbone.score(backbone.query(plain_features(backbone, questions[:2]), batch), batch).sums_KM
-        rounded = backbone.score(backbone.query(stored.features(questions[:2]), batch), batch).sums_KM
+        exact = backbone.score_candidates(backbone.query(plain_features(backbone, questions[:2]), batch), batch).sums_KM
+        rounded = backbone.score_candidates(backbone.query(stored.features(questions[:2]), batch), batch).sums_KM
     assert torch.allclose(rounded, exact, atol=0.02)
 
 

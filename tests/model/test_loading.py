@@ -113,7 +113,9 @@ def test_16_bit_trains_and_scores_close_to_fp32(small, family):
         assert all(bank.tensor(1, n, bank.grads).any() for n in moved if "layer.1.intermediate.dense" not in n)
         losses.append(loss_K.detach())
         with torch.no_grad():
-            scores.append(backbone.score(backbone.query(backbone.see(pixels), candidates), candidates).sums_KM)
+            scores.append(
+                backbone.score_candidates(backbone.query(backbone.see(pixels), candidates), candidates).sums_KM
+            )
     torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0)
     torch.testing.assert_close(scores[1], scores[0], rtol=0.05, atol=0)
     assert not torch.equal(losses[1], losses[0])

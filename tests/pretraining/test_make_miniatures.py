@@ -14,7 +14,7 @@ from blipfit.errors import UserError
 from blipfit.model import tiny
 from blipfit.pretraining import make_miniatures
 from blipfit.pretraining.loop import StageSchedule
-from blipfit.pretraining.pretrain_full_model import AnswerModules, compute_answer_losses, compute_lookup_loss
+from blipfit.pretraining.pretrain_language_model import AnswerModules, compute_answer_losses, compute_lookup_loss
 from blipfit.pretraining.pretrain_qformer import QFormerWithHeads, compute_cells_loss, read_cells
 from blipfit.pretraining.pretrain_vision_tower import (
     FREE_CHANNELS,

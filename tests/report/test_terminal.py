@@ -24,6 +24,20 @@ def test_a_placement_names_its_method(adapter, told):
     assert terminal.format_placement(adapter) == terminal.format_placement(adapter.model_dump()) == told
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/x.png", "b/y.png"], ["x.png", "y.png"]),
+        (["a/1/image.png", "a/2/image.png", "c/3.png"], ["1/image.png", "2/image.png", "3.png"]),
+        (["a/1/image.png", "b/1/image.png"], ["a/1/image.png", "b/1/image.png"]),
+        (["image.png", "a/image.png"], ["image.png", "a/image.png"]),
+        (["tiny-t5"], ["tiny-t5"]),
+    ],
+)
+def test_equal_names_are_told_apart_by_their_folders(paths, names):
+    assert terminal.distinct_names(paths) == names
+
+
 def test_only_methods_with_a_rank_show_one():
     def row(**adapter):
         record = {"dataset": "own", "experiment": "1", "metrics": {}, "best_epoch": 1, "epochs": 2, "seconds": 3.0}

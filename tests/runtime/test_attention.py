@@ -235,9 +235,9 @@ def test_attention_that_is_not_batched_is_transformers_own(case, batched_shapes,
 def test_empty_inputs_are_not_batched():
     q, k = torch.randn(N, H, T, D), torch.randn(N, H, S, D)
     with onednn.onednn_products():
-        assert attention._can_batch(q, k, k, None)
-        assert not attention._can_batch(q[:0], k[:0], k[:0], None)
-        assert not attention._can_batch(q, k[:, :, :0], k[:, :, :0], None)
+        assert attention._prefers_batched_products(q, k, k, None)
+        assert not attention._prefers_batched_products(q[:0], k[:0], k[:0], None)
+        assert not attention._prefers_batched_products(q, k[:, :, :0], k[:, :, :0], None)
 
 
 @needs_onednn
@@ -245,9 +245,9 @@ def test_masks_of_other_types_are_not_batched():
     q, k = torch.randn(N, H, T, D), torch.randn(N, H, S, D)
     with onednn.onednn_products():
         for dtype in (torch.float32, torch.bool):
-            assert attention._can_batch(q, k, k, torch.ones(N, 1, 1, S, dtype=dtype))
+            assert attention._prefers_batched_products(q, k, k, torch.ones(N, 1, 1, S, dtype=dtype))
         for dtype in (torch.float64, torch.bfloat16, torch.long):
-            assert not attention._can_batch(q, k, k, torch.ones(N, 1, 1, S, dtype=dtype))
+            assert not attention._prefers_batched_products(q, k, k, torch.ones(N, 1, 1, S, dtype=dtype))
 
 
 @needs_onednn

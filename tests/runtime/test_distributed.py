@@ -66,11 +66,11 @@ def test_sums_gathers_and_variances_are_over_all_processes():
     rows = torch.arange(21.0).view(7, 3).square()
 
     def exchange():
-        own = distributed.shard(rows)
+        own = distributed.own_share(rows)
         with distributed.without_exchange():
-            alone = distributed.all_reduce_sum(own.sum()).item(), len(distributed.shard(rows))
+            alone = distributed.all_reduce_sum(own.sum()).item(), len(distributed.own_share(rows))
         with distributed.without_exchange(alone=True):
-            whole = len(distributed.shard(rows)), distributed.process_count(), distributed.any_process(False)
+            whole = len(distributed.own_share(rows)), distributed.process_count(), distributed.any_process(False)
         index = distributed.state().process_index
         together = distributed.all_reduce_sum(own.sum()).item(), distributed.variance(own).item()
         return together, distributed.all_gather([index]), distributed.any_process(index == 1), alone, whole

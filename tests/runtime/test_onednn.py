@@ -47,7 +47,7 @@ def _in_thread(compute: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("size", [32, 256])
 def test_the_check_detects_rounding(size: int):
-    x, y, value = onednn._whole_number_matrices(size)
+    x, y, value = onednn._make_rounding_test(size)
     assert (x @ y == value).all()
     assert (x.bfloat16().float() @ y != value).all()
 

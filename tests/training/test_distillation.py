@@ -47,7 +47,7 @@ def lesson(backbone, count=4):
 
 def test_losses_by_hand(small, family, smaller):
     student = checkpoints.load(smaller)
-    teacher = distillation.teacher(recipe(smaller, small[family], visual=3, answers=2, labels=0.5), student)
+    teacher = distillation.load_teacher(recipe(smaller, small[family], visual=3, answers=2, labels=0.5), student)
     _, features, batch = lesson(student)
     with torch.no_grad():
         visual = student.query(features, batch)
@@ -64,7 +64,7 @@ def test_losses_by_hand(small, family, smaller):
 
 def test_who_only_learns_to_see_needs_no_language_model(small, family, smaller):
     student = checkpoints.load(smaller)
-    teacher = distillation.teacher(recipe(smaller, small[family], visual=3, labels=0, answers=0), student)
+    teacher = distillation.load_teacher(recipe(smaller, small[family], visual=3, labels=0, answers=0), student)
     _, features, batch = lesson(student)
     with torch.no_grad():
         visual, wanted = student.query(features, batch), teacher.backbone.query(features, batch)
@@ -76,7 +76,7 @@ def test_who_only_learns_to_see_needs_no_language_model(small, family, smaller):
 
 
 def test_an_original_that_teaches_itself_has_nothing_to_teach(backbone, small, family):
-    teacher = distillation.teacher(recipe(small[family], small[family], labels=0), backbone)
+    teacher = distillation.load_teacher(recipe(small[family], small[family], labels=0), backbone)
     _, features, batch = lesson(backbone)
     learned, _ = teacher.losses(backbone, backbone.query(features, batch), features, batch, LABELS)
     torch.testing.assert_close(learned, torch.zeros(1), atol=1e-4, rtol=0)
@@ -125,7 +125,7 @@ def test_other_teachings_share_no_bank(small, smaller, family):
 
 def test_weights_of_both_are_in_memory_once(small, family, smaller):
     student = checkpoints.load(smaller)
-    teacher = distillation.teacher(recipe(smaller, small[family]), student)
+    teacher = distillation.load_teacher(recipe(smaller, small[family]), student)
     mine, its = (dict(model.hf.language_model.named_parameters()) for model in (student, teacher.backbone))
     assert all(its[name].data_ptr() == mine[name].data_ptr() for name in its)
     assert teacher.backbone.hf.qformer is not student.hf.qformer
@@ -192,9 +192,9 @@ def test_who_cannot_teach(small, family, smaller, tmp_path):
     student = checkpoints.load(smaller)
     other = checkpoints.write(tmp_path / "other", family, checkpoints.own_tokenizers(family), seed=1)
     with pytest.raises(UserError, match=r"its vision tower differs \(embeddings"):
-        distillation.teacher(recipe(smaller, other), student)
+        distillation.load_teacher(recipe(smaller, other), student)
     (smaller / "shrink.json").unlink()
     with pytest.raises(UserError, match=r"has 4 query tokens and .* 2, and no shrink.json"):
-        distillation.teacher(recipe(smaller, small[family]), student)
-    assert distillation.teacher(recipe(smaller, small[family], visual=0), student)
+        distillation.load_teacher(recipe(smaller, small[family]), student)
+    assert distillation.load_teacher(recipe(smaller, small[family], visual=0), student)
     assert loading.locate_checkpoint(ModelConfig(name=str(smaller)))

@@ -12,7 +12,7 @@ from blipfit.adapters import open_model, peft_format
 from blipfit.commands import cost
 from blipfit.data import feature_store
 from blipfit.errors import UserError
-from blipfit.evaluation.record_sizes import prediction_bytes
+from blipfit.evaluation.disk_needs import prediction_bytes
 from blipfit.model.cost import Lengths
 from blipfit.model.image_features import ImageFeatures
 from blipfit.run_folder import Run

@@ -13,7 +13,7 @@ from PIL import Image
 
 import checkpoints
 import reference
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import grid
 from blipfit.adapters import bank as bank_module
 from blipfit.adapters import peft_format
@@ -535,7 +535,7 @@ def test_a_wrong_recipe_is_told(recipe, train, change):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
 def test_a_checkpoint_of_the_hubs_format_trains_on_real_questions(hub_like, family, train, tmp_path):
-    data_sets.prepare("scienceqa", SHARED / "scienceqa", tmp_path / "sqa")
+    blipfit_data.prepare("scienceqa", SHARED / "scienceqa", tmp_path / "sqa")
     recipe = grid.recipe("scienceqa", 15 if family == "t5" else 47, str(hub_like[family]))
     recipe = recipe.override(["training.batch_size=2", "training.max_epochs=1", "data.limit=4"])
     (run,) = train([recipe], data=tmp_path / "sqa")

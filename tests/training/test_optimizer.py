@@ -77,13 +77,6 @@ def test_a_compiled_update_moves_as_with_torch(small, fresh_compiler):
     with torch._dynamo.config.patch(error_on_recompile=True):
         _walk_beside_torch(bank, optimizer, range(2, 12), pairs)
     _assert_moved_alike(bank, pairs, 1e-5)
-    bank.keep([1])
-    optimizer.keep([1])
-    _gradients(bank, 12)
-    before = bank.values.clone()
-    optimizer.step([1e-2])
-    assert bank.values.isfinite().all()
-    assert not torch.equal(bank.values, before)
 
 
 def test_what_has_one_dimension_does_not_decay(small):
@@ -179,24 +172,3 @@ def test_rates_set_before_a_step_are_those_of_the_step(bank):
     optimizer.set_rates([1e-3, 2e-3])
     assert optimizer._rate is rate
     torch.testing.assert_close(rate.squeeze(1), torch.tensor([1e-3, 2e-3]))
-
-
-@pytest.mark.parametrize("rows", [[1], [1, 0], [0]])
-def test_experiments_that_stay_keep_their_settings(small, rows):
-    """Rates, betas and decay go with their experiments, also where all rates stay the same numbers."""
-
-    def walk(experiments: list[int], keep: list[int]) -> list[dict[str, torch.Tensor]]:
-        bank = Bank(checkpoints.load(small["t5"]), [ADAPTERS[k] for k in experiments], experiments)
-        optimizer = BankAdamW(bank, [TRAININGS[k] for k in experiments])
-        for step in range(4):
-            if step == 2:
-                bank.keep(keep)
-                optimizer.keep(keep)
-            bank.grads.copy_(bank.values + step)
-            optimizer.step([1e-2] * bank.K)
-        return [bank.state(k) for k in range(bank.K)]
-
-    for experiment, state in zip(rows, walk([0, 1], rows), strict=True):
-        (single_state,) = walk([experiment], [0])
-        for name, tensor in single_state.items():
-            torch.testing.assert_close(state[name], tensor, msg=name)

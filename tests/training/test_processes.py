@@ -123,22 +123,22 @@ def test_what_cannot_be_sharded_is_refused(recipes, change, small, family):
     change = f"distillation.teacher={small[family]}" if change == "distillation" else change
     recipe = recipes("performance.shard_language_model=true", change)[1]
     with pytest.raises(UserError, match="exclude each other"):
-        model_cache.check_performance(recipe)
+        model_cache.refuse_conflicting_settings(recipe)
 
 
 def test_a_trial_of_a_process_without_memory_ends_the_trial_of_all(recipes, iconqa, monkeypatch):
     from blipfit.model.image_features import ImageFeatures
-    from blipfit.training import trial_steps
+    from blipfit.training import bank_trials
 
     def measure() -> Any:
         cache, members = ModelCache("cpu"), recipes()
         backbone = cache.backbone(members[0])
         encoded, features = cache.splits(members[0], iconqa)["train"], ImageFeatures.from_backbone(backbone, "off")
-        trial = trial_steps.measure(backbone, members, encoded, features)
+        trial = bank_trials.measure(backbone, members, encoded, features)
         with pytest.MonkeyPatch.context() as patch:
             if distributed.state().process_index == 1:
-                patch.setattr(trial_steps.Stepper, "_backward", _run_out_of_memory)
-            return trial, trial_steps.measure(backbone, members, encoded, features)
+                patch.setattr(bank_trials.Stepper, "_backward", _run_out_of_memory)
+            return trial, bank_trials.measure(backbone, members, encoded, features)
 
     (first, none), (second, also_none) = processes.run(2, measure)
     assert first == second

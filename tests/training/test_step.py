@@ -202,7 +202,7 @@ def test_evaluation_between_steps_is_unaffected(small, family):
         candidates = backbone.text.candidates(walk.encoded)
         prompts = backbone.text.prompts(walk.encoded)
         with torch.no_grad():
-            scores = backbone.score(backbone.query(walk.features, candidates), candidates).sums_KM
+            scores = backbone.score_candidates(backbone.query(walk.features, candidates), candidates).sums_KM
             texts = backbone.generate(backbone.query(walk.features, prompts), prompts, max_new_tokens=3)
         walk.step(1)
         return scores, texts
@@ -215,7 +215,7 @@ def test_experiments_leave_a_checkpointed_bank(small, family):
     def outcome(*changes: str) -> Outcome:
         walk = Walk(small[family], LORA, *changes)
         walk.step(0)
-        walk.stepper.keep([1])
+        walk.stepper.keep_experiments([1])
         return walk.steps(1, 2)
 
     expected = outcome()

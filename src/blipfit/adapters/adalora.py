@@ -205,16 +205,6 @@ class Allocator:
             "ranks": [counts.tolist() for _, counts in self._history[k]],
         }
 
-    def keep(self, indices: Sequence[int]) -> None:
-        """Keep only these experiments, in this order; call it after `Bank.keep` with the same indices."""
-        indices = list(indices)
-        self.schedules = [self.schedules[k] for k in indices]
-        self._history = [self._history[k] for k in indices]
-        self.means = {name: mean_KQ[indices].clone() for name, mean_KQ in self.means.items()}
-        self._present_KN = self._present_KN[indices].clone()
-        self._active_KN = self._active_KN[indices].clone()
-        self._load_coefficients()
-
     def state(self, k: int) -> dict[str, dict[str, Tensor]]:
         """Everything that experiment k's next steps depend on, and its history, in groups of named tensors."""
         groups = {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from blipfit.adapters.layers import BankEmbedding, BankLayerNorm, BankLinear, BankLoRA
-from blipfit.adapters.peft_methods import PEFT_A, PEFT_B, PeftLayers
+from blipfit.adapters.peft_layers import PEFT_A, PEFT_B, PeftLayers
 from blipfit.adapters.placement import QUERY_TOKENS, component_of, resolve
 from blipfit.methods import PEFT
 from blipfit.model.backbone import Backbone
@@ -161,11 +161,11 @@ class Bank:
         """
         peft_parameters = self._peft.parameters if self._peft else {}
         for name, slot in self.slots.items():
-            if name in peft_parameters:
-                layer, marker, adapter_name = name.partition(PEFT_A)
-                replaces_A = marker and not peft_parameters[f"{layer}{PEFT_B}{adapter_name}"].count_nonzero()
+            if name in peft_parameters:  # a bank with peft's layers has one experiment, number 0
+                layer, separator, adapter_name = name.partition(PEFT_A)
+                starts_as_lora = separator and not peft_parameters[f"{layer}{PEFT_B}{adapter_name}"].count_nonzero()
                 start = peft_parameters[name].detach()
-                self.tensor(0, name).copy_(_sample_kaiming(start, seeds[0], layer) if replaces_A else start)
+                self.tensor(0, name).copy_(_sample_kaiming(start, seeds[0], layer) if starts_as_lora else start)
             elif name == QUERY_TOKENS:
                 self.columns(self.values, slot).copy_(self._query_tokens.detach()[0])
             elif not name.endswith((LORA_A, LORA_B, LORA_E)):
@@ -256,22 +256,6 @@ class Bank:
         self.backbone.hf.query_tokens = self._query_tokens
         if self._peft:
             self._peft.remove()
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Keep only these experiments, in this order; the others leave the bank.
-
-        Raises ValueError with a method of peft's layers unless `indices` is [0].
-        """
-        indices = list(indices)
-        if self._peft:
-            if indices != [0]:
-                raise ValueError(f"a bank of one experiment cannot keep {indices}")
-            return
-        self.remove()
-        self.adapters = [self.adapters[k] for k in indices]
-        self.placements = [self.placements[k] for k in indices]
-        self.values, self.grads = self.values[indices].clone(), torch.zeros_like(self.values[indices])
-        self._install()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to `grads`; an experiment's loss changes only its own row."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from blipfit.adapters.peft_methods import PeftLayers
+from blipfit.adapters.peft_layers import PeftLayers
 from blipfit.adapters.placement import QUERY_TOKENS, component_of, resolve
 from blipfit.methods import PEFT
 from blipfit.recipe import AdapterConfig, Family

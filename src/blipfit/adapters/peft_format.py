@@ -2,13 +2,15 @@
 
 `peft.PeftModel.from_pretrained` reads `adapter_config.json` and `adapter_model.safetensors`. `trained.safetensors`
 holds what PEFT cannot: query tokens, layer norm, projection and, if it is fully trained, the Q-Former. Its header holds
-the adapter's configuration, so the folder is complete in itself.
+the adapter's configuration, so the folder is complete in itself. `load_adapter.py` in it loads both files without
+blipfit; a key in `adapter_config.json` makes peft warn that it alone loads a part only.
 
 Dimensions of AdaLoRA's tensors: `r` rank, `I` inputs, `O` outputs of a layer; A `r × I`, E `r × 1`, B `O × r`. A
 triplet is a row of A, a value of E and a column of B.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blipfit import run_folder
-from blipfit.adapters import peft_methods
+from blipfit.adapters import peft_layers
 from blipfit.adapters.bank import LORA_A, LORA_B, LORA_E, RANKNUM_EPSILON, Bank
 from blipfit.errors import UserError
 from blipfit.methods import PEFT
@@ -30,6 +32,13 @@ from blipfit.model.backbone import Backbone, fingerprint
 from blipfit.recipe import AdapterConfig
 
 LORA_FILE, TRAINED_FILE = "adapter_model.safetensors", "trained.safetensors"
+CONFIG_FILE, LOADER_FILE, README_FILE = "adapter_config.json", "load_adapter.py", "README.md"
+_README = """# Adapter for {base}
+
+`PeftModel.from_pretrained` alone is not enough: it does not read `trained.safetensors` (query tokens, layer norm,
+projection), and without these tensors the answers can be worse than the base model's. Load the adapter with
+`from load_adapter import load; model = load()` in this folder, or with `blipfit.load(adapter=FOLDER)`.
+"""
 _PREFIX = "base_model.model."
 MAX_VALUES = 2**30
 """Most values of an AdaLoRA adapter; one of rank 12 on every layer of Vicuna-13B has 40 million."""
@@ -85,7 +94,7 @@ def save(
     is_adalora = adapter.method == "adalora"
     state = _fold_values(state) if is_adalora else state
     if adapter.method in PEFT:
-        lora = peft_methods.select_peft_tensors(adapter.method, state)
+        lora = peft_layers.select_peft_tensors(adapter.method, state)
     else:
         lora = {name: tensor for name, tensor in state.items() if name.endswith((LORA_A, LORA_B, LORA_E))}
     base = BaseModel(base) if isinstance(base, str) else base
@@ -108,7 +117,18 @@ def save(
                 if isinstance(value, set):  # its order differs from one process to the next
                     setattr(config, field, sorted(value))
             config.save_pretrained(str(temporary))
+            _add_notice(temporary / CONFIG_FILE)
+        shutil.copyfile(Path(__file__).with_name(LOADER_FILE), temporary / LOADER_FILE)
+        (temporary / README_FILE).write_text(_README.format(base=base.name), encoding="utf-8")
     return digest(state)
+
+
+def _add_notice(file: Path) -> None:
+    """Add a key to peft's configuration that peft does not know: it ignores the key with a warning that names it."""
+    from blipfit.adapters.load_adapter import NOTICE
+
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**settings, NOTICE: True}, indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -183,7 +203,7 @@ def changes(adapter: AdapterConfig, before: Mapping[str, Tensor], after: Mapping
     AdaLoRA if some E is not zero; the always-trained tensors do if they differ from the start.
     """
     if adapter.method in PEFT:
-        return peft_methods.changes(before, after)
+        return peft_layers.changes(before, after)
     gate, others = (LORA_E, (LORA_A, LORA_B)) if adapter.method == "adalora" else (LORA_B, (LORA_A,))
     return any(
         bool(tensor.count_nonzero())
@@ -207,7 +227,7 @@ def _name_suffix(adapter: AdapterConfig) -> str:
 def _make_peft_config(adapter: AdapterConfig, lora: Mapping[str, Tensor], base: str) -> Any:
     """peft's configuration for these LoRA tensors; for AdaLoRA with a rank and an alpha per layer."""
     if adapter.method in PEFT:
-        return peft_methods.make_saved_config(adapter, lora, base)
+        return peft_layers.make_saved_config(adapter, lora, base)
     from peft import LoraConfig
 
     layers = sorted({name.rpartition(".")[0] for name in lora})

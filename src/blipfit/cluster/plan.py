@@ -12,7 +12,7 @@ from blipfit.cluster.units import SweepFolder, Unit
 from blipfit.errors import UserError
 from blipfit.recipe import Recipe
 from blipfit.sweep import PlannedGroup
-from blipfit.training.trial_steps import Trial
+from blipfit.training.bank_trials import Trial
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from blipfit import methods
 from blipfit.errors import UserError
 from blipfit.evaluation import bootstrap
-from blipfit.model import shapes
+from blipfit.model import families
 from blipfit.recipe import LANGUAGE_SUBLAYERS, QFORMER_SUBLAYERS, Recipe
 from blipfit.run_folder import Run
 
@@ -200,13 +200,7 @@ def _join(tower: str, parts: frozenset[str]) -> str:
     return "+".join(part for part in TOWERS[tower] if part in parts)
 
 
-@lru_cache
-def _family(model: str) -> str | None:
-    """The language-model family, or None if the model cannot be located."""
-    try:
-        return shapes.family(model)
-    except UserError:
-        return None
+_family = lru_cache(families.read_family)
 
 
 def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:

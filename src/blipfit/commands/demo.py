@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from blipfit import data, grid
+from blipfit import data, grid, run_folder
+from blipfit.commands import report
 from blipfit.data import encoded_split
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.images import open_image
-from blipfit.evaluation import ranking, split_evaluation
+from blipfit.evaluation import evaluate_split, ranking
 from blipfit.model import loading
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.report import image_sheet, terminal
 from blipfit.report.progress import TrainingDisplay
-from blipfit.run_folder import read_lines, replacing
+from blipfit.run_folder import Evaluation, read_lines, replacing
 from blipfit.training.loop import train
 
 EXPERIMENTS = (60, 64)
@@ -50,7 +51,7 @@ def run(folder: Path, device: torch.device, seed: int = 42) -> dict[str, Any]:
     if screen.is_terminal:
         screen.print(image_sheet.in_terminal(images))
     features = ImageFeatures.for_evaluation(backbone, first.data.images).features
-    (evaluation,) = split_evaluation.evaluate_split(backbone, test, features, first.evaluation)
+    (evaluation,) = evaluate_split.evaluate_split(backbone, test, features, first.evaluation)
     evaluation.require_finite()
     predictions = {"base": evaluation.records}
     for i in examples:
@@ -58,6 +59,7 @@ def run(folder: Path, device: torch.device, seed: int = 42) -> dict[str, Any]:
         screen.print(f"  {question.question}  ({', '.join(question.choices)})", soft_wrap=True)
     screen.print(f"\nThe base model answers: {_format_answers(predictions['base'], examples)}\n", soft_wrap=True)
     before = ranking.summarize(test.questions, predictions["base"])
+    _write_base_evaluation(folder, backbone.name, before, predictions["base"])
     accuracy = terminal.format_accuracy(before)
     screen.print(f"Its accuracy on {before['questions']} such questions: {accuracy} %, chance {before['chance']:.1f} %")
     screen.print("Now it learns them: two experiments in one pass over one frozen model.\n")
@@ -68,10 +70,12 @@ def run(folder: Path, device: torch.device, seed: int = 42) -> dict[str, Any]:
         name = result["experiment"]
         predictions[name] = [line for line in read_lines(finished.predictions_file) if line["split"] == "test"]
         screen.print(f"\nExperiment {name} answers: {_format_answers(predictions[name], examples)}")
+    pictures = _write_sheet(folder / "pictures.png", images, test, predictions, examples)
     return {
         "before": before,
         "results": results,
-        "pictures": str(_write_sheet(folder / "pictures.png", images, test, predictions, examples)),
+        "pictures": str(pictures),
+        "report": report.run([folder], folder / "report.html")["to"],
         "folders": [str(finished.folder) for finished in runs],
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -83,6 +87,7 @@ def render(record: Mapping[str, Any]) -> list[Any]:
         _accuracy_table(record),
         _skill_table(record),
         f"the images with all answers: {record['pictures']}",
+        f"the report of these results: open {record['report']} in a browser",
         f"run folders: {', '.join(record['folders'])}   (whole demo: {terminal.format_duration(record['seconds'])})",
         "",
         "Next, with real questions and the real model (needs a GPU and a download of ScienceQA):",
@@ -92,10 +97,20 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def _write_base_evaluation(
+    folder: Path, model: str, metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the base model's accuracy where `blipfit evaluate MODEL --on icons` would, for the report."""
+    evaluation = Evaluation.of_model(folder, model, "icons-test")
+    run_folder.write_lines(evaluation.predictions_file, [{"who": "base", **line} for line in predictions])
+    record = {"on": "icons", "split": "test", "questions": metrics["questions"], "model": model, "run": None}
+    run_folder.write_json(evaluation.record_file, {**record, "base": metrics})
+
+
 def _accuracy_table(record: Mapping[str, Any]) -> Table:
     table = Table(title="accuracy on new images (%, with 95 % interval)", title_justify="left")
     table.add_column("model")
-    for name in ("accuracy", "trained parameters", "share of the model", "time"):
+    for name in ("accuracy", "trained parameters", "share", "time"):
         table.add_column(name, justify="right")
     before = record["before"]
     table.add_row("chance", f"{before['chance']:.1f}", "", "", "")

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from blipfit.errors import UserError
+from blipfit.report import terminal
 
 Check = dict[str, str]
 _MINIATURES = ("tiny-t5", "tiny-vicuna")
@@ -40,8 +41,9 @@ def render(record: Mapping[str, Sequence[Check]]) -> list[Any]:
     table = Table("check", "state", "result")
     for check in checks:
         table.add_row(check["check"], check["state"], check["found"])
-    failures = count_failed(record)
-    return [table, f"{failures} of {len(checks)} checks failed" if failures else "no check failed"]
+    failures, notes = count_failed(record), sum(check["state"] == "note" for check in checks)
+    summary = f"{failures} of {len(checks)} checks failed" if failures else "all checks passed"
+    return [table, summary + (f", {terminal.format_count(notes, 'note')}" if notes else "")]
 
 
 def _check(name: str, passed: bool, result: str, otherwise: str = "wrong") -> Check:
@@ -114,7 +116,8 @@ def _load_model(name: str) -> str:
 
     backbone = load(ModelConfig(name=name))
     count = sum(p.numel() for p in backbone.hf.parameters())
-    return f"{count:,} parameters, {backbone.family}; output layer, query tokens, tokenizers and activation are correct"
+    checked = "weights and tokenizers passed all checks, activation function as published"
+    return f"{count:,} parameters, {backbone.family}; {checked}"
 
 
 def _read_data(folder: Path) -> str:

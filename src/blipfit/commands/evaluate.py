@@ -11,12 +11,12 @@ from rich.table import Table
 from blipfit.adapters import open_model
 from blipfit.adapters.open_model import Source, warning_fields
 from blipfit.commands import resolve_arguments
-from blipfit.data import encoded_split, text_checks
+from blipfit.data import encoded_split, text_warnings
 from blipfit.data.image_hashes import digest_images
 from blipfit.data.mme import COGNITION, MAX_SCORE, PERCEPTION
 from blipfit.errors import UserError
-from blipfit.evaluation import evaluate_tasks, recorded_data, split_evaluation, text_metrics
-from blipfit.evaluation.evaluate_tasks import BASE, TUNED
+from blipfit.evaluation import changed_data, evaluate_data_sets, evaluate_split, text_metrics
+from blipfit.evaluation.evaluate_data_sets import BASE, TUNED
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, load_task
 from blipfit.model import clip, tiny
 from blipfit.model.backbone import Backbone
@@ -48,12 +48,12 @@ def run(
     features = ImageFeatures.for_evaluation(model.backbone, recipe.data.images)
 
     def metrics(backbone: Backbone) -> dict[str, Any]:
-        (evaluation,) = split_evaluation.evaluate_split(backbone, questions, features.features, recipe.evaluation)
+        (evaluation,) = evaluate_split.evaluate_split(backbone, questions, features.features, recipe.evaluation)
         evaluation.require_finite()
         return evaluation.metrics
 
     record: dict[str, Any] = {"run": str(folder), "experiment": recipe.title, "split": split}
-    changes = recorded_data.describe_changes(Run(folder), split, questions.questions, place)
+    changes = changed_data.describe_changes(Run(folder), split, questions.questions, place)
     record |= _announce_warnings([*model.source.warnings, *changes])
     if base:
         record["base"] = metrics(model.backbone)
@@ -137,7 +137,7 @@ def run_on(subject: str, on: str, device: torch.device, options: OnOptions | Non
             return source.run.evaluation(task.title)
         return Evaluation.of_model(options.results, subject, task.title)
 
-    return evaluate_tasks.compare_with_adapter(
+    return evaluate_data_sets.compare_with_adapter(
         model,
         tasks,
         image_features.features,
@@ -156,7 +156,7 @@ def _describe_changed_images(source: Source, folders: Sequence[tuple[str, Path]]
     """Sentences on the run's own data set among those that it is evaluated on, if it has other images now."""
     if source.run is None:
         return []
-    changes = [recorded_data.describe_changed_images(source.run, name, split, folder) for name, folder in folders]
+    changes = [changed_data.describe_changed_images(source.run, name, split, folder) for name, folder in folders]
     return [sentence for sentences in changes for sentence in sentences]
 
 
@@ -223,7 +223,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         limits = texts["max_text_tokens"], texts["max_target_tokens"]
         lines += [
             f"{name}: {line}"
-            for line in text_checks.describe_reading(texts[record["split"]], *limits, record["prompt"])
+            for line in text_warnings.describe_reading(texts[record["split"]], *limits, record["prompt"])
         ]
     lines += [f"{name}: {sentence}" for sentence in _text_notes(record.get(TUNED, base))]
     if cut := base.get("cut_responses"):

@@ -15,7 +15,7 @@ def run() -> list[dict[str, Any]]:
     """One record per experiment; parameters are counted on the modules of the published models."""
     records = []
     for number in grid.IDS:
-        family, row, rank = grid.split_id(number)
+        family, row, rank = grid.decode_id(number)
         recipe = grid.recipe("scienceqa", number)
         trained = parameter_counts.trained_parameters(shapes.on_meta(recipe.model.name), family, recipe.adapter)
         records.append(
@@ -33,7 +33,10 @@ def run() -> list[dict[str, Any]]:
 
 def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The grid as a table, with a legend."""
-    table = Table(title="the published grid, for scienceqa and iconqa", title_justify="left")
+    table = Table(
+        title="the grid, published for scienceqa and iconqa; icons, own and rewardbench take the same ids",
+        title_justify="left",
+    )
     for name in ("id", "language model", "placement", "rank", "trained parameters"):
         table.add_column(name, justify="left" if name in ("language model", "placement") else "right")
     for record in records:
@@ -42,5 +45,5 @@ def render(records: Sequence[Mapping[str, Any]]) -> list[Any]:
         parameters = f"{record['trainable_parameters']:,}"
         end_section = record["id"] % len(grid.RANKS) == 0
         table.add_row(str(record["id"]), model, placement, str(record["rank"]), parameters, end_section=end_section)
-    legend = "QF: Q-Former, LLM: language model; full: all weights, otherwise LoRA in these sublayers"
+    legend = "QF: Q-Former, LLM: language model; full: all weights trained, otherwise LoRA"
     return [table, legend]

@@ -1,5 +1,6 @@
 """`blipfit prepare`: a data set in its official layout, checked and written as a prepared folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ def run(
     seed: int | None = None,
     allow_outside: bool = False,
     skip_bad: bool = False,
+    columns: str | None = None,
 ) -> Any:
     """Write a prepared folder and return its report. `icons` are drawn; `mme` and `rewardbench` can be.
 
     Only for data sets that are drawn: `questions` for training (MME: images per subtask; VL-RewardBench: pairs), and
     the `seed`. Only for `icons`: `skills`, a list of `held-out`, `taught`, `every` and names. Only for data that is
-    read: `allow_outside` copies images from outside the source. Only for `own`: `skip_bad` leaves bad entries out.
+    read: `allow_outside` copies images from outside the source. Only for `own`: `skip_bad` leaves bad entries out, and
+    `columns` says which columns hold what; the columns are printed on stderr before anything is written.
     Raises UserError if an argument does not fit the data set, or if the source is not the official data.
     """
     target = to or Path("data") / dataset
@@ -34,6 +37,8 @@ def run(
         raise UserError(f"--skills are those of icons; {dataset} has none to choose")
     if skip_bad and dataset != "own":
         raise UserError(f"--skip-bad is for own data; {dataset} is read whole or not at all")
+    if columns is not None and dataset != "own":
+        raise UserError(f"--columns is for own data; the columns of {dataset} are known")
     if allow_outside and is_drawn:
         raise UserError("--allow-outside is for data that is read from a folder; these are drawn")
     drawing = {} if seed is None else {"seed": seed}
@@ -46,13 +51,27 @@ def run(
         raise UserError(f"say where the official {dataset} folder is: --from DIR, or --from hub")
     if is_drawn:
         return data.prepare_drawn(dataset, target, questions, **drawing)
-    skipping = {"skip_bad": True} if skip_bad else {}
-    return data.prepare(dataset, source, target, allow_outside=allow_outside, **skipping)
+    own_options: dict[str, Any] = {}
+    if dataset == "own":
+        own_options = {"skip_bad": skip_bad, "columns": columns, "announce": _announce}
+    return data.prepare(dataset, source, target, allow_outside=allow_outside, **own_options)
 
 
 def render(report: Any) -> str:
     """The report in words."""
     return str(report)
+
+
+def _announce(recognized: Mapping[str, Any]) -> None:
+    """Print on stderr which columns of own data were recognized, with an example."""
+    from blipfit.report import terminal
+
+    screen = terminal.console(stderr=True)
+    columns = ", ".join(f"{part}={name}" for part, name in recognized["columns"].items())
+    ignored = f"; ignored: {', '.join(recognized['ignored'])}" if recognized["ignored"] else ""
+    screen.print(f"format {recognized['format']}; columns: {columns}{ignored}", soft_wrap=True)
+    for key, text in recognized["example"].items():
+        screen.print(f"  {key}: {text}", soft_wrap=True)
 
 
 def _skills(text: str | None) -> dict[str, Any]:

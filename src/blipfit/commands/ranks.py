@@ -8,8 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from blipfit import run_folder as run_files
-from blipfit.adapters import placement
+from blipfit import sublayers as sublayer_table
 from blipfit.errors import UserError
+from blipfit.report import figure_files
 from blipfit.run_folder import Run
 
 _BLOCK_NUMBER = re.compile(r"\.(?:layer|layers|block)\.(\d+)\.")
@@ -39,7 +40,7 @@ def _run_record(run: Run) -> dict[str, Any]:
         "sublayers": sublayers(history),
         "picture": str(run.ranks_picture),
     }
-    write_heat_map(history, recipe.title, run.ranks_picture)
+    draw_rank_figure(history, recipe.title, run.ranks_picture)
     return record
 
 
@@ -49,7 +50,7 @@ def sublayers(history: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for column, layer in enumerate(history["layers"]):
         part = parts.setdefault(
-            placement.component_of(layer),
+            sublayer_table.component_of(layer),
             {"layers": 0, "start": 0, "kept": 0, "empty": 0, "over_training": [0] * len(history["steps"])},
         )
         layer_ranks = [ranks[column] for ranks in history["ranks"]]
@@ -61,7 +62,7 @@ def sublayers(history: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def by_depth(layers: Mapping[str, int]) -> dict[str, dict[int, int]]:
+def ranks_by_block(layers: Mapping[str, int]) -> dict[str, dict[int, int]]:
     """Ranks by kind of module (its name with `*` for the block number) and block number."""
     kinds: dict[str, dict[int, int]] = {}
     for layer, rank in layers.items():
@@ -83,7 +84,7 @@ def run_tables(record: Mapping[str, Any]) -> list[Any]:
         first.add_row(name, str(part["layers"]), str(part["start"]), str(part["kept"]), mean, str(part["empty"]))
     first.add_section()
     first.add_row("all", str(len(record["ranks"])), "", f"{sum(record['ranks'].values())}", style="bold")
-    depths = by_depth(record["ranks"])
+    depths = ranks_by_block(record["ranks"])
     columns = sorted({number for row in depths.values() for number in row})
     second = Table(title="by layer", title_justify="left")
     second.add_column("module", overflow="fold")
@@ -131,12 +132,12 @@ def _heat_map_line(record: Mapping[str, Any]) -> str:
     return f"heat map: {record['picture']}"
 
 
-def write_heat_map(history: Mapping[str, Any], title: str, file: Path) -> None:
+def draw_rank_figure(history: Mapping[str, Any], title: str, file: Path) -> None:
     """Write the heat map: final ranks by module and layer, and the mean rank of each sublayer over training."""
     import numpy as np
     from matplotlib.figure import Figure
 
-    depths = by_depth(dict(zip(history["layers"], history["ranks"][-1], strict=True)))
+    depths = ranks_by_block(dict(zip(history["layers"], history["ranks"][-1], strict=True)))
     width = 1 + max(number for row in depths.values() for number in row)
     heat = np.full((len(depths), width), np.nan)
     for number, row in enumerate(depths.values()):
@@ -153,5 +154,4 @@ def write_heat_map(history: Mapping[str, Any], title: str, file: Path) -> None:
         )
     right.set(xlabel="optimizer step", ylabel="mean rank of a layer", ylim=(0, history["start_rank"] + 0.5))
     right.legend(fontsize=7)
-    with run_files.replacing(file) as temporary:
-        figure.savefig(temporary, dpi=130)
+    figure_files.save_figure(figure, file, dpi=130)

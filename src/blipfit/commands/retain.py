@@ -10,8 +10,8 @@ from rich.table import Table
 from blipfit.adapters import open_model
 from blipfit.commands import resolve_arguments
 from blipfit.errors import UserError
-from blipfit.evaluation import recorded_data, retention
-from blipfit.evaluation.retention import SampleScores
+from blipfit.evaluation import changed_data, retention_vs_original
+from blipfit.evaluation.retention_vs_original import SampleScores
 from blipfit.model import cost, shapes
 from blipfit.model.cost import Lengths
 from blipfit.report import retention_figure, terminal
@@ -44,14 +44,14 @@ def run(
     warnings = _describe_changed_images(runs, folders, split)
     for warning in warnings:
         screen.print(f"warning: {warning}", soft_wrap=True)
-    scores = retention.score_models(
+    scores = retention_vs_original.score_models(
         names, folders, device, split, limit, announce=lambda sentence: screen.print(sentence, soft_wrap=True)
     )
     costs = [_cost(model, Lengths()) for model in models]
     record: dict[str, Any] = {
         "base": base,
         "split": split,
-        "on": {dataset: retention.summarize(base_scores) for dataset, base_scores in scores[0].items()},
+        "on": {dataset: retention_vs_original.summarize(base_scores) for dataset, base_scores in scores[0].items()},
         "cost": costs[0],
         "at_least": at_least,
         **open_model.warning_fields(warnings),
@@ -61,7 +61,7 @@ def run(
         ],
     }
     points = [([c["shares"][key] for key in COSTS], c["retention"]) for c in record["candidates"]]
-    for candidate, on_front in zip(record["candidates"], retention.pareto_front(points), strict=True):
+    for candidate, on_front in zip(record["candidates"], retention_vs_original.pareto_front(points), strict=True):
         candidate["pareto"] = on_front
     return record
 
@@ -83,7 +83,7 @@ def _describe_changed_images(runs: Sequence[Run], folders: Sequence[tuple[str, P
         sentence
         for run in runs
         for name, folder in folders
-        for sentence in recorded_data.describe_changed_images(run, name, split, folder)
+        for sentence in changed_data.describe_changed_images(run, name, split, folder)
     ]
 
 
@@ -112,11 +112,15 @@ def _candidate_record(
     candidate_cost: Mapping[str, float],
     at_least: float | None,
 ) -> dict[str, Any]:
-    retentions = {dataset: retention.compute_retention(base_scores[dataset], scores[dataset]) for dataset in scores}
+    retentions = {
+        dataset: retention_vs_original.compute_retention(base_scores[dataset], scores[dataset]) for dataset in scores
+    }
     ratios = [values["corrected"]["ratio"] for values in retentions.values()]
     misses = []
     if at_least is not None:
-        misses = [dataset for dataset, values in retentions.items() if retention.is_below(values, at_least)]
+        misses = [
+            dataset for dataset, values in retentions.items() if retention_vs_original.may_be_below(values, at_least)
+        ]
     return {
         "name": name,
         "on": retentions,

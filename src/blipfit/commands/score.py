@@ -10,7 +10,7 @@ from blipfit.report import score_tables
 
 
 def run(benchmark: str, source: Path, samples: int | None) -> dict[str, Any]:
-    """Score a folder of MME answer files, or a file of VL-RewardBench judgements (its first `samples` per pair).
+    """Score a folder of MME answer files, or a file of VL-RewardBench judgments (its first `samples` per pair).
 
     Raises UserError if the benchmark is unknown or the source cannot be read.
     """
@@ -19,7 +19,7 @@ def run(benchmark: str, source: Path, samples: int | None) -> dict[str, Any]:
     if benchmark == "rewardbench":
         return rewardbench_scores.score_rewardbench(source, samples)
     raise UserError(
-        f"unknown benchmark {benchmark!r}; known: mme (a folder of answer files), rewardbench (a file of judgements)"
+        f"unknown benchmark {benchmark!r}; known: mme (a folder of answer files), rewardbench (a file of judgments)"
     )
 
 

@@ -21,7 +21,9 @@ def run(model: inference.Model, folder: Path, text: str, top: int, sheet: Path) 
     left_out: list[dict[str, str]] = []
     matches = model.search(folder, text, top, skip=lambda file, error: leave_out(left_out, file, error))
     images = [image_sheet.shrink(open_image(match.image)) for match in matches]
-    captions = [f"{number}. {match.image.name}\n{match.score:+.1f}" for number, match in enumerate(matches, start=1)]
+    names = terminal.distinct_names([match.image for match in matches])
+    scores = [match.score for match in matches]
+    captions = [f"{n}. {name}\n{score:+.1f}" for n, (name, score) in enumerate(zip(names, scores, strict=True), 1)]
     with replacing(sheet) as temporary:
         image_sheet.contact_sheet(images, captions).save(temporary, format="PNG")
     listed = [{"image": str(match.image), "score": match.score} for match in matches]

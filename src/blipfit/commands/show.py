@@ -8,6 +8,7 @@ import yaml
 from blipfit import grid, methods
 from blipfit import recipe as recipes
 from blipfit.adapters import memory_estimate, parameter_counts, placement
+from blipfit.disk_space import format_bytes
 from blipfit.errors import UserError
 from blipfit.model import shapes
 from blipfit.recipe import DistillationConfig, Family, PerformanceConfig, Recipe
@@ -69,21 +70,25 @@ def render(record: Mapping[str, Any]) -> list[Any]:
     recipe = recipes.from_mapping(record["recipe"])
     lora, full = record["modules"]["lora"], record["modules"]["full"]
     memory = record["estimated_bytes"]
-    parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in memory.items())
+    parts = ", ".join(f"{name} {format_bytes(round(value))}" for name, value in memory.items())
+    added = record["total_parameters"] - sum(record["total"].values())
     lines = [
         yaml.safe_dump(relevant_fields(recipe), sort_keys=False, allow_unicode=True),
-        terminal.components_table(record["trained"], record["total"]),
+        terminal.components_table(record["trained"], record["total"], added),
         f"{record['trained_parameters']:,} parameters are trained, {100 * record['trained_share']:.2f} % of the "
         f"{record['total_parameters']:,} of the model with its adapter",
     ]
     if lora:
         lines.append(f"{methods.title(recipe.adapter.method)} in {len(lora)} layers, {lora[0]} … {lora[-1]}")
-    lines.append(f"trained in full: {len(full)} modules, {', '.join(full[:3])}" + (" …" if len(full) > 3 else ""))
-    lines.append(f"memory on a GPU, estimated: {sum(memory.values()) / 2**30:.1f} GiB ({parts})")
-    if record["without_gradient"]:
+    always = [name for name in full if not name.startswith("qformer.")]
+    lines.append(f"always trained: {', '.join(always)}")
+    if len(full) > len(always):
+        lines.append(f"all weights trained: {len(full) - len(always)} modules of the Q-Former")
+    lines.append(f"memory on a GPU, estimated: {format_bytes(round(sum(memory.values())))} ({parts})")
+    if unused := len(record["without_gradient"]):
         lines.append(
-            f"{len(record['without_gradient'])} of the adapted layers never get a gradient: nothing reads the text "
-            "branch of the Q-Former's last feed-forward. The published counts include them."
+            f"{unused} adapted layers have no effect, because their output is not used; they are counted, as in the "
+            "paper"
         )
     return lines
 

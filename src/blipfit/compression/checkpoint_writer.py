@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blipfit import run_folder
+from blipfit import disk_space, run_folder
 from blipfit.errors import UserError
 from blipfit.model import loading
 from blipfit.recipe import ModelConfig
@@ -62,6 +62,18 @@ def rewrite_checkpoint(
         _write_weights(source, temporary, replaced, tensors)
         for name, value in new_files.items():
             run_folder.write_json(temporary / name, value)
+
+
+def require_space(source: Path, target: Path, share: float, new_bytes: int) -> None:
+    """Raise UserError if the disk of `target` has too little room for a copy of the checkpoint folder `source`.
+
+    `share`: how much of the source's weights is copied. `new_bytes`: size of the tensors that replace the others.
+    """
+    sizes = {file: file.stat().st_size for file in source.rglob("*") if file.is_file()}
+    weights = sum(size for file, size in sizes.items() if file.suffix == ".safetensors")
+    others = [size for file, size in sizes.items() if not file.name.endswith(_WEIGHT_SUFFIXES)]
+    needed = round(share * weights) + new_bytes + disk_space.file_bytes(others)
+    disk_space.require_space(target, needed, f"the files of {target}")
 
 
 def refuse_existing(folder: Path) -> None:

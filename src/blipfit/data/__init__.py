@@ -1,4 +1,4 @@
-"""Data sets by name: how each is prepared and loaded. Importing this imports no data set's module."""
+"""Prepare, load and identify a data set by its name; the modules of data sets are imported only when needed."""
 
 import dataclasses
 import difflib

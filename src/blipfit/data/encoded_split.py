@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit.data.batches import EncodedQuestion, TextEncoder
 from blipfit.data.prompts import PromptedQuestion, get_prompt
 from blipfit.data.question import Question
@@ -42,7 +42,7 @@ def load(text: TextEncoder, config: DataConfig, folder: Path, split: str) -> Enc
 
     Raises UserError if the data cannot be read, or if a question's answer is not among its choices.
     """
-    questions = data_sets.load(config.name, folder, split, config.limit)
+    questions = blipfit_data.load(config.name, folder, split, config.limit)
     write_prompt = get_prompt(config.prompt)
     prompted = [write_prompt(question) for question in questions]
     for question, texts in zip(questions, prompted, strict=True):

@@ -4,6 +4,7 @@ Rows are streamed from the files, so `datasets` does not store a second copy in 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from blipfit.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test"}
 TIMEOUT = 5.0  # seconds to wait for the hub before it counts as offline
+_OFFLINE = "offline:"
 
 
 def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES)) -> Path:
@@ -21,34 +23,66 @@ def download(name: str, revision: str, splits: Sequence[str] = tuple(SPLIT_NAMES
     `name` is the data set's repository, `revision` a commit. Raises UserError if the hub refuses the download or cannot
     be reached; without a connection this happens at once, not after the client's many retries.
     """
+    patterns = [f"data/{SPLIT_NAMES[split]}-*.parquet" for split in splits]
+    cached = _find_cached(name, revision, patterns)
+    if cached is not None and all(_complete(cached, split) for split in splits):
+        return cached
+    return _download(name, revision, patterns)
+
+
+def download_all(name: str, revision: str) -> Path:
+    """Return the folder with all files of a data set, downloaded if the hub can be reached, else from the local cache.
+
+    Raises UserError if the hub refuses the download, or cannot be reached and the cache lacks files.
+    """
+    try:
+        return _download(name, revision, None)
+    except UserError as error:
+        cached = _find_cached(name, revision, None) if str(error).startswith(_OFFLINE) else None
+        if cached is None or not _has_all_shards(cached):
+            raise
+        return cached
+
+
+def _find_cached(name: str, revision: str, patterns: Sequence[str] | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    try:
+        return Path(snapshot_download(name, local_files_only=True, **options))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _download(name: str, revision: str, patterns: Sequence[str] | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     # Connection errors: OSError and the errors of the HTTP library, which differs between versions of huggingface_hub.
     connection_errors: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
-    patterns = [f"data/{SPLIT_NAMES[split]}-*.parquet" for split in splits]
-
-    def snapshot(**options: Any) -> Path:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns, **options))
-
-    try:
-        cached = snapshot(local_files_only=True)
-        if all(_complete(cached, split) for split in splits):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
     try:
         HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT)
-        return snapshot()
+        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+        return Path(snapshot_download(name, **options))
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused `{name}` at revision {revision}: {_first_line(error)}") from None
     except connection_errors as error:
         disk_space.refuse_full_disk(error)
         raise UserError(
-            f"offline: `{name}` is not in the local cache ({_first_line(error)}); connect, or run "
+            f"{_OFFLINE} `{name}` is not in the local cache ({_first_line(error)}); connect, or run "
             f"`hf download {name} --repo-type dataset --local-dir DIR` elsewhere and give --from DIR"
         ) from None
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Return whether no file of a series `NAME-00000-of-00002` is missing, so far as names tell."""
+    series: Counter[tuple[str, int]] = Counter()
+    for file in folder.rglob("*"):
+        if match := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)?", str(file)):
+            series[match[1] + (match[3] or ""), int(match[2])] += 1
+    return all(count == total for (_, total), count in series.items())
 
 
 def is_download(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from blipfit.data import file_kinds
+from blipfit.data import not_an_image
 from blipfit.data.question import Transparency as Transparency
 from blipfit.errors import UserError
 
@@ -250,7 +250,7 @@ def _require_regular_file(path: Path) -> int:
         kind = kinds.get(stat.S_IFMT(status.st_mode), "socket or other special file")
         raise UserError(f"{path} is a {kind}, not an image file: give the path of an image")
     if status.st_size == 0:  # also every file of /proc
-        raise UserError(f"{path} is empty (0 bytes): {file_kinds.AGAIN}")
+        raise UserError(f"{path} is empty (0 bytes): {not_an_image.AGAIN}")
     if status.st_size > MAX_FILE_BYTES:
         raise UserError(
             f"{path} has {status.st_size / 2**30:.1f} GiB, more than the limit of {MAX_FILE_BYTES / 2**30:.0f} GiB for "
@@ -272,10 +272,10 @@ def _errors_as_user_errors(name: str, data: bytes | None = None) -> Iterator[Non
         pixels = re.search(r"(\d+) pixels", str(error))
         raise UserError(_too_large(name, f"{int(pixels[1]):,}" if pixels else "too many")) from None
     except Exception as error:
-        if description := None if data is None else file_kinds.describe(data):
+        if description := None if data is None else not_an_image.describe(data):
             raise UserError(f"{name} {description[0]}: {description[1]}") from None
         reason = f"expected {_format_names()}" if isinstance(error, UnidentifiedImageError) else _reason(error)
-        raise UserError(f"{name} is damaged or not an image ({reason}): {file_kinds.AGAIN}") from None
+        raise UserError(f"{name} is damaged or not an image ({reason}): {not_an_image.AGAIN}") from None
 
 
 def _reason(error: Exception) -> str:

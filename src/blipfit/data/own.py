@@ -1,5 +1,7 @@
 """The user's own data: one JSON object per line with `image, question, answer` and optionally `choices, context, id`.
 
+`prepare` also reads other tables and conversations (`own_sources`, `own_columns`) and writes this form.
+
 `answer` is the index of a choice, counted from 0, or its text; without `choices` it is free text. Image paths are
 relative to the folder of the file. Transparency is shown on white.
 """
@@ -7,11 +9,14 @@ relative to the folder of the file. Transparency is shown on white.
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from blipfit.data import annotations, file_kinds
+from blipfit.data import annotations, own_columns, own_sources
+from blipfit.data.own_images import UnpackedImages, find_image_file
 from blipfit.data.question import SPLITS, Question
 from blipfit.data.write_prepared import BAD_ENTRIES, ImageHashes, PrepareReport, Source, hash_images, output_folder
 from blipfit.errors import UserError
@@ -23,21 +28,34 @@ HELD_OUT = {"val": 0.1, "test": 0.1}
 
 Skip = Callable[[UserError], None]
 """Receives the error of an entry that is left out."""
+FindImage = Callable[[Mapping[str, Any], str], Path]
+"""Returns the image file of an entry at a location; raises UserError if there is none."""
 Entry = tuple[str, Question]
 """Where a question is (`file:line`), and the question."""
 
 
-def prepare(source: str | Path, to: Path, *, allow_outside: bool = False, skip_bad: bool = False) -> PrepareReport:
-    """Check every line and image, and write `{split}.jsonl` with the images beside them.
+def prepare(
+    source: str | Path,
+    to: Path,
+    *,
+    columns: str | None = None,
+    allow_outside: bool = False,
+    skip_bad: bool = False,
+    announce: Callable[[Mapping[str, Any]], None] = lambda recognized: None,
+) -> PrepareReport:
+    """Check every entry and image, and write `{split}.jsonl` with the images beside them.
 
-    `source` is a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, or one file, which is split 80/10/10 by the
-    images' content: no image is in two splits, also not as a copy or under another path, and equal images give equal
-    splits. Images outside the source need `allow_outside` and are copied. With `skip_bad`, bad lines and lines with bad
-    images are left out and listed in the report and in BAD_ENTRIES. Raises UserError if a line or an image is invalid,
-    or `to` cannot be written.
+    `source` is a file or folder of a format in `own_sources`, or `hf://owner/name@revision`. A source without splits is
+    divided 80/10/10 by the images' content: no image is in two splits, also not as a copy or under another path, and
+    equal images give equal splits. Images outside the source need `allow_outside` and are copied. With `skip_bad`, bad
+    entries and entries with bad images are left out and listed in the report and in BAD_ENTRIES.
+
+    JSON lines in blipfit's form are read strictly. Of other tables, the columns are recognized by their names or by
+    `columns` (`image=path,question=prompt,answer=label`), and `announce` receives what was recognized before anything
+    is written. Raises UserError if columns, an entry or an image are invalid, or `to` cannot be written.
     """
-    source = Path(source)
-    allowed = Source(source if source.is_dir() else source.parent, allow_outside)
+    assignments = own_columns.parse_assignments(columns)
+    files = own_sources.locate(source)
     bad: list[str] = []
 
     def skip(error: UserError) -> None:
@@ -45,16 +63,37 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False, skip_b
             raise error
         bad.append(str(error))
 
-    entries = {split: _read_entries(file, skip) for split, file in _files(source).items()}
-    hashes = _hash_images(entries, allowed, skip)
-    splits = {name: [q for _, q in part if q.image in hashes] for name, part in entries.items()}
+    with UnpackedImages(to, files.folder if files.is_hub else None) as images:
+        if files.format == "jsonl" and not assignments and all(_is_strict(f) for f in chain(*files.splits.values())):
+            contents = EntriesOfTables(
+                {split: _read_entries(file, skip, images) for split, (file,) in files.splits.items()}
+            )
+        else:
+            contents = _read_tables(files, assignments, skip, images, announce)
+        allowed = Source(files.folder, allow_outside, images.folder)
+        return _write(source, to, contents, allowed, skip, bad if skip_bad else None)
+
+
+@dataclass(slots=True)
+class EntriesOfTables:
+    """The entries of a source by split, or under the name `all`; with sentences for the report."""
+
+    entries: dict[str, list[Entry]]
+    notes: list[str] = field(default_factory=list)
+    recognized: Mapping[str, Any] = field(default_factory=dict)
+    """Format, columns and an example."""
+
+
+def _write(
+    source: str | Path, to: Path, contents: EntriesOfTables, allowed: Source, skip: Skip, bad: list[str] | None
+) -> PrepareReport:
+    """Write the prepared folder; `bad` are the entries that were left out, None if none may be."""
+    hashes = _hash_images(contents.entries, allowed, skip)
+    splits = {name: [q for _, q in part if q.image in hashes] for name, part in contents.entries.items()}
     if bad and not any(splits.values()):
         raise UserError(f"{source} has no entry that can be used; the first error: {bad[0]}")
-    notes = []
-    if source.is_file():
-        splits = _split(splits["all"], hashes, source)
-    elif leaks := _count_shared(splits, hashes):
-        notes.append(f"{leaks} images are in more than one split")
+    notes = list(contents.notes)
+    splits = _complete_splits(splits, hashes, str(source), notes)
     names = {q.image: _image_name(q.image, allowed) for split in splits.values() for q in split}
     with output_folder(to, [f"{split}.jsonl" for split in SPLITS], allowed) as out:
         out.require_space(names)
@@ -62,22 +101,71 @@ def prepare(source: str | Path, to: Path, *, allow_outside: bool = False, skip_b
             out.add_image(image, name)
         for split, questions in splits.items():
             out.write_text("".join(_format_line(q, names[q.image]) for q in questions), f"{split}.jsonl")
-        if skip_bad:
+        if bad is not None:
             out.write_text("".join(f"{line}\n" for line in bad), BAD_ENTRIES)
     counts = {split: len(questions) for split, questions in splits.items()}
-    return PrepareReport("own", to, counts, {}, out.image_counts, bad=bad, notes=notes)
+    return PrepareReport(
+        "own", to, counts, {}, out.image_counts, bad=bad or (), notes=notes, recognized=contents.recognized
+    )
 
 
-def _files(source: Path) -> dict[str, Path]:
-    """Return the files to read by split; a single file has the name `all`."""
-    if source.is_file():
-        return {"all": source}
-    if not (source / "train.jsonl").is_file():
-        raise UserError(
-            f"{source} is not a data set: give a .jsonl file, or a folder with "
-            f"{', '.join(f'{split}.jsonl' for split in SPLITS)}"
-        )
-    return {split: _split_file(source, split) for split in SPLITS}
+def _is_strict(file: Path) -> bool:
+    """Return whether a JSONL file is in blipfit's form: by its first line that is an object, or if it has none."""
+    for location, line in annotations.split_lines(file):
+        try:
+            return {"image", "question", "answer"} <= annotations.parse_line(line, location).keys()
+        except UserError:
+            continue
+    return True
+
+
+def _read_tables(
+    files: own_sources.Files,
+    assignments: Mapping[str, str],
+    skip: Skip,
+    images: UnpackedImages,
+    announce: Callable[[Mapping[str, Any]], None],
+) -> EntriesOfTables:
+    """Read the tables of a source, which have the same columns; what a table lacks is missing in all its rows."""
+    tables = own_sources.open_tables(files, skip)
+    first = next(iter(tables.values()))
+    names = list(dict.fromkeys(chain(*(table.columns for table in tables.values()))))
+    columns = own_columns.recognize(names, assignments, first.name)
+    reader = own_columns.RowReader(columns, first.is_text)
+    contents = EntriesOfTables({split: [] for split in tables})
+    contents.recognized = {"format": files.format, "columns": columns.names, "ignored": columns.ignored}
+    for split, table in tables.items():
+        ids: dict[str, str] = {}
+        for row, entry in _read_rows(table, reader, skip):
+            if "example" not in contents.recognized:
+                contents.recognized = {**contents.recognized, "example": own_columns.shorten(entry)}
+                announce(contents.recognized)
+            try:
+                image = images.resolve(entry.get("image"), row.location, row.base, f"the folder {row.base}")
+                question = _question(entry, row.location, lambda *_, image=image: image)
+                if question.id in ids:
+                    raise UserError(
+                        f"{row.location}: 'id' {question.id} is already used ({ids[question.id]}); number the entries "
+                        "instead with --columns id="
+                    )
+            except UserError as error:
+                skip(error)
+                continue
+            ids[question.id] = row.location
+            contents.entries[split].append((row.location, question))
+    contents.notes = reader.format_notes()
+    return contents
+
+
+def _read_rows(
+    table: own_sources.Table, reader: own_columns.RowReader, skip: Skip
+) -> Iterator[tuple[own_sources.Row, dict[str, Any]]]:
+    for row in table.rows:
+        try:
+            for entry in reader.read(row.values, row.number, row.location):
+                yield row, entry
+        except UserError as error:
+            skip(error)
 
 
 def load(folder: Path, split: str) -> list[Question]:
@@ -90,7 +178,7 @@ def read_questions(file: Path) -> list[Question]:
 
     Raises UserError if a line is invalid, an image is missing or an id occurs twice.
     """
-    return [question for _, question in _read_entries(file, _raise)]
+    return [question for _, question in _read_entries(file, _raise, None)]
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -107,13 +195,22 @@ def _raise(error: UserError) -> None:
     raise error
 
 
-def _read_entries(file: Path, skip: Skip) -> list[Entry]:
-    """Read one JSONL file; `skip` receives the error of every invalid line."""
+def _read_entries(file: Path, skip: Skip, images: UnpackedImages | None) -> list[Entry]:
+    """Read one JSONL file; `skip` receives the error of every invalid line.
+
+    `images` receives images as base64 text; without it, every image must be a path.
+    """
+
+    def find_image(record: Mapping[str, Any], location: str) -> Path:
+        text = annotations.require_text(record, "image", location)
+        resolve = find_image_file if images is None else images.resolve
+        return resolve(text, location, file.parent, "the folder of the .jsonl file")
+
     entries = []
     line_by_id: dict[str, str] = {}
     for location, line in annotations.split_lines(file):
         try:
-            question = _question(annotations.parse_line(line, location), location, file.parent)
+            question = _question(annotations.parse_line(line, location), location, find_image)
             if question.id in line_by_id:
                 raise UserError(f"{location}: 'id' {question.id} is already used in line {line_by_id[question.id]}")
         except UserError as error:
@@ -135,7 +232,8 @@ def _hash_images(entries: Mapping[str, Sequence[Entry]], source: Source, skip: S
             hashes[image] = result
         else:
             for location in locations[image]:
-                skip(UserError(f"{location}: {result}"))
+                reason = str(result).replace(str(image), "the image") if source.is_unpacked(image) else str(result)
+                skip(UserError(f"{location}: {reason}"))
     return hashes
 
 
@@ -145,13 +243,14 @@ def _count_shared(splits: Mapping[str, Sequence[Question]], hashes: Mapping[Path
     return sum(sum(content in part for part in contents) > 1 for content in set().union(*contents))
 
 
-def _question(record: Mapping[str, Any], location: str, base: Path) -> Question:
+def _question(record: Mapping[str, Any], location: str, find_image: FindImage) -> Question:
     for key in record:
         if key not in KEYS:
             similar = difflib.get_close_matches(key, KEYS, n=1)
-            fix = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(KEYS)}"
+            known = f"known: {', '.join(KEYS)} (`prepare own --columns` reads files with others)"
+            fix = f"did you mean {similar[0]!r}?" if similar else known
             raise UserError(f"{location}: unknown key {annotations.quote(key)}; {fix}")
-    image = _image_path(annotations.require_text(record, "image", location), location, base)
+    image = find_image(record, location)
     choices = annotations.require_choices(record, location) if "choices" in record else ()
     answer_index = _answer_index(record, choices, location) if choices else None
     answer = annotations.require_text(record, "answer", location) if answer_index is None else choices[answer_index]
@@ -166,18 +265,6 @@ def _question(record: Mapping[str, Any], location: str, base: Path) -> Question:
         answer_index=answer_index,
         context=annotations.require_text(record, "context", location) if "context" in record else "",
     )
-
-
-def _image_path(text: str, location: str, base: Path) -> Path:
-    if reason := file_kinds.explain_no_path(text):
-        raise UserError(f"{location}: 'image' {reason}")
-    image = base / text
-    if not annotations.exists(image):
-        hint = "; write / instead of \\ in paths" if "\\" in text else ""
-        raise UserError(
-            f"{location}: image {image} is missing; paths are relative to the folder of the .jsonl file{hint}"
-        )
-    return image
 
 
 def _answer_index(record: Mapping[str, Any], choices: tuple[str, ...], location: str) -> int:
@@ -202,8 +289,29 @@ def _id(record: Mapping[str, Any], location: str) -> str:
     return str(value)
 
 
-def _split(questions: Sequence[Question], hashes: Mapping[Path, ImageHashes], file: Path) -> dict[str, list[Question]]:
-    """Divide the questions into train, val and test by the content of their images.
+def _complete_splits(
+    splits: dict[str, list[Question]], hashes: Mapping[Path, ImageHashes], source: str, notes: list[str]
+) -> dict[str, list[Question]]:
+    """Return train, val and test: as given, or divided by the content of the images; `notes` receives what was done."""
+    if own_sources.WHOLE in splits:
+        return _divide(splits[own_sources.WHOLE], hashes, source, HELD_OUT)
+    held_out = [name for name in splits if name != "train"]
+    if "train" not in splits or not held_out:
+        raise UserError(f"{source} has the splits {', '.join(splits)}; expected train with validation, test or both")
+    if len(held_out) == 1:
+        (name,) = held_out
+        halves = _divide(splits[name], hashes, f"{source} ({name})", {"val": 0.5, "test": 0.5})
+        splits = {"train": splits["train"], "val": halves["val"], "test": halves["test"]}
+        notes.append(f"the source has no {'test' if name == 'val' else 'val'}: {name} is halved by its images")
+    if leaks := _count_shared(splits, hashes):
+        notes.append(f"{leaks} images are in more than one split")
+    return {split: splits[split] for split in SPLITS}
+
+
+def _divide(
+    questions: Sequence[Question], hashes: Mapping[Path, ImageHashes], source: str, fractions: Mapping[str, float]
+) -> dict[str, list[Question]]:
+    """Divide the questions into splits by the content of their images; `fractions` are those of val and test.
 
     Images with equal pixels stay together. Their order is that of the hashes of their bytes, because a decoder may give
     other pixels on another machine.
@@ -213,10 +321,12 @@ def _split(questions: Sequence[Question], hashes: Mapping[Path, ImageHashes], fi
         image = hashes[question.image]
         order[image.pixels] = min(image.file, order.get(image.pixels, image.file))
     contents = sorted(order, key=order.__getitem__)
-    if len(contents) < len(SPLITS):
-        raise UserError(f"{file} has {len(contents)} different images, too few for train, val and test; give 3 or more")
-    counts = {split: max(1, round(len(contents) * HELD_OUT[split])) for split in HELD_OUT}
-    val_end, test_end = counts["val"], counts["val"] + counts["test"]
+    names = SPLITS if sum(fractions.values()) < 1 else tuple(fractions)
+    if len(contents) < len(names):
+        few = f"too few for {', '.join(names[:-1])} and {names[-1]}; give {len(names)} or more"
+        raise UserError(f"{source} has {len(contents)} different images, {few}")
+    val_end = max(1, round(len(contents) * fractions["val"]))
+    test_end = val_end + max(1, round(len(contents) * fractions["test"]))
     parts = {"train": contents[test_end:], "val": contents[:val_end], "test": contents[val_end:test_end]}
     split_of = {content: split for split, part in parts.items() for content in part}
     return {split: [q for q in questions if split_of[hashes[q.image].pixels] == split] for split in SPLITS}
@@ -224,6 +334,8 @@ def _split(questions: Sequence[Question], hashes: Mapping[Path, ImageHashes], fi
 
 def _image_name(image: Path, source: Source) -> str:
     """Return the image's path in the prepared folder: as in the source, or in `images/` if it is outside the source."""
+    if source.is_unpacked(image):
+        return f"images/{image.name}"
     resolved = image.resolve()
     if not source.contains(image):
         return f"images/{_hash(str(resolved))[:16]}-{resolved.name}"

@@ -25,14 +25,22 @@ BAD_ENTRIES = "left_out.txt"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The folder that a data set is read from; images outside of it are refused, or copied with `allow_outside`."""
+    """The folder that a data set is read from; images outside of it are refused, or copied with `allow_outside`.
+
+    `unpacked`: temporary folder with images that the data set holds in its tables; they are moved, not linked.
+    """
 
     folder: Path
     allow_outside: bool = False
+    unpacked: Path | None = None
 
     def contains(self, path: Path) -> bool:
         """Return whether a file is inside the folder, after all `..` and symbolic links."""
-        return path.resolve().is_relative_to(self.folder.resolve())
+        return self.is_unpacked(path) or path.resolve().is_relative_to(self.folder.resolve())
+
+    def is_unpacked(self, path: Path) -> bool:
+        """Return whether a file is an image of the tables."""
+        return self.unpacked is not None and path.parent == self.unpacked
 
     def check(self, path: Path) -> None:
         """Raise UserError if a file is outside the folder and that is not allowed."""
@@ -63,6 +71,8 @@ class PrepareReport:
     """Entries that `--skip-bad` left out: file and line, with the reason."""
     notes: Sequence[str] = ()
     """Sentences on what is unusual in the data, e.g. empty questions."""
+    recognized: Mapping[str, Any] = field(default_factory=dict)
+    """Own data that is not in blipfit's form: its format, the columns by what they hold, and an example."""
 
     def __str__(self) -> str:
         lines = [f"{self.dataset}: {_by_split(self.counts)} questions in {self.folder}"]
@@ -116,6 +126,10 @@ class OutputFolder:
             self.source.check(image)
             shutil.copyfile(image, self._new_file(name))
             self.image_counts["copied from outside the data folder"] += 1
+            return
+        if self.source is not None and self.source.is_unpacked(image):
+            os.replace(image, self._new_file(name))
+            self.image_counts["written"] += 1
             return
         if _is_same_file(image, self.final / name):
             self.image_counts["kept"] += 1

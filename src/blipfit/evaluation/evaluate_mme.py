@@ -1,10 +1,10 @@
-"""Evaluate the model on MME: generate yes/no answers and score them by the official rule of `mme.py`."""
+"""Evaluate the model on MME: generate yes/no answers and score them by the official rule (`mme_scores.py`)."""
 
 from dataclasses import replace
 
 from blipfit.evaluation import generation, mme_scores
+from blipfit.evaluation.evaluate_split import GetFeatures, build_feature_lookup
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult, percent_values
-from blipfit.evaluation.split_evaluation import GetFeatures, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 MAX_ANSWER_TOKENS = 10

@@ -6,9 +6,9 @@ from typing import Any
 from blipfit.data.prompts import PromptedQuestion, clean_prompt
 from blipfit.data.rewardbench import Pair
 from blipfit.evaluation import generation, ranking, rewardbench_scores
+from blipfit.evaluation.evaluate_open_answers import evaluate_open_answers
+from blipfit.evaluation.evaluate_split import GetFeatures, build_feature_lookup
 from blipfit.evaluation.evaluation_task import EvaluationTask, Settings, TaskResult
-from blipfit.evaluation.open_answers import evaluate_open_answers
-from blipfit.evaluation.split_evaluation import GetFeatures, build_feature_lookup
 from blipfit.model.backbone import Backbone
 
 

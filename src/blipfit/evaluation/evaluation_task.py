@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit.data import encoded_split, rewardbench
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.prompts import PromptedQuestion, get_prompt
@@ -82,7 +82,7 @@ def load_task(
     data set's default. `limit` takes the first questions only. Raises UserError if the split, the files or the limit
     do not fit the data set.
     """
-    prompt_name = prompt_name or data_sets.get_data_set(name).prompt
+    prompt_name = prompt_name or blipfit_data.get_data_set(name).prompt
     if name == "rewardbench":
         pairs = _load_pairs(folder, split, limit)
         encoded = _encode_pairs(backbone, pairs, prompt_name)

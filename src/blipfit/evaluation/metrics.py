@@ -49,12 +49,12 @@ def breakdown(questions: Sequence[Question], correct: Sequence[bool]) -> dict[st
         values = {q.tags[tag] for q in questions if tag in q.tags}
         if 1 < len(values) <= _MAX_GROUPS:
             groups[tag] = _accuracy_by(questions, correct, lambda question, tag=tag: question.tags.get(tag))  # type: ignore[misc]
-    if columns := leaderboard(questions, correct):
+    if columns := leaderboard_columns(questions, correct):
         groups["leaderboard"] = columns
     return groups
 
 
-def leaderboard(questions: Sequence[Question], correct: Sequence[bool]) -> dict[str, Any]:
+def leaderboard_columns(questions: Sequence[Question], correct: Sequence[bool]) -> dict[str, Any]:
     """Return the accuracies of ScienceQA's leaderboard: subject (NAT, SOC, LAN), context (TXT, IMG, NO), grade.
 
     A question counts for TXT if it has a hint and for IMG if it has an image, so these columns overlap. Columns without

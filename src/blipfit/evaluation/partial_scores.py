@@ -55,14 +55,14 @@ class PartialScores:
         batches: Sequence[Sequence[int]],
         evaluate_batch: Callable[[Sequence[int]], Sequence[Sequence[Any]]],
         advance: Callable[[int], None] = lambda count: None,
-        in_step: bool = False,
+        equal_batch_counts: bool = False,
     ) -> Scores:
         """Evaluate all batches of question indices that have no scores yet; returns the scores of all questions.
 
         `evaluate_batch` returns a list of scores for each experiment, JSON values or tensors of one number.
-        `advance(count)` is called after each batch with its number of questions. `in_step`: every process evaluates the
-        same number of batches, one of them again if need be, as a sharded model requires. Raises Interrupted, after
-        saving, if a signal arrived.
+        `advance(count)` is called after each batch with its number of questions. `equal_batch_counts`: every
+        process evaluates the same number of batches, one of them again if need be, as a sharded model requires. Raises
+        Interrupted, after saving, if a signal arrived.
         """
         name = self._prefix + section
         scores = self._sections.setdefault(name, {})
@@ -70,14 +70,14 @@ class PartialScores:
         for batch in batches:
             if self._has_scores(scores, batch):
                 advance(len(batch))
-        shard, processes = distributed.shard(missing), distributed.process_count()
+        shard, processes = distributed.own_share(missing), distributed.process_count()
         new: list[tuple[int, int, Any]] = []
         for number in range(-(-len(missing) // processes)):  # the same for all processes, also if one has a batch less
             if number < len(shard):
                 for k, values in enumerate(evaluate_batch(shard[number])):
                     new += [(k, i, value) for i, value in zip(shard[number], values, strict=False)]
                 advance(len(shard[number]))
-            elif in_step:
+            elif equal_batch_counts:
                 evaluate_batch(missing[0])
             if self.files:
                 self.timer.count_step()

@@ -77,7 +77,7 @@ def rank(
 
     def score_batch(indices: Sequence[int]) -> list[list[tuple[list[float], list[int]]]]:
         batch = backbone.text.candidates([encoded[i] for i in indices]).to(backbone.device)
-        scores = backbone.score(backbone.query(features_at(indices), batch), batch)
+        scores = backbone.score_candidates(backbone.query(features_at(indices), batch), batch)
         sums, lengths = scores.sums_KM.tolist(), scores.lengths_M.tolist()
         ends = list(accumulate(len(encoded[i].candidates) for i in indices))
         spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

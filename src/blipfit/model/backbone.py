@@ -60,9 +60,9 @@ class Backbone:
         attention.enable(hf.qformer)
         attention.enable(hf.language_model)
         last_attention = hf.qformer.encoder.layer[-1].attention
-        if not hasattr(last_attention, QUERY_ROWS):
-            last_attention.register_forward_pre_hook(_keep_query_rows, with_kwargs=True)
-        setattr(last_attention, QUERY_ROWS, None)  # set inside `query` only: Hugging Face's own forward does not change
+        if not hasattr(last_attention, ROW_LIMIT):
+            last_attention.register_forward_pre_hook(_drop_text_rows, with_kwargs=True)
+        setattr(last_attention, ROW_LIMIT, None)  # set inside `query` only: Hugging Face's own forward does not change
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +191,7 @@ class Backbone:
             hidden_KND = hidden.reshape(K, -1, hidden.shape[-1])[:, batch.positions_N]
             return self.language.lm_head(hidden_KND)
 
-    def score(self, visual: Tensor, batch: CandidateBatch) -> CandidateScores:
+    def score_candidates(self, visual: Tensor, batch: CandidateBatch) -> CandidateScores:
         """Visual tokens and candidates → log-likelihoods of the candidates; a question's prompt is computed once.
 
         T5 runs its encoder once and the decoder over the candidates. A causal model caches the prompt's keys and values
@@ -301,18 +301,18 @@ class Backbone:
         return (log_probabilities * mask).sum(1)
 
 
-QUERY_ROWS = "query_rows"
+ROW_LIMIT = "query_rows"
 """Attribute of the Q-Former's last attention: the number of rows that it computes, None for all."""
 
 
-def _keep_query_rows(
+def _drop_text_rows(
     module: Any, positional: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the Q-Former's last attention: drop the rows of text tokens, because nothing reads their outputs.
 
     The query tokens still attend to each other and to the text, as in any other layer.
     """
-    Q = getattr(module, QUERY_ROWS)
+    Q = getattr(module, ROW_LIMIT)
     if Q is None:
         return positional, named
     named = {**dict(zip(("hidden_states", "attention_mask"), positional, strict=False)), **named}
@@ -328,11 +328,11 @@ def _keep_query_rows(
 @contextmanager
 def _query_rows(module: Any, count: int | None) -> Iterator[None]:
     """Context in which the Q-Former's last attention computes its first `count` rows only, all if None."""
-    setattr(module, QUERY_ROWS, count)
+    setattr(module, ROW_LIMIT, count)
     try:
         yield
     finally:
-        setattr(module, QUERY_ROWS, None)
+        setattr(module, ROW_LIMIT, None)
 
 
 def language_layers(language: Any, family: Family) -> list[nn.Module]:

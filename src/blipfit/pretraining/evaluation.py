@@ -83,7 +83,7 @@ def evaluate_questions(
 
 def _answer_by_ranking(backbone: Backbone, features: Tensor, tasks: list[PromptedQuestion]) -> list[bool]:
     batch = backbone.text.candidates(backbone.text.encode(tasks))
-    scores = backbone.score(backbone.query(features, batch), batch).sums_KM[0]
+    scores = backbone.score_candidates(backbone.query(features, batch), batch).sums_KM[0]
     best = [int(part.argmax()) for part in scores.split([len(task.candidates) for task in tasks])]
     return [task.candidates[index] == task.target for task, index in zip(tasks, best, strict=True)]
 

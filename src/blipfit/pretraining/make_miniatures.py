@@ -28,7 +28,7 @@ from blipfit.model import loading, tiny, tiny_tokenizers
 from blipfit.model.backbone import Backbone
 from blipfit.pretraining.evaluation import evaluate_miniature, evaluate_questions, sample_questions
 from blipfit.pretraining.loop import Log, Losses, StageSchedule, fit, open_log
-from blipfit.pretraining.pretrain_full_model import (
+from blipfit.pretraining.pretrain_language_model import (
     AnswerModules,
     compute_answer_losses,
     compute_lookup_loss,

@@ -37,7 +37,12 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        """Erase the live line, if there is one; stopping an idle one would print an empty line."""
+        if self.progress.live.is_started:
+            self.progress.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -58,10 +63,15 @@ class TrainingDisplay:
             case events.EpochDone(results=results):
                 for result in results:
                     self._print_epoch(result)
-            case events.RunSkipped(run=run, recipe=recipe):
+            case events.CheckpointDamaged(file=file, used_file=used_file):
+                older = f"continues from {used_file.name}" if used_file else "starts from the beginning"
+                self._print(f"{file} is damaged; its bank {older}, which was saved before")
+            case events.RunSkipped(run=run, recipe=recipe, warning=warning):
                 self._print(f"{recipe.title}: finished already, skipped ({run.folder})")
+                if warning is not None:
+                    self._print(f"warning: {warning}")
             case events.RunFinished(recipe=recipe, result=result):
-                self.progress.stop()
+                self._stop()
                 self._print(f"{recipe.title}: test {terminal.format_score(result['metrics']['test'])}")
             case events.RunFailed(recipe=recipe, reason=reason):
                 self._print(f"{recipe.title}: {reason}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from blipfit.data.mme import COGNITION, PERCEPTION, TRUTHS
+from blipfit.data.mme import COGNITION, MAX_SCORE, PERCEPTION, TRUTHS
 from blipfit.report import terminal
 
 
@@ -21,7 +21,7 @@ def mme(record: Mapping[str, Any]) -> list[Any]:
         for subtask in present:
             _mme_row(table, subtask, record["subtasks"][subtask])
         if present:
-            best = 200 * len(present)
+            best = MAX_SCORE * len(present)
             part = "" if len(present) == len(subtasks) else f", {len(present)} of {len(subtasks)} subtasks"
             table.add_row(f"{total} (of {best}{part})", f"{record[total]:.2f}", style="bold", end_section=True)
     lines: list[Any] = [table, *(f"differs from the MME benchmark: {text}" for text in record["deviations"])]
@@ -68,13 +68,14 @@ def rewardbench(record: Mapping[str, Any]) -> list[Any]:
 
 def _judgment_notes(record: Mapping[str, Any]) -> list[str]:
     """How the preferred response was found: by likelihoods, or by judgments in words."""
-    if "judgements" not in record:
+    judgments = record.get("judgments", record.get("judgements"))  # the name in older records
+    if judgments is None:
         return [f"{record['rows']} rows, {record['repeated_rows']} of them repeat another and count once"]
     low, high = record["samples"]
     choices, orders = record["chosen"], record["both_orders"]
     per_pair = str(low) if low == high else f"{low}–{high}"
     return [
-        f"{record['judgements']} judgments, {per_pair} per pair; their mean {_number(record['mean']['pooled'])}",
+        f"{judgments} judgments, {per_pair} per pair; their mean {_number(record['mean']['pooled'])}",
         f"answer 1 chosen {choices['answer_1']} times, answer 2 {choices['answer_2']}, another {choices['neither']}",
         f"{orders['pairs']} pairs judged in both orders, {orders['steady']} of them with the same result",
     ]

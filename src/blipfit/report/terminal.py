@@ -205,8 +205,8 @@ def breakdown_table(metrics: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def components_table(trained: Mapping[str, int], total: Mapping[str, int] | None = None) -> Table:
-    """Trained parameters by component; with `total`, the component's size beside them."""
+def components_table(trained: Mapping[str, int], total: Mapping[str, int] | None = None, adapter: int = 0) -> Table:
+    """Trained parameters by component; with `total`, the component's size beside them, and the size of the adapter."""
     table = Table(title="trained parameters", title_justify="left")
     table.add_column("component")
     table.add_column("trained", justify="right")
@@ -215,8 +215,10 @@ def components_table(trained: Mapping[str, int], total: Mapping[str, int] | None
     for part in dict.fromkeys([*(total or {}), *trained]):
         row = [part, f"{trained.get(part, 0):,}"]
         table.add_row(*row, *([f"{total.get(part, 0):,}"] if total is not None else []))
+    if total is not None and adapter:
+        table.add_row("adapter", "", f"{adapter:,}")
     sums = ["sum", f"{sum(trained.values()):,}"]
-    table.add_row(*sums, *([f"{sum(total.values()):,}"] if total is not None else []), style="bold")
+    table.add_row(*sums, *([f"{sum(total.values()) + adapter:,}"] if total is not None else []), style="bold")
     return table
 
 

@@ -68,7 +68,7 @@ def forward(
     """
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask, is_causal = None, True
-    if dropout == 0 and not _can_batch(query, key, value, attention_mask):
+    if dropout == 0 and not _prefers_batched_products(query, key, value, attention_mask):
         arguments = (module, query, key, value, attention_mask, 0.0, scaling, is_causal, position_bias)
         if not onednn.uses_onednn(query.device.type) or torch.compiler.is_compiling():
             return sdpa_attention_forward(*arguments, **options)  # type: ignore[no-any-return]
@@ -86,7 +86,7 @@ def forward(
     return output_NHTD.transpose(1, 2).contiguous(), None
 
 
-def _can_batch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def _prefers_batched_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether attention without dropout can be computed as batched products, and is faster that way."""
     return (
         onednn.uses_onednn(query.device.type)
@@ -127,11 +127,11 @@ def compute_batched(
     with torch.autocast(query.device.type, enabled=False):
         inputs = query, key, value, bias, mask, noise, scale, p
         if torch.compiler.is_compiling():
-            return checkpoint(_differentiable, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(_attention_for_compiler, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
         return _Attention.apply(*inputs)  # type: ignore[no-any-return]
 
 
-def _differentiable(
+def _attention_for_compiler(
     query_NHTD: Tensor,
     key_NHSD: Tensor,
     value_NHSD: Tensor,
@@ -164,9 +164,9 @@ def _shape_only(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class _Attention(torch.autograd.Function):
     """`(softmax(scale · q kᵀ + bias, masked) · noise) v` with its own backward pass; noise only with dropout."""
 
-    # Same arithmetic as `_differentiable`, written again: outside a compiled graph this class saves memory and time. It
-    # adds bias and mask to the scores in place, and computes 16-bit probabilities again in the backward pass. Every
-    # change must be made in both.
+    # Same arithmetic as `_attention_for_compiler`, written again: outside a compiled graph this class saves memory and
+    # time. It adds bias and mask to the scores in place, and computes 16-bit probabilities again in the backward pass.
+    # Every change must be made in both.
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -196,10 +196,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # The caller may run backward inside autocast.
         with torch.autocast(grad_NHTD.device.type, enabled=False):
-            return _Attention._gradients(ctx, grad_NHTD)
+            return _Attention._backward_without_autocast(ctx, grad_NHTD)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward_without_autocast(ctx: Any, grad_NHTD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for all inputs of `forward`; None for those that have no gradient."""
         query, key, value, bias, mask, noise, probabilities = ctx.saved_tensors
         if probabilities is None:

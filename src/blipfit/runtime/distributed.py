@@ -135,7 +135,7 @@ def own_rows() -> slice:
     return slice(None) if _is_alone else slice(state().process_index, None, state().num_processes)
 
 
-def shard(rows: Sequence[T]) -> Sequence[T]:
+def own_share(rows: Sequence[T]) -> Sequence[T]:
     """Select this process's share of a batch's rows."""
     return rows[own_rows()]
 

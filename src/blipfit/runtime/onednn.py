@@ -78,12 +78,12 @@ def _set_precision(precision: str) -> str:
 
 def _products_are_exact(size: int) -> bool:
     """Whether products of whole numbers that fp32 represents exactly, but bfloat16 does not, are exact."""
-    x, y, expected = _whole_number_matrices(size)
+    x, y, expected = _make_rounding_test(size)
     products = x @ y, torch.bmm(x[None], y[None]), torch.bmm(y.t()[None], x.t()[None]), F.linear(x, y.t())
     return all(bool((product == expected).all()) for product in products)
 
 
-def _whole_number_matrices(size: int) -> tuple[Tensor, Tensor, float]:
+def _make_rounding_test(size: int) -> tuple[Tensor, Tensor, float]:
     """Two matrices `size × size` in fp32, and the value of every element of their product.
 
     The numbers of the first have nine significant bits; bfloat16 has eight.

@@ -94,7 +94,7 @@ def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
     banks = [list(group) for _, group in groupby(active, key=key)]
     done = [member for member in members if member.progress.done]
     for member in sorted(done, key=lambda member: -member.progress.epoch):
-        bank = next((bank for bank in banks if any(_was_with(member, other) for other in bank)), None)
+        bank = next((bank for bank in banks if any(_shared_bank(member, other) for other in bank)), None)
         if bank is None:
             banks.append([member])
         else:
@@ -104,7 +104,7 @@ def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
     return sorted(banks, key=lambda bank: key(bank[0]))
 
 
-def _was_with(member: Member, other: Member) -> bool:
+def _shared_bank(member: Member, other: Member) -> bool:
     """Whether the checkpoint of `other` names the member as one of its bank."""
     named = other.save is not None and member.recipe.title in other.save.bank
     return named and bank_key(member.recipe) == bank_key(other.recipe)

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from blipfit.adapters.bank import Bank
-from blipfit.data import text_checks
+from blipfit.data import text_warnings
 from blipfit.data.encoded_split import EncodedSplit
-from blipfit.evaluation import split_evaluation
+from blipfit.evaluation import evaluate_split
+from blipfit.evaluation.evaluate_split import ValidationResult
 from blipfit.evaluation.partial_scores import PartialScores
-from blipfit.evaluation.split_evaluation import ValidationResult
 from blipfit.model.backbone import Backbone
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
 from blipfit.run_folder import Run
 from blipfit.runtime import distributed, interruption
 from blipfit.runtime.save_interval import SaveInterval, SaveTimer
-from blipfit.training import batch_order, checkpoint, events, record
+from blipfit.training import batch_order, checkpoint, events, write_result
 from blipfit.training.bank_member import Member
 from blipfit.training.events import Listener
 from blipfit.training.optimizer import rate_at
-from blipfit.training.record import Finished
 from blipfit.training.step import Stepper
+from blipfit.training.write_result import Finished
 
 CHECK_EVERY = 10
 """Steps from one reading of the losses to the next; in between, the CPU does not wait for the GPU."""
@@ -56,7 +56,7 @@ class BankSession:
         self.training_features, self.evaluation_features = image_features
         self.members = list(members)
         self.training = self.members[0].recipe.training
-        self.texts = text_checks.summarize_texts(backbone.text, splits)
+        self.text_counts = text_warnings.summarize_texts(backbone.text, splits)
         self.finished: list[Finished] = []
         self.save_interval, self.timer = save_interval, SaveTimer(save_interval)
         self.titles = [member.recipe.title for member in members]
@@ -129,7 +129,7 @@ class BankSession:
         questions = self.splits["train"].questions
         micro_batches = [micro for batch in batches for micro in batch_order.micro_batches(batch, self.training)]
         view = (self.training.seed, epoch) if self.members[0].recipe.data.images == "shared" else None
-        own_questions = [[questions[i] for i in distributed.shard(micro)] for micro in micro_batches]
+        own_questions = [[questions[i] for i in distributed.own_share(micro)] for micro in micro_batches]
         return self.training_features.prefetch(own_questions, view)
 
     def _step(self, batch: Sequence[int], features: Iterator[Tensor], epoch: int, step: int) -> None:
@@ -171,7 +171,7 @@ class BankSession:
         """Evaluate the validation split, remember the best values, write a log line each, save, finish what is done."""
         started = time.perf_counter()
         partial = self.open_partial_scores(self.members, self._save_once)
-        validations = split_evaluation.validate(
+        validations = evaluate_split.validate(
             self.backbone,
             self.splits["val"],
             self.evaluation_features.features,
@@ -266,7 +266,7 @@ class BankSession:
         self.members = [self.members[k] for k in remaining]
         if remaining:
             best = [self.bank.state(k, self.best_KP) for k in remaining]
-            self.stepper.keep(remaining)
+            self.stepper.keep_experiments(remaining)
             self.stepper.optimizer.steps = self.members[0].progress.updates  # one that was done had taken fewer
             self.best_KP = self.bank.values.clone()
             for k, state in enumerate(best):
@@ -311,16 +311,18 @@ class BankSession:
             target=first.target,
             question_counts={split: len(questions) for split, questions in self.splits.items()},
             trained_parameters=[self.bank.trained_parameters(k) for k in range(self.bank.K)],
-            differences_from_grid=[record.differences(recipe) for recipe in recipes],
+            differences_from_grid=[write_result.differences(recipe) for recipe in recipes],
             device=str(self.backbone.device),
             notes=self._describe_texts(),
         )
 
     def _describe_texts(self) -> list[str]:
-        """Return sentences on the texts of all splits that the model does not read as a whole."""
+        """Return warnings about cut texts, empty questions and equal choices, of all splits."""
         text, prompt_name = self.backbone.text, self.members[0].recipe.data.prompt
-        notes = text_checks.describe_training(self.texts["train"], text.max_text, text.max_target)
+        notes = text_warnings.describe_training(self.text_counts["train"], text.max_text, text.max_target)
         for split in self.splits:
-            sentences = text_checks.describe_reading(self.texts[split], text.max_text, text.max_target, prompt_name)
+            sentences = text_warnings.describe_reading(
+                self.text_counts[split], text.max_text, text.max_target, prompt_name
+            )
             notes += [f"{split}: {sentence}" for sentence in sentences]
         return notes

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import disk_space
 from blipfit.adapters import parameter_counts
 from blipfit.data import feature_store
 from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.question import Question
-from blipfit.evaluation.record_sizes import prediction_bytes
+from blipfit.evaluation.disk_needs import prediction_bytes
 from blipfit.model import shapes
 from blipfit.model.image_features import ImageFeatures
 from blipfit.recipe import Recipe
@@ -83,7 +83,7 @@ def require_feature_space(
 def _load_evaluated(recipe: Recipe, folder: Path) -> Iterable[Question]:
     """The questions whose predictions a run records."""
     config = recipe.data
-    return [q for split in ("val", "test") for q in data_sets.load(config.name, folder, split, config.limit)]
+    return [q for split in ("val", "test") for q in blipfit_data.load(config.name, folder, split, config.limit)]
 
 
 def _count_values(recipe: Recipe) -> int:

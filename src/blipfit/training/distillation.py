@@ -67,7 +67,7 @@ class Teacher:
         return objectives_K, losses_K
 
 
-def teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
+def load_teacher(recipe: Recipe, student: Backbone) -> Teacher | None:
     """The recipe's teacher in the student's precision, or None if the recipe has none.
 
     Weights that both models have are in memory once. Must be called before a bank is installed in the student. Raises

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from blipfit import data as data_sets
+from blipfit import data as blipfit_data
 from blipfit import run_folder
 from blipfit.adapters import open_model, peft_format
 from blipfit.adapters.adalora import RankSchedule
@@ -17,7 +17,7 @@ from blipfit.data.encoded_split import EncodedSplit
 from blipfit.data.image_hashes import digest_images
 from blipfit.data.question import SPLITS, Question
 from blipfit.errors import UserError
-from blipfit.evaluation import split_evaluation
+from blipfit.evaluation import evaluate_split
 from blipfit.model import loading
 from blipfit.model.backbone import fingerprint, head
 from blipfit.model.image_features import ImageFeatures
@@ -25,11 +25,11 @@ from blipfit.recipe import Recipe
 from blipfit.run_folder import Inputs, Run
 from blipfit.runtime import cpu_memory, distributed, interruption
 from blipfit.runtime.save_interval import SaveInterval
-from blipfit.training import batch_order, disk_needs, distillation, events, record
+from blipfit.training import batch_order, disk_needs, distillation, events, write_result
 from blipfit.training.bank_member import Member, group_into_banks, load_checkpoints, remove_unused_checkpoints
 from blipfit.training.bank_session import BankSession, fail_run
 from blipfit.training.events import Listener
-from blipfit.training.model_cache import ModelCache, check_performance
+from blipfit.training.model_cache import ModelCache, refuse_conflicting_settings
 
 
 def train(
@@ -107,11 +107,11 @@ def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[Inputs]:
         key = (recipe.data.name, recipe.data.limit)
         if key not in splits_by_limit:
             splits_by_limit[key] = {
-                split: data_sets.load(recipe.data.name, data, split, recipe.data.limit) for split in SPLITS
+                split: blipfit_data.load(recipe.data.name, data, split, recipe.data.limit) for split in SPLITS
             }
         prompts.get_prompt(recipe.data.prompt)
         _check_questions(recipe, splits_by_limit[key])
-        check_performance(recipe)
+        refuse_conflicting_settings(recipe)
     for model in {recipe.model for recipe in recipes}:
         loading.locate_checkpoint(model)
     names = {name for recipe in recipes if (name := recipe.distillation.teacher) is not None}
@@ -129,8 +129,8 @@ def check_inputs(recipes: Sequence[Recipe], data: Path) -> list[Inputs]:
 
 def _identify_data(splits: Mapping[str, Sequence[Question]]) -> Inputs:
     return Inputs(
-        data_sets.fingerprint(splits.values()),
-        questions={split: data_sets.fingerprint([questions]) for split, questions in splits.items()},
+        blipfit_data.fingerprint(splits.values()),
+        questions={split: blipfit_data.fingerprint([questions]) for split, questions in splits.items()},
         images={split: digest_images(questions) for split, questions in splits.items()},
     )
 
@@ -146,7 +146,7 @@ def _check_questions(recipe: Recipe, questions: Mapping[str, Sequence[Question]]
         )
     if recipe.adapter.method == "adalora":
         RankSchedule.from_config(recipe.adapter, 1, batch_order.total_steps(count, recipe.training))
-    split_evaluation.check_evaluation(recipe.evaluation, recipe.data.name, questions)
+    evaluate_split.check_evaluation(recipe.evaluation, recipe.data.name, questions)
 
 
 def _build_features(image_features: ImageFeatures, encoded_split: EncodedSplit, listener: Listener) -> None:
@@ -215,7 +215,7 @@ def _evaluate_finished(session: BankSession, head_hash: str) -> None:
         config, features = finished[0].recipe.evaluation, session.evaluation_features.features
         partial = session.open_partial_scores(finished)
         evaluations = {
-            split: split_evaluation.evaluate_split(
+            split: evaluate_split.evaluate_split(
                 backbone, session.splits[split], features, config, partial.section(split)
             )
             for split in ("val", "test")
@@ -230,5 +230,7 @@ def _evaluate_finished(session: BankSession, head_hash: str) -> None:
             subject = f"scores in the evaluation of {split}, first in question {question_id}"
             fail_run(experiment.run, experiment.recipe, subject, session.listener)
             continue
-        result = record.write(experiment, backbone, session.splits, own_evaluations, head_hash, session.texts)
+        result = write_result.write(
+            experiment, backbone, session.splits, own_evaluations, head_hash, session.text_counts
+        )
         session.listener(events.RunFinished(experiment.run, experiment.recipe, result))

@@ -75,7 +75,7 @@ def load_sharded(model: ModelConfig, precision: str, device: torch.device, max_t
         return loading.load(model, precision, device, max_text, max_target, partial(sharding.shard_layers, mesh=mesh))
 
 
-def check_performance(recipe: Recipe) -> None:
+def refuse_conflicting_settings(recipe: Recipe) -> None:
     """Raise UserError if settings of the recipe's `performance` exclude others, alone or with several processes."""
     performance, adapter, teacher = recipe.performance, recipe.adapter, recipe.distillation.teacher
     if performance.cuda_graphs and teacher and recipe.distillation.visual and distributed.process_count() > 1:

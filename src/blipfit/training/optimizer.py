@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blipfit.adapters.bank import Bank
 from blipfit.recipe import TrainingConfig
-from blipfit.runtime import compile_and_checkpoint
+from blipfit.runtime import layer_execution
 
 
 class BankAdamW:
@@ -21,7 +21,7 @@ class BankAdamW:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(bank.values), torch.zeros_like(bank.values)
         self._decays_P = bank.decay_mask()
         self.recipes = list(recipes)
-        self._update = compile_and_checkpoint.compile_function(self.update) if compiled else self.update
+        self._update = layer_execution.compile_function(self.update) if compiled else self.update
         self._place_columns()
 
     def _place_columns(self) -> None:
@@ -72,13 +72,6 @@ class BankAdamW:
         exp_avg_sq_KP.mul_(beta2).addcmul_(grads_KP * (1 - beta2), grads_KP)
         denominator = exp_avg_sq_KP.sqrt().div_(corrections[1]).add_(eps)
         values_KP.sub_(denominator.reciprocal_().mul_(exp_avg_KP).mul_(rate / corrections[0]))
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Follow `Bank.keep`."""
-        rows = list(indices)
-        self.exp_avg, self.exp_avg_sq = self.exp_avg[rows].clone(), self.exp_avg_sq[rows].clone()
-        self.recipes = [self.recipes[k] for k in rows]
-        self._place_columns()
 
     def state(self, k: int) -> dict[str, dict[str, Tensor]]:
         return {

@@ -14,8 +14,8 @@ from blipfit.data.batches import EncodedQuestion, TargetBatch
 from blipfit.model.backbone import Backbone
 from blipfit.recipe import Recipe
 from blipfit.runtime import cpu_memory, distributed, shared_dropout
-from blipfit.runtime.compile_and_checkpoint import LayerExecution
-from blipfit.runtime.graphs import CapturedFunction
+from blipfit.runtime.cuda_graphs import CapturedFunction
+from blipfit.runtime.layer_execution import LayerExecution
 from blipfit.training import batch_order, distillation
 from blipfit.training.optimizer import BankAdamW, rate_at
 
@@ -29,7 +29,7 @@ class Stepper:
         self.backbone, self.encoded = backbone, encoded
         self.recipes = list(recipes)
         self.training = self.recipes[0].training
-        self.teacher = distillation.teacher(self.recipes[0], backbone)
+        self.teacher = distillation.load_teacher(self.recipes[0], backbone)
         # fp16 gradients underflow in the backward pass through the language model; those of bf16 and fp32 do not.
         self._loss_scale = 2.0**10 if backbone.autocast_dtype == torch.float16 else 1.0
         self._captured: CapturedFunction | None = None
@@ -123,16 +123,16 @@ class Stepper:
         losses_K = self.backbone.losses(visual, target)
         return losses_K, losses_K
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep_experiments(self, indices: Sequence[int]) -> None:
         """Continue with these experiments only, from the values that they have.
 
         Bank, optimizer and AdaLoRA's allocator are made anew for them, as if they continued from a checkpoint: the
         layout of a bank decides how sums are rounded, so it must not depend on experiments that have left.
         """
         self._captured = None  # the CUDA graph was recorded for the old K
-        states = [self.state(k) for k in rows]
+        states = [self.state(k) for k in indices]
         steps = self.optimizer.steps
-        self.recipes = [self.recipes[k] for k in rows]
+        self.recipes = [self.recipes[k] for k in indices]
         self.bank.remove()
         self._make_bank()
         for k, state in enumerate(states):

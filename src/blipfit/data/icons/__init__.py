@@ -1,7 +1,7 @@
 """Icons: an endless, deterministic data set of small generated pictures with questions about them."""
 
 from blipfit.data.icons.draw import draw
-from blipfit.data.icons.icon_files import VERSION, load, prepare, write_mme, write_preferences
+from blipfit.data.icons.icon_data_sets import VERSION, load, prepare, write_mme, write_preferences
 from blipfit.data.icons.questions import SceneQuestion, iterate_questions, make_questions
 from blipfit.data.icons.scene import BACKGROUNDS, COLORS, KINDS, PLANS, SHAPES, Icon, Scene, make_scene
 from blipfit.data.icons.skills import HELD_OUT, PRETRAINED, SKILLS

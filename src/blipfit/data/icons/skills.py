@@ -154,7 +154,7 @@ def _ask_color_at(scene: Scene, rng: random.Random) -> Draft | None:
     return f"What color is the shape in the {quarter}?", icon.color, pool
 
 
-def _ask_beside(scene: Scene, rng: random.Random) -> Draft | None:
+def _ask_neighbor(scene: Scene, rng: random.Random) -> Draft | None:
     """Ask for the shape in the cell next to an icon, if it differs from that icon's shape."""
     icon = rng.choice(scene.icons)
     side, (down, right) = rng.choice(list(NEIGHBORS.items()))
@@ -292,7 +292,7 @@ SKILLS: dict[str, Skill] = {
     "where": Skill(_ask_where, ("few", "total", "kind")),
     "shape_at": Skill(_ask_shape_at, ("few", "total", "kind")),
     "color_at": Skill(_ask_color_at, ("few", "total", "kind")),
-    "beside": Skill(_ask_beside, ("line", "grid", "few")),
+    "beside": Skill(_ask_neighbor, ("line", "grid", "few")),
     "time": Skill(_ask_time, ("clock",)),
     "scale": Skill(_ask_scale, ("scale",)),
     "end": Skill(_ask_end, ("line",)),
