@@ -113,7 +113,10 @@ def _set_length(tokens: int) -> Callable[[Any], Any]:
         return (ids * (tokens // len(ids) + 1))[:tokens]
 
     return lambda e: dataclasses.replace(
-        e, qformer=repeat(e.qformer), prompt=repeat(e.prompt), prompt_cut=repeat(e.prompt_cut)
+        e,
+        qformer=repeat(e.qformer),
+        evaluation_prompt=repeat(e.evaluation_prompt),
+        training_prompt=repeat(e.training_prompt),
     )
 
 

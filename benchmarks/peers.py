@@ -71,7 +71,7 @@ class Inputs:
         else:
             labels = torch.full_like(ids, -100)
             for row, e in enumerate(targets):
-                start = Q + len(e.prompt_cut)
+                start = Q + len(e.training_prompt)
                 labels[row, start : start + len(e.target)] = torch.tensor(e.target)
         return {**inputs, "labels": labels}
 
@@ -165,7 +165,7 @@ class OriginalPeer:
 
     def _embed_prompt(self, question: Question, e: EncodedQuestion) -> tuple[Tensor, Tensor]:
         device = self.backbone.device
-        prompt = torch.tensor([e.prompt], device=device)
+        prompt = torch.tensor([e.evaluation_prompt], device=device)
         output = self.model.base_model.model.get_image_features(
             self.inputs.pixels([question]).to(device), torch.tensor([e.qformer], device=device), return_dict=True
         )

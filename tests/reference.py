@@ -94,7 +94,7 @@ def train(hf, backbone, batches, optimizer, steps) -> list[float]:
     for step in range(steps):
         encoded, pixels = batches[step % len(batches)]
         optimizer.zero_grad()
-        loss, _ = forward(hf, backbone, pixels, [(e.qformer, e.prompt_cut, e.target) for e in encoded])
+        loss, _ = forward(hf, backbone, pixels, [(e.qformer, e.training_prompt, e.target) for e in encoded])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -107,5 +107,5 @@ def with_trained(backbone, file, encoded, pixels):
     for name, tensor in load_file(file).items():
         parameter = backbone.hf.get_parameter(name)
         parameter.copy_(tensor.view_as(parameter))
-    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    rows = [(e.qformer, e.training_prompt, e.target) for e in encoded]
     return torch.cat(forward(backbone.hf, backbone, pixels, rows)[1])

@@ -293,7 +293,7 @@ def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path
     assert code == 0, err
     assert (ours["on"], ours["questions"], pairs["clip"]) == ("icons", 4, "tiny-clip")
     assert {"base", "tuned", "difference"} <= pairs.keys()
-    written = tmp_path / "results/icons/13/evaluations/rewardbench-test"
+    written = tmp_path / "results/icons/13/evaluations/rewardbench-test-first-4"
     assert json.loads((written / "evaluation.json").read_text())["adapter_sha256"] == pairs["adapter_sha256"]
     code, out, err = blipfit("evaluate", "tiny-t5", *on)
     assert code == 0, err

@@ -33,7 +33,7 @@ from blipfit.runtime import distributed
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """An image file or its content, or an image in memory (an array: height × width, or × 3 or 4 channels, of 8 bits)."""
-Skip = Callable[[Path, UserError], None]
+OnSkipped = Callable[[Path, UserError], None]
 """Receives every image that is left out, with the reason."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
@@ -175,7 +175,7 @@ class Model:
         top: int = 9,
         batch_size: int = 32,
         advance: Callable[[int], None] = lambda done: None,
-        skip: Skip | None = None,
+        skip: OnSkipped | None = None,
     ) -> list[Match]:
         """The `top` images, in a folder and its subfolders or in a list, for which the text is the likeliest caption.
 
@@ -199,7 +199,7 @@ class Model:
             matches += [Match(file, score - gray_score) for file, score in batch]
         return sorted(matches, key=lambda match: -match.score)[:top]
 
-    def _usable_files(self, files: Sequence[Path], skip: Skip) -> list[Path]:
+    def _usable_files(self, files: Sequence[Path], skip: OnSkipped) -> list[Path]:
         """Return the files that can be decoded; those whose features are stored are not decoded again."""
         store = self._stored_features().store
         assert store is not None
@@ -370,7 +370,7 @@ def _require_path(image: str | Path) -> Path:
     return Path(image)
 
 
-def select_usable(files: Sequence[Path], errors: Iterable[UserError | None], skip: Skip) -> list[Path]:
+def select_usable(files: Sequence[Path], errors: Iterable[UserError | None], skip: OnSkipped) -> list[Path]:
     """Return the files without an error, and give the others to `skip`; raises UserError if none is left."""
     failed = {file: error for file, error in zip(files, errors, strict=True) if error is not None}
     usable = [file for file in files if file not in failed]

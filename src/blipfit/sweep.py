@@ -65,7 +65,7 @@ class PlannedGroup:
         return steps * self._interpolate("seconds", size) + questions * self._interpolate("evaluation_seconds", size)
 
     def _interpolate(self, name: str, size: int) -> float:
-        """A trial's time for a bank of a size between the measured ones; beyond them in proportion to the nearest."""
+        """A trial's time for a bank of this size: linear between two measured sizes, proportional outside of them."""
         points = [(trial.experiments, float(getattr(trial, name))) for trial in self.trials]
         below = max((point for point in points if point[0] <= size), default=min(points))
         above = min((point for point in points if point[0] >= size), default=max(points))
@@ -76,7 +76,7 @@ class PlannedGroup:
         return below[1] + share * (above[1] - below[1])
 
     def divide(self, number: int) -> list[PlannedBank]:
-        """So many banks, as even as possible."""
+        """Divide the experiments into `number` banks of nearly equal size."""
         count = len(self.recipes)
         parts = [self.recipes[i * count // number : (i + 1) * count // number] for i in range(number)]
         return [PlannedBank(part, self.best, self.bank_seconds(part)) for part in parts]

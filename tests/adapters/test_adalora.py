@@ -99,7 +99,7 @@ def _train_with_peft(trainer, folder, adapter, start, steps):
     losses = []
     for step in range(steps):
         encoded, pixels = trainer.batches[step % 3]
-        rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+        rows = [(e.qformer, e.training_prompt, e.target) for e in encoded]
         optimizer.zero_grad()
         loss, _ = reference.forward(_TunerModel(tuner), backbone, pixels, rows)
         penalty = _penalty(hf)

@@ -18,7 +18,9 @@ def _scores(backbone) -> torch.Tensor:
     return backbone.score_candidates(visual, batch).sums_KM[0]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("t5", name) for name in ADAPTERS), ("vicuna", "lora"), ("vicuna", "full Q-Former")]
+)
 def test_a_merged_model_computes_what_the_adapter_does(backbone, small, tmp_path, name):
     folder = save_trained(tmp_path / "adapter", small[backbone.family], ADAPTERS[name])
     base_scores, names = _scores(backbone), set(backbone.hf.state_dict())
@@ -42,6 +44,7 @@ def test_a_cast_model_keeps_the_trained_parts_in_fp32(backbone):
     assert dtypes["vision_model.encoder.layers.0.mlp.fc1.weight"] == torch.float16
 
 
+@pytest.mark.parametrize("family", ["vicuna"])
 def test_the_processor_gives_the_ids_that_blipfit_reads(hub_like, family, tmp_path):
     """The hub's Vicuna copies do not say that a BOS token is added."""
     backbone = checkpoints.load(hub_like[family])

@@ -98,7 +98,7 @@ def test_peft_loads_a_saved_adapter(backbone, small, tmp_path, adapter):
         name.removesuffix(".lora_A.default") for name, _ in hf.named_modules() if name.endswith(".lora_A.default")
     }
     assert wrapped_names == set(placement.resolve(backbone.hf, backbone.family, adapter).lora)
-    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    rows = [(e.qformer, e.training_prompt, e.target) for e in encoded]
     with torch.no_grad():
         incomplete_logits = torch.cat(reference.forward(hf, new_backbone, pixels, rows)[1])
     peft_logits = reference.with_trained(new_backbone, tmp_path / "adapter" / "trained.safetensors", encoded, pixels)

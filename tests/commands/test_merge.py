@@ -33,7 +33,7 @@ def test_transformers_computes_and_answers_as_the_run(finished_run, merged, icon
     with torch.no_grad(), model.adapter() as backbone:
         logits = backbone.target_logits(backbone.query(backbone.see(pixels), batch), batch)[0]
     hf = AutoModelForImageTextToText.from_pretrained(merged)
-    rows = [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    rows = [(e.qformer, e.training_prompt, e.target) for e in encoded]
     with torch.no_grad():
         hf_logits = torch.cat(reference.forward(hf, model.backbone, pixels, rows)[1])
     torch.testing.assert_close(hf_logits, logits, atol=1e-5, rtol=1e-5)
@@ -52,6 +52,7 @@ def test_transformers_computes_and_answers_as_the_run(finished_run, merged, icon
         assert expected
 
 
+@pytest.mark.parametrize("family", ["t5"])
 def test_blipfit_takes_the_folder_as_a_model(finished_run, merged, iconqa, tmp_path):
     options = OnOptions(iconqa, results=tmp_path / "other")
     (record,) = evaluate.run_on(str(merged), "iconqa", torch.device("cpu"), options)
@@ -108,8 +109,7 @@ def test_unusable_arguments_are_refused(adapter_folder, tmp_path):
         merge.run(tmp_path / "nowhere", tmp_path / "merged", "fp32", None, "cpu")
 
 
-def test_a_quantized_base_is_merged_without_quantization(adapter_folder, tmp_path, capsys):
-    """Only the warning: the run's quantization is in its recipe."""
+def test_a_run_on_quantized_weights_has_a_warning(capsys):
     warnings = merge._announce_warnings(["a"], "4bit")["warnings"]
     assert warnings[0] == "a"
     assert "trained on 4bit weights; the adapter was merged into the same weights without quantization" in warnings[1]

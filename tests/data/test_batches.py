@@ -57,16 +57,16 @@ def test_golden_short_prompt(text: TextEncoder, family):
 
 def test_golden_cut_from_the_left(text: TextEncoder, family):
     (e,) = text.encode([LONG])
-    assert len(e.qformer) == len(e.prompt_cut) == 128
+    assert len(e.qformer) == len(e.training_prompt) == 128
     assert (e.qformer[0], e.qformer[-len(END_BERT) :]) == (101, END_BERT)
     end = END_T5 if family == "t5" else END_LLAMA
-    assert e.prompt_cut[-len(end) :] == end
-    assert len(e.prompt) == WHOLE[family]  # in evaluation the language model reads the whole prompt
+    assert e.training_prompt[-len(end) :] == end
+    assert len(e.evaluation_prompt) == WHOLE[family]  # in evaluation the language model reads the whole prompt
     if family == "t5":
-        assert e.prompt_cut == e.prompt[-128:]
+        assert e.training_prompt == e.evaluation_prompt[-128:]
     else:
-        assert e.prompt_cut == [2, *e.prompt[-127:]]
-        assert e.prompt[0] == 2
+        assert e.training_prompt == [2, *e.evaluation_prompt[-127:]]
+        assert e.evaluation_prompt[0] == 2
     assert e.target == OWL[family]
 
 
@@ -116,7 +116,7 @@ def test_an_answer_is_cut_from_the_right_and_keeps_its_end(hub_like, family):
 def test_another_length_of_text(hub_like, family):
     text = checkpoints.load(hub_like[family], max_text=16).text
     (e,) = text.encode([LONG])
-    assert (len(e.qformer), len(e.prompt_cut), len(e.prompt)) == (16, 16, WHOLE[family])
+    assert (len(e.qformer), len(e.training_prompt), len(e.evaluation_prompt)) == (16, 16, WHOLE[family])
 
 
 def test_every_row_has_a_label(backbone):

@@ -67,7 +67,7 @@ def test_texts_are_tokenized_within_the_limits(for_all, miniature):
         (encoded,) = text.encode([written])
         assert 0 < len(encoded.qformer) <= text.max_text
         assert 0 < len(encoded.prompt) <= MAX_TOKENS
-        assert 0 < len(encoded.prompt_cut) <= text.max_text
+        assert 0 < len(encoded.training_prompt) <= text.max_text
         assert 0 < len(encoded.target) <= text.max_target
         assert len(encoded.candidates) == len(written.candidates)
         assert max(encoded.qformer) < sizes[0]
@@ -95,7 +95,7 @@ def test_texts_from_python_are_checked_first(for_all):
 def test_a_very_long_prompt_is_truncated_or_refused_in_few_words(miniature):
     prompts = [PROMPTS["vqa-v1"](Question("1", Path("x.png"), "red " * 9000, "x"))]
     (encoded,) = miniature.text.encode(prompts)
-    assert encoded.prompt_is_cut
+    assert encoded.evaluation_prompt_is_cut
     assert len(encoded.prompt) == MAX_TOKENS
     with pytest.raises(UserError, match="tokens, more than the limit") as refusal:
         miniature.text.encode(prompts, whole_prompts=True)

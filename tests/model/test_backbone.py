@@ -16,7 +16,7 @@ from checkpoints import load
 
 
 def _rows(encoded):
-    return [(e.qformer, e.prompt_cut, e.target) for e in encoded]
+    return [(e.qformer, e.training_prompt, e.target) for e in encoded]
 
 
 def test_stages_give_the_logits_of_hugging_face(backbone: Backbone):
@@ -73,7 +73,9 @@ def _brute_force(hf, backbone, pixels, encoded):
     scores = []
     for row, e in enumerate(encoded):
         for candidate in e.candidates:
-            _, logits = reference.forward(hf, backbone, pixels[row : row + 1], [(e.qformer, e.prompt, candidate)])
+            _, logits = reference.forward(
+                hf, backbone, pixels[row : row + 1], [(e.qformer, e.evaluation_prompt, candidate)]
+            )
             scores.append(reference.log_likelihood(logits[0], candidate))
     return scores
 
@@ -154,7 +156,7 @@ def test_generation_gives_the_ids_of_hugging_face(backbone: Backbone):
     expected = backbone.hf.generate(
         pixel_values=pixels,
         qformer_input_ids=batch.qformer_ids_BT,
-        input_ids=torch.tensor([placeholder + e.prompt]),
+        input_ids=torch.tensor([placeholder + e.evaluation_prompt]),
         **options,
     )
     assert ids[0].tolist() == expected[0].tolist()[-ids.shape[1] :]

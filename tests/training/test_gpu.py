@@ -71,7 +71,7 @@ def test_stages_give_the_logits_of_hugging_face_in_bf16(gpu_backbone, small, fam
     with torch.no_grad():
         logits = backbone.target_logits(backbone.query(backbone.see(pixels), batch), batch)[0].float()
     exact = checkpoints.load(small[family])  # fp32 on the CPU
-    rows = [(e.qformer, e.prompt_cut, e.target) for e in questions]
+    rows = [(e.qformer, e.training_prompt, e.target) for e in questions]
     with torch.no_grad():
         expected = torch.cat(reference.forward(exact.hf, exact, pixels.float().cpu(), rows)[1])
     difference = (logits.cpu() - expected).norm() / expected.norm()

@@ -138,7 +138,7 @@ def test_the_recorded_numbers_are_those_of_the_files(recipe, train, family, smal
         (e,) = backbone.text.encode([written])
         for found, ids in zip(record["candidates"], e.candidates, strict=True):
             with torch.no_grad():
-                _, (logits,) = reference.forward(tuned, backbone, pixels, [(e.qformer, e.prompt, ids)])
+                _, (logits,) = reference.forward(tuned, backbone, pixels, [(e.qformer, e.evaluation_prompt, ids)])
             expected = reference.log_likelihood(logits, ids)
             assert found["sum"] == pytest.approx(expected, abs=1e-3)
             assert found["tokens"] == len(ids)

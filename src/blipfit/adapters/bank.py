@@ -2,7 +2,7 @@
 
 All trained tensors of all experiments are in one matrix `values` (K × P), their gradients in `grads` of the same shape;
 the multi-adapter layers hold views of both. An optimizer step is therefore a few operations on a matrix, an experiment
-is a row, and an experiment leaves the bank when its row is removed.
+is a row. When an experiment leaves, the bank is made anew without it.
 
 Dimensions: `K` experiments, `P` trained parameters of an experiment (columns), `r` largest rank of a layer, `I` inputs
 and `O` outputs of a layer; A `r × I`, E `r × 1`, B `O × r`.

@@ -4,7 +4,8 @@ Inputs have K·B rows: first all B rows of experiment 0, then those of experimen
 
 Dimensions: `K` experiments, `B` rows of the batch, `R` rows × positions of one experiment, `r` rank, `I` input width,
 `O` output width, `D` width of a layer norm or an embedding, `V` entries of an embedding table. `S` is the number of
-experiments in a layer's span: those from the first to the last that has LoRA there. `…` stands for any dimensions. A
+experiments in a layer's span: the smallest range of experiments that contains all that have LoRA there; those outside
+of it skip the LoRA product. `…` stands for any dimensions. A
 suffix such as `_KRI` lists a tensor's dimensions.
 """
 

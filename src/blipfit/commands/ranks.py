@@ -63,7 +63,7 @@ def sublayers(history: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def ranks_by_block(layers: Mapping[str, int]) -> dict[str, dict[int, int]]:
-    """Ranks by kind of module (its name with `*` for the block number) and block number."""
+    """Kind of module (its name with `*` for the block number) → block number → rank."""
     kinds: dict[str, dict[int, int]] = {}
     for layer, rank in layers.items():
         match = _BLOCK_NUMBER.search(layer)
@@ -84,13 +84,13 @@ def run_tables(record: Mapping[str, Any]) -> list[Any]:
         first.add_row(name, str(part["layers"]), str(part["start"]), str(part["kept"]), mean, str(part["empty"]))
     first.add_section()
     first.add_row("all", str(len(record["ranks"])), "", f"{sum(record['ranks'].values())}", style="bold")
-    depths = ranks_by_block(record["ranks"])
-    columns = sorted({number for row in depths.values() for number in row})
+    blocks = ranks_by_block(record["ranks"])
+    columns = sorted({number for row in blocks.values() for number in row})
     second = Table(title="by layer", title_justify="left")
     second.add_column("module", overflow="fold")
     for number in columns:
         second.add_column(str(number), justify="right")
-    for kind, row in depths.items():
+    for kind, row in blocks.items():
         second.add_row(kind, *(str(row.get(number, "")) for number in columns))
     return [first, second, _heat_map_line(record)]
 
@@ -133,19 +133,20 @@ def _heat_map_line(record: Mapping[str, Any]) -> str:
 
 
 def draw_rank_figure(history: Mapping[str, Any], title: str, file: Path) -> None:
-    """Write the heat map: final ranks by module and layer, and the mean rank of each sublayer over training."""
+    """Draw the heat map of the final ranks by kind of module and block number, and the mean rank of each sublayer
+    over training."""
     import numpy as np
     from matplotlib.figure import Figure
 
-    depths = ranks_by_block(dict(zip(history["layers"], history["ranks"][-1], strict=True)))
-    width = 1 + max(number for row in depths.values() for number in row)
-    heat = np.full((len(depths), width), np.nan)
-    for number, row in enumerate(depths.values()):
+    blocks = ranks_by_block(dict(zip(history["layers"], history["ranks"][-1], strict=True)))
+    width = 1 + max(number for row in blocks.values() for number in row)
+    heat = np.full((len(blocks), width), np.nan)
+    for number, row in enumerate(blocks.values()):
         heat[number, list(row)] = list(row.values())
-    figure = Figure(figsize=(10 + 0.2 * width, 2.5 + 0.3 * len(depths)), layout="constrained")
+    figure = Figure(figsize=(10 + 0.2 * width, 2.5 + 0.3 * len(blocks)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     image = left.imshow(heat, aspect="auto", cmap="viridis", vmin=0, vmax=history["start_rank"])
-    left.set_yticks(range(len(depths)), list(depths), fontsize=7)
+    left.set_yticks(range(len(blocks)), list(blocks), fontsize=7)
     left.set(xlabel="block", title=f"{title}: ranks")
     figure.colorbar(image, ax=left, label="rank")
     for name, part in sublayers(history).items():

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from blipfit import sweep
 from blipfit.commands import train
-from blipfit.disk_space import format_bytes
 from blipfit.recipe import Recipe
 from blipfit.report import terminal
 from blipfit.report.progress import TrainingDisplay
@@ -91,7 +90,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             str(size),
             f"{1000 * bank['seconds_per_step']:.0f} ms",
             f"{1000 * bank['seconds_per_step'] / size:.0f} ms",
-            format_bytes(bank["bytes"]),
+            f"{bank['bytes'] / 2**30:.2f} GiB",
             terminal.format_duration(bank["seconds"]),
         )
     return table

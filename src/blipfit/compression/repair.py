@@ -1,11 +1,15 @@
-"""Least-squares repair of a cut Q-Former: refit its layers, one by one, to the outputs of the original.
+"""Least-squares repair of a shrunk Q-Former: refit its layers, one by one, to the outputs of the original Q-Former.
 
-The cut model and the original compute the same calibration questions. In the order of computation, every linear layer
-of the cut model is refitted so that from the CUT model's inputs it gives the ORIGINAL's outputs at the selected
-channels; then the layer norm behind it, one scale and one shift per channel. The target of a layer that writes to the
-residual path is the original's sum of layer output and residual, so the layer also compensates the error of the
-residual path. If layers that follow were removed, the target is the output of the last removed one. Every fit is a
-ridge regression of a correction to the inherited weight: where nothing was lost, the correction is zero.
+Both Q-Formers compute the same calibration questions. Then, in the order of computation:
+
+1. Every linear layer of the shrunk Q-Former is refitted: from its own inputs it shall give the outputs of the original
+   at the selected channels.
+2. The layer norm behind it is refitted: one scale and one shift per channel.
+
+A layer that writes to the residual path has the original's sum of output and residual as its target, so it also
+compensates the error of the residual path. If the layers after it were removed, it shall give what the last of them
+gave. Every fit is a ridge regression of a correction to the inherited weight: where nothing was lost, the correction is
+zero.
 
 `B` questions, `S` query and text tokens, `Q` query tokens, `P` image tokens, `D`, `E` widths, `R` rows: the tokens of
 all questions without padding.

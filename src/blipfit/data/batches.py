@@ -50,16 +50,16 @@ class EncodedQuestion:
 
     qformer: list[int]
     """The prompt in the Q-Former's BERT tokens, truncated from the left."""
-    prompt: list[int]
+    evaluation_prompt: list[int]
     """The whole prompt, for evaluation; truncated from the left if it has more than MAX_TOKENS."""
-    prompt_cut: list[int]
+    training_prompt: list[int]
     """The prompt truncated from the left, for training."""
     target: list[int]
     """The answer to learn, with its end token."""
     candidates: list[list[int]]
     """All answers to rank; empty for an open question."""
-    prompt_is_cut: bool = False
-    """Whether `prompt` lacks its beginning."""
+    evaluation_prompt_is_cut: bool = False
+    """Whether `evaluation_prompt` lacks its beginning."""
     qformer_is_cut: bool = False
     """Whether `qformer` lacks the beginning of the prompt."""
     target_is_cut: bool = False
@@ -172,7 +172,7 @@ class TextEncoder:
         answers = [text for p in prompted for text in p.candidates]
         candidates = iter(self._answers(answers, add_end=self.family == "t5"))
         encoded = []
-        for p, qformer, (prompt, prompt_length), prompt_cut, (target, target_is_cut) in zip(
+        for p, qformer, (prompt, prompt_length), training_prompt, (target, target_is_cut) in zip(
             prompted,
             _ids(self.qformer_tokenizer, prompts, truncation=True, max_length=self.max_text),
             self._bounded_prompts(prompts),
@@ -190,10 +190,10 @@ class TextEncoder:
                 EncodedQuestion(
                     qformer,
                     prompt,
-                    prompt_cut,
+                    training_prompt,
                     target,
                     [row for row, _ in rows],
-                    prompt_is_cut=prompt_length > MAX_TOKENS,
+                    evaluation_prompt_is_cut=prompt_length > MAX_TOKENS,
                     qformer_is_cut=len(qformer) == self.max_text and self._qformer_length(p.prompt) > self.max_text,
                     target_is_cut=target_is_cut,
                     cut_candidates=sum(is_cut for _, is_cut in rows),
@@ -207,7 +207,7 @@ class TextEncoder:
 
     def prompts(self, encoded: Sequence[EncodedQuestion]) -> PromptBatch:
         """Return a batch of whole prompts, right-padded."""
-        return PromptBatch(*self._pad_texts([e.qformer for e in encoded], [e.prompt for e in encoded]))
+        return PromptBatch(*self._pad_texts([e.qformer for e in encoded], [e.evaluation_prompt for e in encoded]))
 
     def targets(self, encoded: Sequence[EncodedQuestion], multiple: int = 1, rows: slice = ALL_ROWS) -> TargetBatch:
         """Return a training batch: truncated prompts and targets. Every row has at least one label (its end token).
@@ -219,7 +219,7 @@ class TextEncoder:
         qformer = [e.qformer for e in encoded]
         questions = encoded[rows]
         if self.family == "t5":
-            text = self._pad_texts(qformer, [e.prompt_cut for e in encoded], multiple)
+            text = self._pad_texts(qformer, [e.training_prompt for e in encoded], multiple)
             shifted = [[self.decoder_start, *e.target[:-1]] for e in encoded]
             decoder_ids, _ = _pad(shifted, self._pad_id, min(multiple, 8))
             positions = [
@@ -227,11 +227,11 @@ class TextEncoder:
             ]
             decoder_ids = decoder_ids[rows]
         else:
-            text = self._pad_texts(qformer, [e.prompt_cut + e.target for e in encoded], multiple)
+            text = self._pad_texts(qformer, [e.training_prompt + e.target for e in encoded], multiple)
             decoder_ids = None
             # Output i predicts token i + 1: the first answer token is predicted at the prompt's last token.
             positions = [
-                row * text[2].shape[1] + len(e.prompt_cut) - 1 + i
+                row * text[2].shape[1] + len(e.training_prompt) - 1 + i
                 for row, e in enumerate(questions)
                 for i in range(len(e.target))
             ]
@@ -244,7 +244,7 @@ class TextEncoder:
 
     def candidates(self, encoded: Sequence[EncodedQuestion]) -> CandidateBatch:
         """Return a ranking batch: whole prompts and all candidates of every question."""
-        text = self._pad_texts([e.qformer for e in encoded], [e.prompt for e in encoded])
+        text = self._pad_texts([e.qformer for e in encoded], [e.evaluation_prompt for e in encoded])
         ids, mask = _pad([candidate for e in encoded for candidate in e.candidates], self._pad_id)
         question = [row for row, e in enumerate(encoded) for _ in e.candidates]
         return CandidateBatch(*text, ids, mask, torch.tensor(question))

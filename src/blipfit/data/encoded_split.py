@@ -25,11 +25,11 @@ class EncodedSplit:
     @property
     def lengths(self) -> list[int]:
         """Number of text tokens of every question in training: truncated prompt plus target."""
-        return [len(question.prompt_cut) + len(question.target) for question in self.encoded]
+        return [len(question.training_prompt) + len(question.target) for question in self.encoded]
 
     def longest(self, count: int) -> "EncodedSplit":
         """Return the `count` questions with the longest prompts, longest first; all if there are fewer."""
-        rows = sorted(range(len(self)), key=lambda row: -len(self.encoded[row].prompt))[:count]
+        rows = sorted(range(len(self)), key=lambda row: -len(self.encoded[row].evaluation_prompt))[:count]
         return EncodedSplit(
             questions=[self.questions[row] for row in rows],
             prompted=[self.prompted[row] for row in rows],

@@ -1,4 +1,4 @@
-"""Count what a model does not read of a split's texts, and questions that cannot be answered; say it in sentences."""
+"""Count a split's texts that are cut and its questions without a clear answer, and describe them for the user."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +18,8 @@ def count_texts(split: EncodedSplit) -> dict[str, int]:
     """
     return {
         "questions": len(split),
-        "cut_prompts": sum(len(e.prompt_cut) < len(e.prompt) for e in split.encoded),
-        "very_long_prompts": sum(e.prompt_is_cut for e in split.encoded),
+        "cut_prompts": sum(len(e.training_prompt) < len(e.evaluation_prompt) for e in split.encoded),
+        "very_long_prompts": sum(e.evaluation_prompt_is_cut for e in split.encoded),
         "cut_qformer_prompts": sum(e.qformer_is_cut for e in split.encoded),
         "cut_answers": sum(e.target_is_cut for e in split.encoded),
         "choices": sum(len(e.candidates) for e in split.encoded),

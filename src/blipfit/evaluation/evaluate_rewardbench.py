@@ -70,7 +70,7 @@ def _generate_judgments(
         for swapped in (False, True):
             prompts = [clean_prompt(rewardbench_scores.judge_prompt(pair, swapped)) for pair in task.pairs]
             encoded = backbone.text.encode([PromptedQuestion(prompt, "", ()) for prompt in prompts])
-            cut_prompts += sum(question.prompt_is_cut for question in encoded)
+            cut_prompts += sum(question.evaluation_prompt_is_cut for question in encoded)
             (texts,) = generation.generate(
                 backbone,
                 encoded,

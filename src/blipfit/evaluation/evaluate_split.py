@@ -147,7 +147,7 @@ def compute_losses(
     Prompts and answers are truncated as in training.
     """
     encoded = encoded_split.encoded
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].target))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].evaluation_prompt) + len(encoded[i].target))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     features_at = build_feature_lookup(encoded_split, get_features)
 

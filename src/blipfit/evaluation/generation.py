@@ -99,7 +99,7 @@ def generate(
     number of questions. Questions of similar length share a batch, which keeps padding small. Prompts are not
     truncated. `partial`: answers of an evaluation that was interrupted; those that it has are not generated again.
     """
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].evaluation_prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def generate_batch(indices: Sequence[int]) -> list[list[str]]:

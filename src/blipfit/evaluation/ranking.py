@@ -71,7 +71,7 @@ def rank(
     evaluation that was interrupted; those that it has are not computed again. Returns `K` lists in the order of the
     questions.
     """
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].evaluation_prompt))
     max_candidates = max(1, MAX_ROWS // backbone.experiments)
     batches = _batches(order, [max(1, len(e.candidates)) for e in encoded], batch_size, max_candidates)
 

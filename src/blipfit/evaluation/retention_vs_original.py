@@ -113,21 +113,22 @@ def summarize(scores: SampleScores, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def compute_retention(base: SampleScores, candidate: SampleScores, seed: int = 0) -> dict[str, Any]:
+def compute_retention(original: SampleScores, candidate: SampleScores, seed: int = 0) -> dict[str, Any]:
     """Return the candidate's retention, raw and corrected for chance, with paired 95 % intervals, and its own mean.
 
     Corrected retention is None if the lower end of the 95 % confidence interval of the original's mean minus chance is
-    not above 0: such an original has nothing to retain.
+    not above 0: the original is not surely better than chance.
     """
-    before, after, chance = (np.asarray(v, dtype=float) for v in (base.scores, candidate.scores, base.chance))
-    above_chance = bootstrap.mean(before - chance, seed=seed)
-    corrected: dict[str, Any] = {"ratio": None, "interval": None, "samples": len(before)}
+    scores, chance = np.asarray(original.scores, dtype=float), np.asarray(original.chance, dtype=float)
+    candidate_scores = np.asarray(candidate.scores, dtype=float)
+    above_chance = bootstrap.mean(scores - chance, seed=seed)
+    corrected: dict[str, Any] = {"ratio": None, "interval": None, "samples": len(scores)}
     if above_chance["interval"] is not None and above_chance["interval"][0] > 0:
-        corrected = bootstrap.ratio(before - chance, after - chance, seed=seed)
+        corrected = bootstrap.ratio(scores - chance, candidate_scores - chance, seed=seed)
     return {
         **summarize(candidate, seed),
-        "difference": bootstrap.difference(before, after, seed=seed),
-        "raw": bootstrap.ratio(before, after, seed=seed),
+        "difference": bootstrap.difference(scores, candidate_scores, seed=seed),
+        "raw": bootstrap.ratio(scores, candidate_scores, seed=seed),
         "corrected": corrected,
     }
 

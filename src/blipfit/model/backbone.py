@@ -343,7 +343,10 @@ def language_layers(language: Any, family: Family) -> list[nn.Module]:
 
 
 def _widen_candidates(batch: CandidateBatch) -> CandidateBatch:
-    """Pad candidates of one token to two, because longer ones take another forward pass, which all processes share."""
+    """Pad candidates of one token to two.
+
+    Longer candidates take a second forward pass, and with a sharded model all processes must take part in every pass.
+    """
     ids, mask = F.pad(batch.candidate_ids_MA, (0, 1)), F.pad(batch.candidate_mask_MA, (0, 1))
     return dataclasses.replace(batch, candidate_ids_MA=ids, candidate_mask_MA=mask)
 

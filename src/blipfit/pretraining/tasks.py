@@ -19,6 +19,7 @@ ANSWERS = (
     *QUARTERS,
     *TIMES,
 )
+# Words of the kinds of questions that fine-tuning shall teach; pre-training must not use them.
 HELD_OUT_WORDS = set("first second third fourth from next come comes different other others more fewer most".split())  # noqa: SIM905
 OTHER_WORDS = [word for word in COMMON_WORDS if word not in HELD_OUT_WORDS]
 WORDS = [*ANSWERS, *ANSWERS, *OTHER_WORDS]

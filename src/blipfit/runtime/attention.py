@@ -87,7 +87,7 @@ def forward(
 
 
 def _prefers_batched_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether attention without dropout can be computed as batched products, and is faster that way."""
+    """Whether attention without dropout is computed as batched products: on a CPU in `onednn_products`, if faster."""
     return (
         onednn.uses_onednn(query.device.type)
         and all(tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in (query, key, value))
@@ -141,7 +141,7 @@ def _attention_for_compiler(
     scale: float,
     p: float,
 ) -> Tensor:
-    """The same attention as `_Attention`, with a backward pass that torch derives."""
+    """The same attention as `_Attention`, in plain torch operations that the compiler can trace."""
     # Same arithmetic as `_Attention`, written again: torch 2.11's compiler cannot trace that class, but derives the
     # backward pass of these plain operations and fuses them. Every change must be made in both.
     query_NHTD = query_NHTD if scale == 1 else query_NHTD * scale

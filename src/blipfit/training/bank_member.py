@@ -84,7 +84,8 @@ def remove_unused_checkpoints(members: Sequence[Member]) -> None:
 def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
     """Groups that can share a bank: equal bank keys, equal position; inside a group the order of `members`.
 
-    A member that is done joins the bank that it was trained in, so that they are evaluated together as without a kill.
+    A member that is done joins the bank that it was trained in, so that they are evaluated together, as if the training
+    had not been interrupted.
     """
 
     def key(member: Member) -> tuple[Any, ...]:

@@ -77,7 +77,7 @@ class BankSession:
         return self.stepper.bank
 
     def release(self) -> None:
-        """Give the backbone back as it was, and free the memory of training before the test needs some."""
+        """Give the backbone back as it was, and free the memory of training before the evaluation on the test split."""
         self.stepper.remove()
         self.backbone.hf.eval()
         del self.stepper, self.best_KP
@@ -168,7 +168,10 @@ class BankSession:
         fail_run(self.members[k].run, self.members[k].recipe, subject, self.listener)
 
     def _validate(self) -> None:
-        """Evaluate the validation split, remember the best values, write a log line each, save, finish what is done."""
+        """Evaluate the validation split, remember the best values, append one log line per experiment, and save.
+
+        Experiments that have stopped are finished.
+        """
         started = time.perf_counter()
         partial = self.open_partial_scores(self.members, self._save_once)
         validations = evaluate_split.validate(
@@ -267,7 +270,8 @@ class BankSession:
         if remaining:
             best = [self.bank.state(k, self.best_KP) for k in remaining]
             self.stepper.keep_experiments(remaining)
-            self.stepper.optimizer.steps = self.members[0].progress.updates  # one that was done had taken fewer
+            # The count was that of experiment 0, which may have stopped.
+            self.stepper.optimizer.steps = self.members[0].progress.updates
             self.best_KP = self.bank.values.clone()
             for k, state in enumerate(best):
                 self.bank.load_state(k, state, self.best_KP)

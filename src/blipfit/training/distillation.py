@@ -36,10 +36,10 @@ class Teacher:
         """The training objectives and the ordinary losses for reports, both summed over the N labels (K each).
 
         `visual`: the student's visual tokens `K·B × Q × D`. The distance of visual tokens is their mean squared
-        difference divided by the teacher's variance; that of a question weighs as much as `labels_per_question` labels,
-        the mean of the effective batch. The distance of answers is KL(teacher ‖ student) at every label position. If
-        neither labels nor answers have a weight, the language models do not run, and both results are the distance of
-        visual tokens.
+        difference divided by the teacher's variance; each question's distance is multiplied by `labels_per_question`,
+        the mean number of labels per question in the effective batch. The distance of answers is KL(teacher ‖ student)
+        at every label position. If neither labels nor answers have a weight, the language models do not run, and both
+        results are the distance of visual tokens.
         """
         K, N = student.experiments, len(batch.labels_N)
         with torch.no_grad():

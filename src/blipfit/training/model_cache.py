@@ -76,7 +76,7 @@ def load_sharded(model: ModelConfig, precision: str, device: torch.device, max_t
 
 
 def refuse_conflicting_settings(recipe: Recipe) -> None:
-    """Raise UserError if settings of the recipe's `performance` exclude others, alone or with several processes."""
+    """Raise UserError if two of the recipe's settings cannot be used together, alone or with several processes."""
     performance, adapter, teacher = recipe.performance, recipe.adapter, recipe.distillation.teacher
     if performance.cuda_graphs and teacher and recipe.distillation.visual and distributed.process_count() > 1:
         raise UserError(

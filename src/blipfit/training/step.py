@@ -116,7 +116,7 @@ class Stepper:
     def _losses(
         self, features: Tensor, target: TargetBatch, labels_per_question: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The training objectives and the ordinary losses (K each); they differ only with distillation."""
+        """The losses to minimize and the losses to report (K each); they differ only with distillation."""
         visual = self.backbone.query(features, target)
         if self.teacher:
             return self.teacher.losses(self.backbone, visual, features, target, labels_per_question)

@@ -155,7 +155,7 @@ def _ask_color_at(scene: Scene, rng: random.Random) -> Draft | None:
 
 
 def _ask_neighbor(scene: Scene, rng: random.Random) -> Draft | None:
-    """Ask for the shape in the cell next to an icon, if it differs from that icon's shape."""
+    """Ask for the shape in the cell beside, above or below an icon; None if there is no unambiguous such question."""
     icon = rng.choice(scene.icons)
     side, (down, right) = rng.choice(list(NEIGHBORS.items()))
     neighbor_cell = (icon.row + down, icon.col + right)
