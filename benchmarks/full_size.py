@@ -224,7 +224,7 @@ def _print_family(family: str, results: dict[str, Any]) -> None:
     model = f"{family}, {results['parameters'] / 1e6:,.0f} million parameters"
     print(f"\n{model}, {results['experiments']} experiments in a bank, time per experiment:")
     measure.print_unit_times(results)
-    print(f"  training against Trainer + peft:  {measure.format_speedup(results['against_trainer'])}")
+    print(f"  training against peft + Trainer:  {measure.format_speedup(results['against_trainer'])}")
     print(f"  ranking against the original:     {measure.format_speedup(results['ranking'])}")
     print(f"  share of the matrix product's rate: {100 * results['utilization'][-1]:.1f} %", flush=True)
 

@@ -101,6 +101,6 @@ def _single_recipe(recipes: list[Recipe]) -> Recipe:
 def _print_family(family: str, results: dict[str, Any]) -> None:
     print(f"\n{family} miniature, {results['experiments']} experiments in a bank, time per experiment:")
     measure.print_unit_times(results)
-    print(f"  training against Trainer + peft:            {measure.format_speedup(results['against_trainer'])}")
+    print(f"  training against peft + Trainer:            {measure.format_speedup(results['against_trainer'])}")
     print(f"  training and ranking against the original:  {measure.format_speedup(results['against_original'])}")
     print(f"  ranking against the original:               {measure.format_speedup(results['ranking'])}", flush=True)

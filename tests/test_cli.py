@@ -299,7 +299,7 @@ def test_evaluate_a_model_and_a_run_on_other_sets(blipfit, drawn: Path, tmp_path
     assert code == 0, err
     assert "pairwise accuracy, mean" in out
     assert "with adapter" not in out
-    assert (tmp_path / "results/evaluations/tiny-t5/rewardbench-test/evaluation.json").exists()
+    assert (tmp_path / "results/evaluations/tiny-t5/rewardbench-test-first-4/evaluation.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ NETWORK_FILES = {
     "runtime/launcher.py": ("socket",),  # a free port of this machine
 }
 """Files that use the network themselves, and the modules. All downloads go through huggingface_hub."""
-LOADERS = {"model/loading.py", "model/clip.py", "model/tokenizer_files.py", "pretraining/make_miniatures.py"}
+LOADERS = {
+    *("model/loading.py", "model/clip.py", "model/tokenizer_files.py", "pretraining/make_miniatures.py"),
+    "adapters/load_adapter.py",  # copied into adapter folders; runs without blipfit
+}
 """Files that call `from_pretrained`."""
 FORBIDDEN_CALLS = {
     **dict.fromkeys(

@@ -342,7 +342,7 @@ def _array_image(array: np.ndarray) -> Image.Image:
 def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return the image files in a folder and its subfolders, by their suffix; of a list, the files in the list.
 
-    Files and folders whose names begin with a dot are passed over. Raises UserError if there are none.
+    Files and folders whose names begin with a dot are skipped. Raises UserError if there are none.
     """
     if not isinstance(images, str | Path):
         files = [_require_path(image) for image in _require_items(images, "images")]

@@ -52,4 +52,4 @@ def test_the_processor_gives_the_ids_that_blipfit_reads(hub_like, family, tmp_pa
     text = "Question: of the  are? Short answer:"
     inputs = AutoProcessor.from_pretrained(tmp_path / "merged")(text=text)
     (encoded,) = backbone.text.encode([PromptedQuestion(text, "x", ())])
-    assert (inputs["input_ids"], inputs["qformer_input_ids"]) == ([encoded.prompt], [encoded.qformer])
+    assert (inputs["input_ids"], inputs["qformer_input_ids"]) == ([encoded.evaluation_prompt], [encoded.qformer])

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, InstructBlipForConditionalGeneration
+from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 FOLDER = Path(__file__).parent
 NOTICE = "peft_alone_loads_a_part_only__see_load_adapter_py"
@@ -28,10 +28,12 @@ def load(base: str | None = None, dtype: torch.dtype = torch.float32, **options:
         with safe_open(FOLDER / "trained.safetensors", "pt") as file:
             header = file.metadata()
         base = header.get("base_folder", header["base"])
-    config = AutoConfig.from_pretrained(base)
+    config = InstructBlipConfig.from_pretrained(base)
     if config.text_config.model_type == "t5":
         config.text_config.dense_act_fn = "gelu"  # the exact GELU, with which the adapter was trained
-    model = InstructBlipForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype, **options)
+    model = InstructBlipForConditionalGeneration.from_pretrained(
+        base, config=config, dtype=dtype, use_safetensors=True, **options
+    )
     return add_adapter(model).eval()
 
 
@@ -45,4 +47,5 @@ def add_adapter(model: Any, folder: Path = FOLDER) -> Any:
         return model
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings.pop(NOTICE, None)
-    return PeftModel.from_pretrained(model, str(folder), config=PeftConfig.from_peft_type(**settings))
+    config = PeftConfig.from_peft_type(**settings)
+    return PeftModel.from_pretrained(model, str(folder), config=config, use_safetensors=True)

@@ -98,7 +98,7 @@ class OnOptions:
     """Only the first so many questions of each data set."""
     decoding: str = "greedy"
     samples: int = 0
-    """VL-RewardBench: judgments in words, in both orders of the responses."""
+    """VL-RewardBench: written judgments, in both orders of the responses."""
     clip: str | None = None
     """CLIP model for the CLIP score of open answers."""
     results: Path = Path("results")

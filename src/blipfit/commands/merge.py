@@ -83,7 +83,7 @@ def run(
     source = dataclasses.replace(source, model=source.model.model_copy(update={"quantization": "none"}))
     _require_space(source.model.name, to, dtype)
     with _check_questions(source, data) as check, run_folder.replacing(to) as temporary:
-        record = {"run": str(folder), "to": str(to), "dtype": dtype}
+        record: dict[str, Any] = {"run": str(folder), "to": str(to), "dtype": dtype}
         details, scores = _merge_and_write(source, temporary, dtype, device, check)
         record |= details | {"questions": len(check.questions), "questions_from": check.source}
         written = _load_written(temporary, source, device)
@@ -184,6 +184,7 @@ def _score(backbone: Backbone, check: CheckQuestions) -> list[QuestionScores]:
     """The log-likelihoods of all candidates of the questions."""
     features = ImageFeatures.from_backbone(backbone, "off")
     encoded = backbone.text.encode(check.prompted)
+    scores: list[QuestionScores]
     (scores,) = ranking.rank(
         backbone, encoded, lambda rows: features.features([check.questions[row] for row in rows]), BATCH_SIZE
     )

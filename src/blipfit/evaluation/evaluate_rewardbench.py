@@ -17,7 +17,7 @@ def evaluate_rewardbench(
 ) -> TaskResult:
     """Compare the likelihoods of the two responses of every pair, and evaluate the model's own answer to the query.
 
-    With `settings.samples` the model also judges every pair in words, in both orders. Raises UserError with the
+    With `settings.samples` the model also writes judgments of every pair, in both orders. Raises UserError with the
     question's id if a score is NaN or infinite.
     """
     pairs = task.pairs

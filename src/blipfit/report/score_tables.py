@@ -67,7 +67,7 @@ def rewardbench(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _judgment_notes(record: Mapping[str, Any]) -> list[str]:
-    """How the preferred response was found: by likelihoods, or by judgments in words."""
+    """How the preferred response was found: by likelihoods, or by written judgments."""
     judgments = record.get("judgments", record.get("judgements"))  # the name in older records
     if judgments is None:
         return [f"{record['rows']} rows, {record['repeated_rows']} of them repeat another and count once"]
