@@ -190,4 +190,4 @@ def test_free_space_is_that_of_the_nearest_folder(tmp_path: Path):
     disk_space.require_space(missing, 1, "files")
     with pytest.raises(UserError, match=r"files need .* TiB, but .*/a/b has only .* left: make room"):
         disk_space.require_space(missing, 2**60, "files")
-    assert disk_space.file_bytes([0, 1, 4096, 4097]) == 4 * 4096
+    assert disk_space.file_bytes_on_disk([0, 1, 4096, 4097]) == 4 * 4096

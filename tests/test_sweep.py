@@ -84,7 +84,7 @@ def test_growth_stops_where_it_no_longer_pays(drawn, model_cache, monkeypatch: p
         asked.append(len(chosen))
         return Trial(len(chosen), shares[len(chosen)] * len(chosen), 1, 0.0)
 
-    monkeypatch.setattr(sweep.trial_steps, "measure", measure)
+    monkeypatch.setattr(sweep.bank_trials, "measure", measure)
     members = recipes(*range(13, 29))
     trials = sweep.measure_trials(members, drawn["icons"], model_cache, None)
     assert asked == [1, 2, 4, 8]
@@ -96,7 +96,7 @@ def test_memory_that_ends_is_no_end(drawn, model_cache, monkeypatch: pytest.Monk
     def measure(backbone: Any, chosen: list[Recipe], encoded_split: Any, image_features: Any) -> Trial | None:
         return Trial(len(chosen), 1.0, 1, 0.0) if len(chosen) < 4 else None
 
-    monkeypatch.setattr(sweep.trial_steps, "measure", measure)
+    monkeypatch.setattr(sweep.bank_trials, "measure", measure)
     trials = sweep.measure_trials(recipes(*range(13, 29)), drawn["icons"], model_cache, None)
     assert [t.experiments for t in trials] == [1, 2]
     with pytest.raises(UserError, match="a bank of 4 does not fit"):

@@ -282,7 +282,7 @@ def retain(
     record = command.run(base, candidates, on, data, split, limit, at_least, _device(device))
     if figure is not None:
         command.write_figure(record, figure)
-    _print(record, as_json, command.render, failed=command.any_below(record))
+    _print(record, as_json, command.render, failed=command.any_may_be_below(record))
 
 
 @app.command(rich_help_panel=COMPRESS)

@@ -70,7 +70,7 @@ def is_same_disk(path: Path, other: Path) -> bool:
     return existing_folder(path).stat().st_dev == existing_folder(other).stat().st_dev
 
 
-def file_bytes(sizes: Iterable[int]) -> int:
+def file_bytes_on_disk(sizes: Iterable[int]) -> int:
     """Return the space on disk, in bytes, of files of these sizes: every file takes whole blocks."""
     return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)
 
@@ -83,7 +83,7 @@ def folder_bytes(folder: Path) -> int:
             sizes.append(path.stat().st_size if path.is_file() else 0)
         except OSError:  # removed since it was listed
             continue
-    return file_bytes(sizes)
+    return file_bytes_on_disk(sizes)
 
 
 def require_space(

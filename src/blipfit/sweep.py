@@ -22,7 +22,7 @@ from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
 
 MAX_SLOWDOWN = 1.05
-"""Larger banks are not tried once a step takes 1.05 times the lowest time per experiment."""
+"""Larger banks are not tried once the time per experiment is above 1.05 times the lowest measured one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,27 @@ class Trainer:
         self.backbone = checkpoints.load(folder)
         self.backbone.hf.double()
         self.bank = Bank(self.backbone, adapters, seeds or list(range(len(adapters))), dtype=torch.float64)
-        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=RATE)] * len(adapters))
-        self.allocator = Allocator(self.bank, [total] * len(adapters))
+        self.total = total
+        self._make_optimizer()
         encoded, pixels = reference.ask(self.backbone, 6), reference.pictures(self.backbone, 6)
         self.batches = [(encoded[i : i + 2], pixels[i : i + 2]) for i in (0, 2, 4)]
+
+    def _make_optimizer(self):
+        self.optimizer = BankAdamW(self.bank, [TrainingConfig(learning_rate=RATE)] * self.bank.K)
+        self.allocator = Allocator(self.bank, [self.total] * self.bank.K)
+
+    def keep(self, indices):
+        """Continue with these experiments in a bank of their own, as `Stepper.keep_experiments` does."""
+        states = [(self.bank.state(k), self.optimizer.state(k), self.allocator.state(k)) for k in indices]
+        steps = self.optimizer.steps
+        self.bank.remove()
+        adapters = [self.bank.adapters[k] for k in indices]
+        self.bank = Bank(self.backbone, adapters, [0] * len(adapters), dtype=torch.float64)
+        self._make_optimizer()
+        for k, (values, moments, ranks) in enumerate(states):
+            self.bank.load_state(k, values)
+            self.optimizer.load_state(k, moments, steps)
+            self.allocator.load_state(k, ranks)
 
     def train(self, first, last):
         """Train from step `first` up to `last`; returns the losses `steps × K`, means over the labels."""
@@ -197,9 +214,7 @@ def test_padding_of_smaller_ranks_stays_zero(small):
 def test_experiments_that_leave_do_not_change_the_others(small):
     trainer = Trainer(small["t5"], MIXED)
     trainer.train(0, 5)
-    trainer.bank.keep([2, 0])
-    trainer.optimizer.keep([2, 0])
-    trainer.allocator.keep([2, 0])
+    trainer.keep([2, 0])
     trainer.train(5, STEPS)
     for k, original in enumerate((2, 0)):
         single = Trainer(small["t5"], [MIXED[original]], [original])

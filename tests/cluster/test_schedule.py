@@ -2,7 +2,7 @@
 
 import pytest
 
-from blipfit.cluster.schedule import Failures, Group, cut, expect, simulate
+from blipfit.cluster.schedule import Failures, Group, choose_bank_counts, expect, simulate
 
 # Seconds per step and experiment, one NVIDIA H200, 2026-11-27 (benchmarks/results/2026-11-27-gpu-h200-*.json).
 H200 = {"t5": {1: 0.0902, 8: 0.0754, 16: 0.0658}, "vicuna": {1: 0.1696, 8: 0.1649}}
@@ -47,23 +47,23 @@ def test_failures_cost_time_and_are_the_same_for_a_seed() -> None:
 def test_few_workers_get_the_fastest_banks_and_many_get_small_ones() -> None:
     groups = published_grid()
     assert [group.fastest_size for group in groups] == [16, 16, 8, 8] * 2
-    assert cut(groups, 1) == [1, 1, 2, 2] * 2
-    counts = cut(groups, 64)
+    assert choose_bank_counts(groups, 1) == [1, 1, 2, 2] * 2
+    counts = choose_bank_counts(groups, 64)
     assert sum(counts) >= 64
-    large = durations(groups, cut(groups, 1))
+    large = durations(groups, choose_bank_counts(groups, 1))
     assert simulate(durations(groups, counts), 64).seconds < 0.3 * simulate(large, 64).seconds
 
 
 @pytest.mark.parametrize("workers", [1, 8, 64])
 def test_workers_are_busy_with_the_published_grid(workers: int) -> None:
     groups = published_grid()
-    units = durations(groups, cut(groups, workers, start_seconds=60))
+    units = durations(groups, choose_bank_counts(groups, workers, start_seconds=60))
     assert expect(units, workers, Failures(per_hour=1 / 24)).busy >= 0.85
     assert simulate(units, workers).busy >= 0.85
 
 
 def test_experiments_that_cannot_be_balanced_are_no_endless_loop() -> None:
     groups = [Group((1.0,)), Group((10.0,))]
-    assert cut(groups, 8) == [1, 1]
-    assert cut([], 8) == []
-    assert Group((1.0,) * 7).cut(3) == [2, 2, 3]
+    assert choose_bank_counts(groups, 8) == [1, 1]
+    assert choose_bank_counts([], 8) == []
+    assert Group((1.0,) * 7).split_sizes(3) == [2, 2, 3]

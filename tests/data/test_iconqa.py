@@ -174,6 +174,6 @@ def test_disk_error_over_an_earlier_result_leaves_its_annotations(prepared: Path
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_for_images)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk has no room for it"):
         iconqa.prepare(official_iconqa, prepared)
     assert (prepared / "annotations/train.json").read_bytes() == before

@@ -66,12 +66,12 @@ def test_texts_are_tokenized_within_the_limits(for_all, miniature):
             return
         (encoded,) = text.encode([written])
         assert 0 < len(encoded.qformer) <= text.max_text
-        assert 0 < len(encoded.prompt) <= MAX_TOKENS
+        assert 0 < len(encoded.evaluation_prompt) <= MAX_TOKENS
         assert 0 < len(encoded.training_prompt) <= text.max_text
         assert 0 < len(encoded.target) <= text.max_target
         assert len(encoded.candidates) == len(written.candidates)
         assert max(encoded.qformer) < sizes[0]
-        assert max(max(ids, default=0) for ids in (encoded.prompt, encoded.target, *encoded.candidates)) < sizes[1]
+        assert max(max(ids, default=0) for ids in (encoded.evaluation_prompt, encoded.target, *encoded.candidates)) < sizes[1]
         batch = text.targets([encoded])
         assert batch.labels_N.tolist() == encoded.target
         if encoded.candidates:
@@ -96,7 +96,7 @@ def test_a_very_long_prompt_is_truncated_or_refused_in_few_words(miniature):
     prompts = [PROMPTS["vqa-v1"](Question("1", Path("x.png"), "red " * 9000, "x"))]
     (encoded,) = miniature.text.encode(prompts)
     assert encoded.evaluation_prompt_is_cut
-    assert len(encoded.prompt) == MAX_TOKENS
+    assert len(encoded.evaluation_prompt) == MAX_TOKENS
     with pytest.raises(UserError, match="tokens, more than the limit") as refusal:
         miniature.text.encode(prompts, whole_prompts=True)
     assert len(str(refusal.value)) < 300

@@ -52,7 +52,7 @@ def test_a_text_of_exactly_the_limit_is_not_cut(backbone):
     for words in range(100, 140):
         split = build_split(backbone, [("word " * words, "a star", ())])
         counts, (encoded,) = text_warnings.count_texts(split), split.encoded
-        assert counts["cut_prompts"] == (len(encoded.prompt) > 128)
+        assert counts["cut_prompts"] == (len(encoded.evaluation_prompt) > 128)
         whole = backbone.text.qformer_tokenizer(["word " * words])["input_ids"][0]
         if len(whole) <= 128:
             assert encoded.qformer == whole
@@ -88,7 +88,7 @@ def test_a_text_that_needs_too_much_memory_is_refused_before_the_model_reads_it(
         with pytest.raises(UserError, match=r"a prompt has [\d,]+ tokens, more than the limit of 2,048: '.{60}'…"):
             backbone.text.encode([PromptedQuestion(text, "a", ())], whole_prompts=True)
         (encoded,) = backbone.text.encode([PromptedQuestion(text, "a", ())])
-        assert (encoded.evaluation_prompt_is_cut, len(encoded.prompt)) == (True, MAX_TOKENS)
+        assert (encoded.evaluation_prompt_is_cut, len(encoded.evaluation_prompt)) == (True, MAX_TOKENS)
     (encoded,) = backbone.text.encode([PromptedQuestion("What?", words, (words, "b"))])
     assert (encoded.target_is_cut, encoded.cut_candidates) == (True, 1)
     assert max(map(len, [encoded.target, *encoded.candidates])) <= backbone.text.max_target
@@ -100,11 +100,11 @@ def test_a_text_that_needs_too_much_memory_is_refused_before_the_model_reads_it(
 def test_a_very_long_prompt_loses_its_beginning_and_keeps_its_special_token(backbone):
     short, long = (PromptedQuestion("ab " * count + "Which?", "a", ()) for count in (20, 3 * MAX_TOKENS))
     whole, cut = backbone.text.encode([short, long])
-    assert (whole.evaluation_prompt_is_cut, cut.evaluation_prompt_is_cut, len(cut.prompt)) == (False, True, MAX_TOKENS)
+    assert (whole.evaluation_prompt_is_cut, cut.evaluation_prompt_is_cut, len(cut.evaluation_prompt)) == (False, True, MAX_TOKENS)
     special = -1 if backbone.text.family == "t5" else 0
-    assert cut.prompt[-8:] == whole.prompt[-8:]
-    assert cut.prompt[special] == whole.prompt[special], "T5's end token, Vicuna's start token"
-    assert cut.training_prompt[-8:] == whole.prompt[-8:]
+    assert cut.evaluation_prompt[-8:] == whole.evaluation_prompt[-8:]
+    assert cut.evaluation_prompt[special] == whole.evaluation_prompt[special], "T5's end token, Vicuna's start token"
+    assert cut.training_prompt[-8:] == whole.evaluation_prompt[-8:]
     split = EncodedSplit([Question("1", Path(), "q", "a")] * 2, [short, long], [whole, cut])
     counts = text_warnings.count_texts(split)
     assert counts["very_long_prompts"] == 1

@@ -51,11 +51,12 @@ def _evaluate(backbone, data, names, tmp_path, settings=SETTINGS, adapter=None, 
     tasks = [load_task(backbone, name, data / name, split) for name in names]
     get_features = ImageFeatures.from_backbone(backbone, "off").features
     folder, digest = adapter or (None, None)
+    saved = None if folder is None else peft_format.read_saved(folder)
 
     def get_evaluation(task):
         return Evaluation(tmp_path / "out" / task.title)
 
-    model = OpenedModel(backbone, Source("small", ModelConfig(name="small"), folder, digest))
+    model = OpenedModel(backbone, Source("small", ModelConfig(name="small"), folder, digest, saved=saved))
     return evaluate_data_sets.compare_with_adapter(model, tasks, get_features, settings, get_evaluation, {"run": None})
 
 

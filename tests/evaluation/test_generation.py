@@ -78,7 +78,7 @@ def test_generation_equals_hugging_faces_generate(backbone):
         pixel_values=pixels,
         qformer_input_ids=torch.tensor([encoded.qformer]),
         qformer_attention_mask=torch.ones(1, len(encoded.qformer), dtype=torch.long),
-        input_ids=torch.tensor([[hf.config.image_token_id] * hf.config.num_query_tokens + encoded.prompt]),
+        input_ids=torch.tensor([[hf.config.image_token_id] * hf.config.num_query_tokens + encoded.evaluation_prompt]),
         num_beams=3,
         max_new_tokens=6,
         min_new_tokens=1,

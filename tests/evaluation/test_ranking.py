@@ -165,14 +165,14 @@ def test_a_large_bank_ranks_fewer_questions_at_once(backbone, monkeypatch, max_c
     bank.tensor(1, "language_projection.bias").add_(1.0)
     expected = _rank(backbone, encoded, pixels, questions)
     batches, advances = [], []
-    original = backbone.score
+    original = backbone.score_candidates
 
     def score(visual, batch):
         batches.append(batch)
         return original(visual, batch)
 
     monkeypatch.setattr(ranking, "MAX_ROWS", max_candidates)
-    monkeypatch.setattr(backbone, "score", score)
+    monkeypatch.setattr(backbone, "score_candidates", score)
     ranked = ranking.rank(
         backbone, encoded, lambda indices: backbone.see(pixels[list(indices)]), questions, advance=advances.append
     )

@@ -48,7 +48,7 @@ class TextEncoderStub:
     """The attributes of a text encoder that the stages read."""
 
     decoder_start = 0
-    llm = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    llm_tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 
 
 def middle_backbone(family: str) -> Backbone:
@@ -104,7 +104,7 @@ def count_flops(backbone: Backbone, lengths: Lengths) -> dict[str, int]:
     features = count("see", backbone.see, torch.randn(1, 3, size, size))
     visual = count("query", backbone.query, features, target)
     count("answer", backbone.target_logits, visual, target)
-    count("rank", backbone.score, visual, ranked)
+    count("rank", backbone.score_candidates, visual, ranked)
     count(
         "generate", backbone.generate, visual, prompt, min_new_tokens=A, max_new_tokens=A, do_sample=False, num_beams=1
     )

@@ -67,9 +67,9 @@ def test_sums_gathers_and_variances_are_over_all_processes():
 
     def exchange():
         own = distributed.own_share(rows)
-        with distributed.without_exchange():
+        with distributed.without_collectives():
             alone = distributed.all_reduce_sum(own.sum()).item(), len(distributed.own_share(rows))
-        with distributed.without_exchange(alone=True):
+        with distributed.without_collectives(alone=True):
             whole = len(distributed.own_share(rows)), distributed.process_count(), distributed.any_process(False)
         index = distributed.state().process_index
         together = distributed.all_reduce_sum(own.sum()).item(), distributed.variance(own).item()

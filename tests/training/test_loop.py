@@ -469,7 +469,7 @@ PLACES = {
     "the optimizer": (step_module, "BankAdamW", _out_of_memory),
     "the best epoch": (bank_session, "Stepper", _without_room_for_the_best_epoch),
     "the first step": (Stepper, "step", _out_of_memory),
-    "validation": (bank_session.split_evaluation, "validate", _out_of_memory),
+    "validation": (bank_session.evaluate_split, "validate", _out_of_memory),
 }
 
 

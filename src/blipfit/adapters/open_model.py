@@ -38,6 +38,9 @@ class Source:
     warnings: tuple[str, ...] = ()
     """Sentences for the user and for every record of results: the adapter was trained on other base weights."""
 
+    def __post_init__(self) -> None:
+        assert (self.adapter is None) == (self.saved is None), "a source with an adapter must hold it"
+
 
 def warning_fields(warnings: Sequence[str]) -> dict[str, list[str]]:
     """The part of a record that holds a source's warnings; empty if there are none."""
@@ -83,8 +86,9 @@ def open_model(
 ) -> OpenedModel:
     """Load a model by its name or folder, or the base model of a run or adapter folder together with its adapter.
 
-    `precision`: see `TrainingConfig.precision`; if absent, a run's own, else `auto`. `base`: see `locate`. The source's
-    `warnings` are for the user. Raises UserError if the model cannot be loaded, and for the reasons of `locate`.
+    `precision`: see `TrainingConfig.precision`; if absent, a run's own, else `auto`. `base`: see `locate_model`.
+    The source's `warnings` are for the user. Raises UserError if the model cannot be loaded, and for the reasons of
+    `locate_model`.
     """
     return load(locate_model(name_or_run, base), device, precision)
 
@@ -93,7 +97,7 @@ def load(source: Source, device: torch.device | str, precision: str | None = Non
     """Load the base model of a source.
 
     Raises UserError if it cannot be loaded, or if its weights are not those that the adapter was trained on (see
-    `locate`), which is known only now if they had to be downloaded.
+    `locate_model`), which is known only now if they had to be downloaded.
     """
     training = source.recipe.training if source.recipe is not None else TrainingConfig()
     backbone = loading.load(
@@ -124,7 +128,10 @@ def locate_model(name_or_run: str | Path | ModelConfig, base: ModelConfig | None
 
 
 def locate_adapter(folder: Path, base: ModelConfig | None = None) -> Source:
-    """`locate` for a folder that must be a finished run or an adapter folder. Raises UserError if it is neither."""
+    """Like `locate_model`, for a folder that must be a finished run or an adapter folder.
+
+    Raises UserError if it is neither.
+    """
     run = Run(folder)
     source = _locate_run(str(folder), run) if run.recipe_file.exists() else _locate_folder(folder)
     trained_on = source.trained_on

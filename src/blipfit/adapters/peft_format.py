@@ -36,7 +36,7 @@ CONFIG_FILE, LOADER_FILE, README_FILE = "adapter_config.json", "load_adapter.py"
 _README = """# Adapter for {base}
 
 `PeftModel.from_pretrained` alone is not enough: it does not read `trained.safetensors` (query tokens, layer norm,
-projection), and without these tensors the answers can be worse than the base model's. Load the adapter with
+projection), so the model is not the one that was trained and evaluated. Load the adapter with
 `from load_adapter import load; model = load()` in this folder, or with `blipfit.load(adapter=FOLDER)`.
 """
 _PREFIX = "base_model.model."

@@ -66,7 +66,9 @@ class MeasuredPlan:
         """The experiments of each bank and its time, for so many workers; banks of a fixed size stay as they are."""
         divisible = [group for group in self.groups if not group.is_fixed]
         models = [_to_schedule(group) for group in divisible]
-        counts = dict(zip(map(id, divisible), schedule.cut(models, workers, self.start_seconds), strict=True))
+        counts = dict(
+            zip(map(id, divisible), schedule.choose_bank_counts(models, workers, self.start_seconds), strict=True)
+        )
         banks = []
         for group in self.groups:
             fixed_count = -(-len(group.recipes) // group.best.experiments)

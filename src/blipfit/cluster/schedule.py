@@ -25,14 +25,14 @@ class Group:
         seconds_each = [seconds / size for size, seconds in enumerate(self.bank_seconds, 1)]
         return next(size for size, each in enumerate(seconds_each, 1) if each <= min(seconds_each) * (1 + 1e-9))
 
-    def cut(self, banks: int) -> list[int]:
-        """Sizes of so many banks, as even as possible."""
+    def split_sizes(self, banks: int) -> list[int]:
+        """Sizes of `banks` banks, nearly equal."""
         count = len(self.bank_seconds)
         return [(index + 1) * count // banks - index * count // banks for index in range(banks)]
 
     def seconds(self, banks: int) -> list[float]:
-        """Time of each bank if the group is cut into so many."""
-        return [self.bank_seconds[size - 1] for size in self.cut(banks)]
+        """Time of each bank if the group is divided into `banks` banks."""
+        return [self.bank_seconds[size - 1] for size in self.split_sizes(banks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Simulation:
     seconds: float
     """From the start to the end of the last unit."""
     busy: float
-    """Share of the workers' time that went into work that counts: without idle time, restarts and repeated work."""
+    """Share of the workers' time that went into training that was kept: without idle time, restarts, repeated work."""
     failures: int
     workers: int
 
@@ -59,17 +59,17 @@ class Failures:
     per_hour: float = 0.0
     """Failures per worker and hour, at random times."""
     restart_seconds: float = 60.0
-    """From a failure to the continued unit: the lease of the run folders, a new process, the model."""
+    """From a failure to the continued unit: the failed worker's lock expires, a process starts, the model is loaded."""
     save_seconds: float = 300.0
     """Longest work that is lost: the time from one checkpoint to the next."""
 
 
-def cut(groups: Sequence[Group], workers: int, start_seconds: float = 0.0) -> list[int]:
-    """Into how many banks each group is cut, so that all together end as early as possible on so many workers.
+def choose_bank_counts(groups: Sequence[Group], workers: int, start_seconds: float = 0.0) -> list[int]:
+    """Into how many banks each group is divided, so that all together end as early as possible on `workers` workers.
 
-    Starts with banks of the fastest size, and cuts the group with the longest bank that can be cut into one more, until
-    all experiments are alone. `start_seconds`: time until a unit's first step. Banks are kept larger if smaller ones
-    gain less than 1 %.
+    Starts with banks of the fastest size, then repeatedly gives one more bank to the group with the longest divisible
+    bank, and returns the best of all these divisions. `start_seconds`: time until a unit's first step. Banks are kept
+    larger if smaller ones gain less than 1 %.
     """
     counts = [-(-len(group.bank_seconds) // group.fastest_size) for group in groups]
     best, best_seconds = list(counts), _end(groups, counts, workers, start_seconds)

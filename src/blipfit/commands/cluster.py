@@ -111,20 +111,22 @@ def render_plan(record: Mapping[str, Any]) -> list[Any]:
 
 
 def run_slurm(arguments: ClusterSweep, options: SlurmOptions, is_waiting: bool) -> dict[str, Any]:
-    """Submit the units that neither run nor wait; with `is_waiting`, wait for all and return the results.
+    """Submit the units that are not finished, running or queued.
+
+    With `is_waiting`, wait for all and return the results.
 
     Raises UserError if an input, submitit or Slurm cannot be used.
     """
     folder, units = arguments.folder, arguments.make_units(options.parallelism)
     statuses = cluster_status.collect(folder, units, slurm.query(folder))
-    active = {status.number for status in statuses if status.state in ("finished", "running")}
-    active |= {status.number for status in statuses if status.state == "waiting" and status.job}
-    missing = [unit for unit in units if unit.number not in active]
-    job = slurm.submit(folder, missing, options) if missing else None
+    not_to_submit = {status.number for status in statuses if status.state in ("finished", "running")}
+    not_to_submit |= {status.number for status in statuses if status.state == "waiting" and status.job}
+    to_submit = [unit for unit in units if unit.number not in not_to_submit]
+    job = slurm.submit(folder, to_submit, options) if to_submit else None
     record = {
         "sweep": str(folder.folder),
         "engine": "slurm",
-        "submitted": len(missing),
+        "submitted": len(to_submit),
         "units": len(units),
         "job": job,
     }

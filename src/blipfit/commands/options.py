@@ -28,7 +28,9 @@ Json = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Prepared data folder. Default: data/DATASET.")]
-Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders: RESULTS/DATASET/EXPERIMENT.")]
+Results = Annotated[
+    Path, typer.Option("--results", help="Folder that holds one folder per experiment: RESULTS/DATASET/EXPERIMENT.")
+]
 DemoResults = Annotated[Path, typer.Option("--results", help="Folder of the demo's data and runs.")]
 Model = Annotated[
     str | None,

@@ -87,7 +87,7 @@ def _describe_changed_images(runs: Sequence[Run], folders: Sequence[tuple[str, P
     ]
 
 
-def any_below(record: Mapping[str, Any]) -> bool:
+def any_may_be_below(record: Mapping[str, Any]) -> bool:
     """Whether a candidate retains less than `at_least` on some data set."""
     return any(candidate["misses"] for candidate in record["candidates"])
 

@@ -72,7 +72,7 @@ def require_space(source: Path, target: Path, share: float, new_bytes: int) -> N
     sizes = {file: file.stat().st_size for file in source.rglob("*") if file.is_file()}
     weights = sum(size for file, size in sizes.items() if file.suffix == ".safetensors")
     others = [size for file, size in sizes.items() if not file.name.endswith(_WEIGHT_SUFFIXES)]
-    needed = round(share * weights) + new_bytes + disk_space.file_bytes(others)
+    needed = round(share * weights) + new_bytes + disk_space.file_bytes_on_disk(others)
     disk_space.require_space(target, needed, f"the files of {target}")
 
 

@@ -22,7 +22,7 @@ from blipfit.data.write_prepared import BAD_ENTRIES, ImageHashes, PrepareReport,
 from blipfit.errors import UserError
 
 KEYS = ("image", "question", "choices", "answer", "context", "id")
-HELD_OUT = {"val": 0.1, "test": 0.1}
+VAL_TEST_FRACTIONS = {"val": 0.1, "test": 0.1}
 """Fraction of the images in val and test when one file is split."""
 
 
@@ -293,8 +293,8 @@ def _complete_splits(
     splits: dict[str, list[Question]], hashes: Mapping[Path, ImageHashes], source: str, notes: list[str]
 ) -> dict[str, list[Question]]:
     """Return train, val and test: as given, or divided by the content of the images; `notes` receives what was done."""
-    if own_sources.WHOLE in splits:
-        return _divide(splits[own_sources.WHOLE], hashes, source, HELD_OUT)
+    if own_sources.UNSPLIT in splits:
+        return _divide(splits[own_sources.UNSPLIT], hashes, source, VAL_TEST_FRACTIONS)
     held_out = [name for name in splits if name != "train"]
     if "train" not in splits or not held_out:
         raise UserError(f"{source} has the splits {', '.join(splits)}; expected train with validation, test or both")

@@ -22,7 +22,7 @@ class Turn:
 
 
 def read_turns(messages: Any, location: str) -> tuple[list[Turn], list[Any]]:
-    """Return the turns of a conversation, and the images that its messages hold themselves.
+    """Return the turns of a conversation, and the images that are inside the messages.
 
     Raises UserError unless user and model take turns, the user begins, and the model answers last.
     """

@@ -22,7 +22,7 @@ from blipfit.data.question import SPLITS
 from blipfit.errors import UserError
 
 HUB = "hf://"
-WHOLE = "all"
+UNSPLIT = "all"
 """Name of the only table of a source without splits."""
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 _FORMATS = {
@@ -89,7 +89,7 @@ def locate(source: str | Path) -> Files:
         return _locate_hub(str(source))
     source = Path(source)
     if source.is_file():
-        return Files(_file_format(source), source.parent, {WHOLE: [source]})
+        return Files(_file_format(source), source.parent, {UNSPLIT: [source]})
     if not source.is_dir():
         raise UserError(f"{source} does not exist; give a file or a folder with --from (formats: docs/data.md)")
     if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
@@ -103,7 +103,7 @@ def locate(source: str | Path) -> Files:
     splits = _group_by_split(tables)
     if splits is None and len(tables) > 1:
         raise UserError(f"{source} has several tables ({', '.join(f.name for f in tables[:6])}); give one with --from")
-    splits = _name_single_split(splits or {WHOLE: tables})
+    splits = _name_single_split(splits or {UNSPLIT: tables})
     formats = {_file_format(file) for files in splits.values() for file in files}
     if len(formats) > 1:
         raise UserError(f"{source} has tables of several formats ({', '.join(sorted(formats))}); give one with --from")
@@ -203,7 +203,7 @@ def _locate_with_datasets(folder: Path, config: str | None = None, address: str 
 
 def _name_single_split(splits: dict[str, Any]) -> dict[str, Any]:
     """Return the splits; a single split, whatever its name, is the whole source."""
-    return splits if len(splits) > 1 else {WHOLE: next(iter(splits.values()))}
+    return splits if len(splits) > 1 else {UNSPLIT: next(iter(splits.values()))}
 
 
 def _rename_splits(splits: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -289,9 +289,9 @@ def _open_saved(folder: Path) -> dict[str, Table]:
 
     with _errors_as_user_errors(str(folder)):
         saved = datasets.load_from_disk(str(folder))
-    parts = _rename_splits(saved if isinstance(saved, dict) else {WHOLE: saved}, str(folder))
+    parts = _rename_splits(saved if isinstance(saved, dict) else {UNSPLIT: saved}, str(folder))
     streams = {split: part.with_format(None).to_iterable_dataset() for split, part in parts.items()}
-    names = {split: f"{folder}" if split == WHOLE else f"{folder} ({split})" for split in parts}
+    names = {split: f"{folder}" if split == UNSPLIT else f"{folder} ({split})" for split in parts}
     return {split: _join_streams(names[split], [(names[split], folder, stream)]) for split, stream in streams.items()}
 
 

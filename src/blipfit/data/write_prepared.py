@@ -108,7 +108,7 @@ class OutputFolder:
         An image of the source on the same disk is linked and takes no room.
         """
         copied = [image for image in dict.fromkeys(images) if not self._is_linkable(image)]
-        needed = disk_space.file_bytes([*file_sizes, *(image.stat().st_size for image in copied)])
+        needed = disk_space.file_bytes_on_disk([*file_sizes, *(image.stat().st_size for image in copied)])
         disk_space.require_space(self.final, needed, f"the files of {self.final}")
 
     def _is_linkable(self, image: Path) -> bool:

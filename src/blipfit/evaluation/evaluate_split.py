@@ -73,7 +73,8 @@ def validate(
 ) -> list[ValidationResult]:
     """Compute the score that selects the best epoch, one result per experiment.
 
-    With ranking this is the accuracy in percent; with generation, the mean loss per label token.
+    With ranking this is the accuracy in percent; with generation, `value` is the mean loss
+    per label token and `score` its negative.
     """
     backbone.hf.eval()
     if config.method == "generation":

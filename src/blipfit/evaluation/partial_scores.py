@@ -115,7 +115,7 @@ class PartialScores:
             interruption.stop()
 
     def _merge(self, scores: Scores, new: list[tuple[int, int, Any]]) -> None:
-        """Move the new scores of all processes to the others."""
+        """Share the new scores among all processes."""
         if distributed.process_count() > 1:
             new[:] = [(k, i, _to_json(value)) for k, i, value in new]
         scores.update({(k, i): value for k, i, value in distributed.all_gather(new)})

@@ -146,7 +146,7 @@ def pareto_front(points: Sequence[tuple[Sequence[float], float | None]]) -> list
     """Return for each (costs, quality) whether it is on the Pareto front.
 
     A point is off the front if another point is at least as good in every cost and in quality, and better in one of
-    them. A quality of None is worse than any number.
+    them. A point without a quality (None) is off the front if any point has one.
     """
 
     def dominates(a: tuple[Sequence[float], float | None], b: tuple[Sequence[float], float | None]) -> bool:

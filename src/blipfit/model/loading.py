@@ -95,14 +95,14 @@ def load(
 def base_sha256(model: ModelConfig) -> str | None:
     """Return the digest of a model's weights (`checkpoint_files.digest`), None if they are not downloaded yet.
 
-    Raises UserError as `locate` does, and if a folder's weights are incomplete.
+    Raises UserError as `locate_checkpoint` does, and if a folder's weights are incomplete.
     """
     files = _weight_files(*locate_checkpoint(model), model.name)
     return checkpoint_files.digest(files) if files else None
 
 
 def _weight_files(folder: str, revision: str | None, name: str) -> tuple[Path, ...]:
-    """Return the weight files on this machine of a model that `locate` found; none if it is not downloaded yet."""
+    """Return the weight files of a model that `locate_checkpoint` found; none if it is not downloaded yet."""
     path = Path(folder) if Path(folder).is_dir() else cached_folder(folder, revision)
     return () if path is None else tuple(checkpoint_files.weight_files(path, name))
 

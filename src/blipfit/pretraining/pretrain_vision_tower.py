@@ -148,16 +148,16 @@ def build_targets(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def build_batch(
-    scenes: list[Scene], tokenizer: PreTrainedTokenizerBase, false_captions: int, seed: int
+    scenes: list[Scene], tokenizer: PreTrainedTokenizerBase, false_captions_per_picture: int, seed: int
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Build the pixels, tokenized captions and targets of `Tower.compute_losses`.
 
-    There is one true caption per picture, followed by `false_captions` corrupted captions per picture.
+    There is one true caption per picture, followed by `false_captions_per_picture` corrupted captions per picture.
     """
     rng = random.Random(f"captions/{seed}")
     texts = [sample_caption(scene, rng) for scene in scenes]
     detailed = [select_detailed_caption(scene) for scene in scenes]
-    texts += [corrupt_text(text, rng) for _ in range(false_captions) for text in detailed]
+    texts += [corrupt_text(text, rng) for _ in range(false_captions_per_picture) for text in detailed]
     captions = _tokenize(tokenizer, texts)
     return render_pixels(scenes), captions, build_targets(scenes)
 

@@ -106,10 +106,10 @@ _exchanges, _is_alone = True, False
 
 
 @contextmanager
-def without_exchange(alone: bool = False) -> Iterator[None]:
-    """Inside this context sums, gathers and questions to all processes concern this process alone.
+def without_collectives(alone: bool = False) -> Iterator[None]:
+    """Inside this context `all_reduce_sum`, `all_gather`, `any_process` and `variance` use this process's values only.
 
-    Work that may fail in one process (a trial of its memory) then leaves no other waiting. `alone`: it also computes
+    For work that may run out of memory in one process: the others do not wait for it. `alone`: it also computes
     all rows, not its share.
     """
     global _exchanges, _is_alone

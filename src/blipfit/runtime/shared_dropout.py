@@ -1,7 +1,7 @@
 """Dropout inside a bank: one noise mask for the rows of a batch, shared by all K experiments.
 
-Each experiment therefore has the noise that it would have alone: a bank of K experiments equals K single runs also
-with dropout, and experiments are compared under the same noise.
+Each experiment therefore has the noise that it would have alone: a bank of K experiments equals K separate trainings
+also with dropout, and experiments are compared under the same noise.
 
 Several processes share the rows of a batch. Each samples the noise of the whole batch and takes that of its own rows
 (`batch_rows`), so the noise does not depend on the number of processes.

@@ -37,7 +37,10 @@ def bank_key(recipe: Recipe) -> tuple[Any, ...]:
 
 @dataclass
 class Member:
-    """An experiment that is trained; members of a bank stand at the same epoch and step."""
+    """An experiment of a bank.
+
+    Members that are still trained stand at the same epoch and step; finished ones may join them for evaluation.
+    """
 
     run: Run
     recipe: Recipe
@@ -93,9 +96,10 @@ def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
 
     active = sorted((member for member in members if not member.progress.done), key=key)
     banks = [list(group) for _, group in groupby(active, key=key)]
+    # A bank's save names all its members, so one that trained longest knows most of the others: it is placed first.
     done = [member for member in members if member.progress.done]
     for member in sorted(done, key=lambda member: -member.progress.epoch):
-        bank = next((bank for bank in banks if any(_shared_bank(member, other) for other in bank)), None)
+        bank = next((bank for bank in banks if any(_was_saved_with(member, other) for other in bank)), None)
         if bank is None:
             banks.append([member])
         else:
@@ -105,7 +109,7 @@ def group_into_banks(members: Sequence[Member]) -> list[list[Member]]:
     return sorted(banks, key=lambda bank: key(bank[0]))
 
 
-def _shared_bank(member: Member, other: Member) -> bool:
+def _was_saved_with(member: Member, other: Member) -> bool:
     """Whether the checkpoint of `other` names the member as one of its bank."""
     named = other.save is not None and member.recipe.title in other.save.bank
     return named and bank_key(member.recipe) == bank_key(other.recipe)

@@ -104,13 +104,13 @@ class _TrialSteps:
     def warm_up(self) -> None:
         """Take the first step, which counts the saved tensors and is slow, and evaluate some questions.
 
-        The memory of this process may not be enough, so no other waits for it.
+        This process may run out of memory, so the others do not wait for it.
         """
         self.stepper.train_mode()
         # Stands for training's copy of the best values, which counts in the peak memory.
         self._best_copy = self.stepper.bank.values.clone()
         with (
-            distributed.without_exchange(),
+            distributed.without_collectives(),
             torch.autograd.graph.saved_tensors_hooks(self.activations.count, lambda tensor: tensor),
         ):
             self._step(0, self._features(0))
@@ -155,7 +155,7 @@ def _evaluation_seconds(stepper: Stepper, encoded_split: EncodedSplit, image_fea
     longest = encoded_split.longest(config.batch_size)  # evaluation sorts by length, so these share a batch
     features = image_features.features(longest.questions)
     started = time.perf_counter()
-    with distributed.without_exchange(alone=True):
+    with distributed.without_collectives(alone=True):
         evaluate_split.validate(stepper.backbone, longest, lambda questions: features[: len(questions)], config)
     _wait(stepper.backbone)
     return (time.perf_counter() - started) / len(longest) / distributed.process_count()

@@ -2,8 +2,8 @@
 
 Each experiment has its own files, `checkpoint/state-NUMBER.safetensors`, so that its folder can continue alone or in
 another bank. The files of one save have the same id, and name the experiments that were saved with them. A kill between
-two of the files leaves a save that only some experiments have; `find_common_saves` then takes the save before, which
-all of them still have: the files of a save are complete before those of the last but one are deleted.
+two of the files leaves a save that only some experiments have; `find_common_saves` then uses the
+previous save. All experiments still have it: old files are deleted only after every file of the new save is written.
 """
 
 import copy
@@ -25,7 +25,7 @@ from blipfit import run_folder
 from blipfit.errors import UserError
 
 KEPT_SAVES = 2
-"""The newest save, and the one before in case that the newest is damaged or incomplete."""
+"""The newest save, and the one before in case the newest is damaged or incomplete."""
 
 
 @dataclass
@@ -110,14 +110,14 @@ def remove_newer(folder: Path, number: int) -> None:
 
 
 def read_saves(folder: Path) -> tuple[list[Save], list[Path]]:
-    """The saves in a folder whose content is as it was written, newest first, and the files that are damaged.
+    """The saves in a folder whose digest matches their content, newest first, and the files that are damaged.
 
     Raises UserError if there are files, and all are damaged.
     """
     saves, damaged = [], []
     for path in reversed(_files(folder)):
         try:
-            saves.append(_check(path))
+            saves.append(_read_verified(path))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             damaged.append((path, error))
     if damaged and not saves:
@@ -129,13 +129,13 @@ def read_saves(folder: Path) -> tuple[list[Save], list[Path]]:
 def find_common_saves(saves: Mapping[str, Sequence[Save]]) -> dict[str, Save | None]:
     """For each experiment the save to continue from, None for the start; those of one bank get the same save.
 
-    `saves`: by title, newest first. An experiment falls back to an older save if another one of its bank stopped there,
-    because a kill or a damaged file left the newer save incomplete. One that has moved on since, alone or in another
-    bank, or that is done, is no reason to fall back.
+    `saves`: by title, newest first. If a kill or a damaged file left a save incomplete, all experiments of
+    the bank fall back to the newest save that all of them have. One that has moved on since, alone or in another bank,
+    or that is done, is no reason to fall back.
     """
     remaining = {title: list(own) for title, own in saves.items()}
 
-    def older_position(title: str) -> int | None:
+    def fallback_index(title: str) -> int | None:
         """Index of the save that `title` must fall back to, its length for the start, or None if it need not."""
         own = remaining[title]
         for other in own[0].bank if own else ():
@@ -155,7 +155,7 @@ def find_common_saves(saves: Mapping[str, Sequence[Save]]) -> dict[str, Save | N
     while changed:
         changed = False
         for title in remaining:
-            if position := older_position(title):
+            if position := fallback_index(title):
                 remaining[title] = remaining[title][position:]
                 changed = True
     return {title: own[0] if own else None for title, own in remaining.items()}
@@ -182,7 +182,7 @@ def _number(path: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _check(path: Path) -> Save:
+def _read_verified(path: Path) -> Save:
     """Read a file and compare its content with its digest. Raises ValueError if they differ."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

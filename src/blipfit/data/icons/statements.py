@@ -265,7 +265,7 @@ def _describe_position(scene: Scene, rng: random.Random) -> Descriptions | None:
 
 
 def _describe_count(scene: Scene, rng: random.Random) -> Descriptions | None:
-    """Name the number of icons in the focus of the scene."""
+    """Describe how many icons of the kind that the scene is about there are: once right, once with a wrong number."""
     right = count_focus(scene)
     wrong = rng.choice([number for number in range(1, MAX_PER_KIND + 1) if number != right])
     true, false = (
