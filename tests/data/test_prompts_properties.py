@@ -71,7 +71,10 @@ def test_texts_are_tokenized_within_the_limits(for_all, miniature):
         assert 0 < len(encoded.target) <= text.max_target
         assert len(encoded.candidates) == len(written.candidates)
         assert max(encoded.qformer) < sizes[0]
-        assert max(max(ids, default=0) for ids in (encoded.evaluation_prompt, encoded.target, *encoded.candidates)) < sizes[1]
+        assert (
+            max(max(ids, default=0) for ids in (encoded.evaluation_prompt, encoded.target, *encoded.candidates))
+            < sizes[1]
+        )
         batch = text.targets([encoded])
         assert batch.labels_N.tolist() == encoded.target
         if encoded.candidates:

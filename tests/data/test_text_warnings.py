@@ -100,7 +100,11 @@ def test_a_text_that_needs_too_much_memory_is_refused_before_the_model_reads_it(
 def test_a_very_long_prompt_loses_its_beginning_and_keeps_its_special_token(backbone):
     short, long = (PromptedQuestion("ab " * count + "Which?", "a", ()) for count in (20, 3 * MAX_TOKENS))
     whole, cut = backbone.text.encode([short, long])
-    assert (whole.evaluation_prompt_is_cut, cut.evaluation_prompt_is_cut, len(cut.evaluation_prompt)) == (False, True, MAX_TOKENS)
+    assert (whole.evaluation_prompt_is_cut, cut.evaluation_prompt_is_cut, len(cut.evaluation_prompt)) == (
+        False,
+        True,
+        MAX_TOKENS,
+    )
     special = -1 if backbone.text.family == "t5" else 0
     assert cut.evaluation_prompt[-8:] == whole.evaluation_prompt[-8:]
     assert cut.evaluation_prompt[special] == whole.evaluation_prompt[special], "T5's end token, Vicuna's start token"
