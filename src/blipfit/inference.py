@@ -310,7 +310,7 @@ def open_source(source: ImageSource) -> Image.Image:
         return image_files.convert_image(_array_image(source))
     if not isinstance(source, str | Path):
         raise UserError(f"an image must be a file, a PIL image or an array, but is of the type {type(source).__name__}")
-    if isinstance(source, str) and (reason := not_an_image.explain_no_path(source)):
+    if isinstance(source, str) and (reason := not_an_image.explain_why_no_path(source)):
         raise UserError(f"the image {reason}")
     return image_files.open_image(Path(source))
 

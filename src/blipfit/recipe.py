@@ -151,7 +151,7 @@ class AdapterConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _peft_reads_all_fields(self) -> "AdapterConfig":
+    def _fits_peft_method(self) -> "AdapterConfig":
         if self.method not in methods.PEFT:
             return self
         if not self.has_lora:

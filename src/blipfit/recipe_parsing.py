@@ -126,7 +126,7 @@ def _unknown_key(key: str, path: Sequence[str | int], root: type[BaseModel]) -> 
 
 
 def _fields_of(path: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    """Field names of the section with this path."""
+    """Field names of the section at `path`, or of the last section on the way if the path goes no further."""
     section = root
     for key in path:
         annotation = section.model_fields[str(key)].annotation if str(key) in section.model_fields else None

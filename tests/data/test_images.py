@@ -32,7 +32,7 @@ from blipfit.data.images import (
     sample_crop_box,
     to_pixels,
 )
-from blipfit.data.not_an_image import explain_no_path
+from blipfit.data.not_an_image import explain_why_no_path
 from blipfit.errors import UserError
 
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_a_file_name(name: str):
 def test_what_is_no_path(text: str, reason: str):
     import re
 
-    explained = explain_no_path(text)
+    explained = explain_why_no_path(text)
     assert explained is not None
     assert re.search(reason, explained)
     assert len(explained) < 300
@@ -314,7 +314,7 @@ def test_what_is_no_path(text: str, reason: str):
 
 @pytest.mark.parametrize("text", ["a.png", "/a/b c.jpg", "../data/1.png", "database/1.png", "http/1.png", "é.png"])
 def test_paths_are_paths(text: str):
-    assert explain_no_path(text) is None
+    assert explain_why_no_path(text) is None
 
 
 def test_missing_image_is_an_error(tmp_path: Path):

@@ -25,6 +25,9 @@ from blipfit.recipe import ModelConfig
 from blipfit.report import terminal
 from blipfit.run_folder import Evaluation, Run
 
+WITH_OPEN_ANSWERS = {"own", "rewardbench"}
+"""Data sets whose answers can be open, so that a CLIP score is computed."""
+
 
 def run(
     folder: Path,
@@ -175,13 +178,19 @@ def _refuse_training_questions(folders: Sequence[tuple[str, Path]], split: str, 
 
 
 def _load_clip(
-    model: str, name: str | None, folders: Sequence[tuple[str, Path]], device: torch.device
+    model_name: str, clip_name: str | None, folders: Sequence[tuple[str, Path]], device: torch.device
 ) -> clip.Clip | None:
-    """The CLIP for the CLIP score: the embedded one for miniatures, otherwise only one that the user names."""
-    name = name or (tiny.CLIP_NAME if model in tiny.NAMES.values() else None)
-    if name is None or not {dataset for dataset, _ in folders} & {"rewardbench", "own"}:
+    """The CLIP that the user names, else the embedded one if the model is a miniature.
+
+    None if there is neither, or if no data set has open answers. Raises UserError if the user names one for nothing.
+    """
+    if not {dataset for dataset, _ in folders} & WITH_OPEN_ANSWERS:
+        if clip_name is not None:
+            names = " and ".join(sorted(WITH_OPEN_ANSWERS))
+            raise UserError(f"--clip is for open answers, which only {names} have; leave it out")
         return None
-    return clip.load(name, device)
+    name = clip_name or (tiny.CLIP_NAME if model_name in tiny.NAMES.values() else None)
+    return None if name is None else clip.load(name, device)
 
 
 def render_on(records: Sequence[Mapping[str, Any]]) -> list[Any]:

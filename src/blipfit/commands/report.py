@@ -57,7 +57,7 @@ def run(paths: Sequence[Path], to: Path, data: Sequence[Path] = ()) -> dict[str,
 
 
 def render(record: Mapping[str, Any]) -> list[str]:
-    """Where the report is, and the experiments without a result; nothing if none was written."""
+    """Where the report is, and the experiments without a result; no lines if no report was written."""
     if not record:
         return []
     lines = [f"no result: {folder}: {reason}" for folder, reason in record["unfinished"].items()]

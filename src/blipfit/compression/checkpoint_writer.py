@@ -12,10 +12,10 @@ from torch import Tensor
 
 from blipfit import disk_space, run_folder
 from blipfit.errors import UserError
-from blipfit.model import loading
+from blipfit.model import checkpoint_files, loading
 from blipfit.recipe import ModelConfig
 
-WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+INDEX_FILE, CONFIG_FILE = "model.safetensors.index.json", "config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".index.json")
 
 JsonEdit = Callable[[dict[str, Any]], None]
@@ -114,15 +114,12 @@ def _write_weights(source: Path, target: Path, replaced: Callable[[str], bool], 
 
 
 def _list_shards(source: Path) -> dict[str, list[str]]:
-    """Return the weight files of a checkpoint, each with the names of its tensors."""
-    if (source / INDEX_FILE).is_file():
-        files = sorted(set(run_folder.read_json(source / INDEX_FILE)["weight_map"].values()))
-    else:
-        files = [WEIGHTS_FILE]
+    """Return the weight files that transformers reads from a checkpoint, each with the names of its tensors.
+
+    Raises UserError if one is missing.
+    """
     shards = {}
-    for name in files:
-        if not (source / name).is_file():
-            raise UserError(f"{source} has no {name}; get a complete copy of the model")
-        with safe_open(source / name, "pt") as file:
-            shards[name] = list(file.keys())
+    for path in checkpoint_files.weight_files(source, str(source)):
+        with safe_open(path, "pt") as file:
+            shards[path.name] = list(file.keys())
     return shards

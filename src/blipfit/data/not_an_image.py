@@ -52,7 +52,7 @@ def describe(data: bytes) -> tuple[str, str] | None:
     return _describe_text(start)
 
 
-def explain_no_path(text: str) -> str | None:
+def explain_why_no_path(text: str) -> str | None:
     """Return why `text` is no path of an image file, with the fix, or None if it can be one."""
     if scheme := re.match(r"(data|https?|ftp|file|s3|gs|hf):", text, re.IGNORECASE):
         if scheme[1].lower() == "data":

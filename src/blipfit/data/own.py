@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blipfit.data import annotations, own_columns, own_sources
-from blipfit.data.own_images import UnpackedImages, find_image_file
+from blipfit.data.own_images import UnpackedImages, require_image_file
 from blipfit.data.question import SPLITS, Question
 from blipfit.data.write_prepared import BAD_ENTRIES, ImageHashes, PrepareReport, Source, hash_images, output_folder
 from blipfit.errors import UserError
@@ -203,7 +203,7 @@ def _read_entries(file: Path, skip: Skip, images: UnpackedImages | None) -> list
 
     def find_image(record: Mapping[str, Any], location: str) -> Path:
         text = annotations.require_text(record, "image", location)
-        resolve = find_image_file if images is None else images.resolve
+        resolve = require_image_file if images is None else images.resolve
         return resolve(text, location, file.parent, "the folder of the .jsonl file")
 
     entries = []

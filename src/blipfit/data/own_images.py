@@ -77,7 +77,7 @@ class UnpackedImages:
         if isinstance(value, str):
             if (data := _decode_base64(value, location, base)) is not None:
                 return self.write(data)
-            file = find_image_file(value, location, base, base_name)
+            file = require_image_file(value, location, base, base_name)
             return file if self._cache is None else self._copy(file, self._cache, location)
         kind = "missing" if value is None else f"of the type {type(value).__name__}"
         raise UserError(f"{location}: 'image' is {kind}; expected a path, bytes or base64 text")
@@ -89,9 +89,12 @@ class UnpackedImages:
         return self.write(images.read_image(file))
 
 
-def find_image_file(text: str, location: str, base: Path, base_name: str) -> Path:
-    """Return the path `text`, relative to `base`. Raises UserError if it is no path or nothing is there."""
-    if reason := not_an_image.explain_no_path(text):
+def require_image_file(text: str, location: str, base: Path, base_name: str) -> Path:
+    """Return `base / text`, the path of an image file. Raises UserError if `text` is no path or no file is there.
+
+    `location` and `base_name` say in a message which entry it is and what `base` is.
+    """
+    if reason := not_an_image.explain_why_no_path(text):
         raise UserError(f"{location}: 'image' {reason}")
     image = base / text
     if not annotations.exists(image):

@@ -90,9 +90,9 @@ PROMPTS: dict[str, Callable[[Question], PromptedQuestion]] = {
 
 
 def get_prompt(name: str) -> Callable[[Question], PromptedQuestion]:
-    """Return the function that writes the prompt `name`; raises UserError if the name is unknown.
+    """Return the function that turns a question into the prompt `name`; raises UserError if the name is unknown.
 
-    The function raises UserError if a question has more than 26 choices.
+    The returned function raises UserError if a question has more than 26 choices.
     """
     if name not in PROMPTS:
         similar = difflib.get_close_matches(name, PROMPTS, n=1, cutoff=0.5)

@@ -215,7 +215,8 @@ def hash_images(
     The images are decoded in threads; large images one at a time, so that the memory is bounded.
     """
 
-    def hash_image(path: Path) -> tuple[Path, ImageHashes | UserError]:
+    def try_hash(path: Path) -> tuple[Path, ImageHashes | UserError]:
+        """Return the error instead of raising it, so that the other images go on."""
         try:
             if source is not None:
                 source.check(path)
@@ -227,7 +228,7 @@ def hash_images(
             return path, error
 
     with _thread_pool() as pool:
-        yield from pool.map(hash_image, paths)
+        yield from pool.map(try_hash, paths)
 
 
 def _thread_pool() -> ThreadPoolExecutor:

@@ -196,7 +196,7 @@ def _read_headers(files: Sequence[Path], name: str) -> dict[str, tuple[int, ...]
 
 
 def _compare_shapes(model: nn.Module, tensors: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Raise UserError if a tensor has another shape than the model asks for, or belongs to a layer it does not have."""
+    """Raise UserError if a tensor has not the shape that the model expects, or if its layer is not in the model."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     for key, shape in tensors.items():
         if key in expected and shape != expected[key]:

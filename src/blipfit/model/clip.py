@@ -31,8 +31,8 @@ class Clip:
 def load(name: str = DEFAULT_NAME, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP by its hub name, from a local folder in transformers' format, or `tiny-clip`.
 
-    Raises UserError if it is not available, is another kind of model, lacks weights, or has the tokenizer of another
-    model.
+    Raises UserError if it is not available, cannot be read, is no CLIP, has missing or non-finite weights, or has
+    another model's tokenizer.
     """
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -82,7 +82,7 @@ def locate_clip(name: str) -> str:
 
 
 def _check_end_token(name: str, config: Any, tokenizer: Any) -> None:
-    """Raise UserError if tokenizer and model have different end tokens: all texts would get the same embedding."""
+    """Raise UserError if tokenizer and model have different end tokens: then all texts would get the same embedding."""
     # OpenAI's configurations have 2 as the end token, which transformers reads as "the highest id".
     end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     if tokenizer.eos_token_id != end:

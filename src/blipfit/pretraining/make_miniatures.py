@@ -165,7 +165,7 @@ def train_queries(
     torch.manual_seed(recipe.seed)
     backbone = build_backbone("t5", folder, tower, seed=recipe.seed)
     module = QFormerWithHeads(backbone.hf)
-    _fit_queries(recipe, backbone, module, recipe.queries, recipe.queries_mixture, 0, state_file, log, until)
+    _fit_qformer(recipe, backbone, module, recipe.queries, recipe.queries_mixture, 0, state_file, log, until)
 
 
 def train_relating(
@@ -182,10 +182,10 @@ def train_relating(
     module = QFormerWithHeads(backbone.hf)
     _load_heads(module, queries)
     first = recipe.queries.steps
-    _fit_queries(recipe, backbone, module, recipe.relating, recipe.relating_mixture, first, state_file, log, until)
+    _fit_qformer(recipe, backbone, module, recipe.relating, recipe.relating_mixture, first, state_file, log, until)
 
 
-def _fit_queries(
+def _fit_qformer(
     recipe: PretrainRecipe,
     backbone: Backbone,
     module: QFormerWithHeads,
@@ -196,7 +196,10 @@ def _fit_queries(
     log: Log,
     until: int | None,
 ) -> None:
-    """Train the Q-Former by itself; its pictures are those of the steps from `first` on."""
+    """Train the Q-Former without a language model.
+
+    Step s draws the pictures numbered `first + s`, so that a later stage sees new ones.
+    """
 
     def losses_at(step: int) -> Losses:
         return compute_query_losses(

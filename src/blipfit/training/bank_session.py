@@ -277,7 +277,10 @@ class BankSession:
                 self.bank.load_state(k, state, self.best_KP)
 
     def _save(self) -> None:
-        """Write every experiment's checkpoint; the old ones are removed when all are written."""
+        """Write every experiment's checkpoint; when all are written, all but the newest two of each are removed.
+
+        Experiments with a non-finite loss are dropped first.
+        """
         self._read_losses()
         save_id = checkpoint.new_save_id()
         for k, member in enumerate(self.members):

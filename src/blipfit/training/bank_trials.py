@@ -44,35 +44,36 @@ class Trial:
 def measure(
     backbone: Backbone, recipes: Sequence[Recipe], encoded_split: EncodedSplit, image_features: ImageFeatures
 ) -> Trial | None:
-    """Take a few steps with a bank of these recipes, and undo them; None if the memory is not enough.
+    """Measure a few steps and an evaluation of a bank of these recipes; None if the memory is not enough.
 
-    Several processes measure together: None if the memory of one is not enough, else the slowest and largest values.
+    The bank is removed afterwards. Several processes measure together: None if the memory of one is not enough, else
+    the slowest and largest values. Raises UserError if a sharded model has not enough memory.
     """
-    steps = None
+    trial_steps = None
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
     try:
         try:
-            steps = _TrialSteps(backbone, recipes, encoded_split, image_features)
-            steps.warm_up()
+            trial_steps = _TrialSteps(backbone, recipes, encoded_split, image_features)
+            trial_steps.warm_up()
         except torch.OutOfMemoryError:
             if backbone.is_sharded:  # the others wait for this process to run its layers
                 raise UserError(
                     f"a bank of {len(recipes)} does not fit the memory of {backbone.device}; use a smaller --bank"
                 ) from None
-            steps_fit = False
+            fits = False
         else:
-            steps_fit = True
-        if distributed.any_process(not steps_fit) or steps is None:
+            fits = True
+        if distributed.any_process(not fits) or trial_steps is None:
             return None
-        return _slowest(distributed.all_gather([steps.measure()]))
+        return _slowest(distributed.all_gather([trial_steps.measure()]))
     except torch.OutOfMemoryError:
         if distributed.process_count() > 1:
             raise
         return None
     finally:
-        if steps is not None:
-            steps.stepper.remove()
+        if trial_steps is not None:
+            trial_steps.stepper.remove()
         backbone.hf.eval()
         if backbone.device.type == "cuda":
             torch.cuda.empty_cache()

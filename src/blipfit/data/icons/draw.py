@@ -163,7 +163,7 @@ def _draw_digit(canvas: ImageDraw.ImageDraw, digit: str, left: float, top: float
 
 @lru_cache(maxsize=1024)
 def _draw_number_line(value: int, appearance: tuple[Any, ...], background: str, side: int) -> Image.Image:
-    """Draw a line with eleven marks, numbers under 0, 5 and 10, and a triangle that points at mark `value`."""
+    """Draw a line with eleven marks, three of them with a number, and a triangle that points down at mark `value`."""
     color, down = appearance
     large = side * SUPERSAMPLING // 2
     unit = large / 64
