@@ -7,7 +7,7 @@ few trial steps, and the size with the least time per experiment among those tha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blipfit.adapters import open_model
 from blipfit.errors import UserError
@@ -20,6 +20,8 @@ from blipfit.training.bank_trials import Trial
 from blipfit.training.events import Listener
 from blipfit.training.loop import check_inputs, train
 from blipfit.training.model_cache import ModelCache
+
+T = TypeVar("T")
 
 MAX_SLOWDOWN = 1.05
 """Larger banks are not tried once the time per experiment is above 1.05 times the lowest measured one."""
@@ -77,9 +79,8 @@ class PlannedGroup:
 
     def divide(self, number: int) -> list[PlannedBank]:
         """Divide the experiments into `number` banks of nearly equal size."""
-        count = len(self.recipes)
-        parts = [self.recipes[i * count // number : (i + 1) * count // number] for i in range(number)]
-        return [PlannedBank(part, self.best, self.bank_seconds(part)) for part in parts]
+        parts = split_evenly(self.recipes, number)
+        return [PlannedBank(tuple(part), self.best, self.bank_seconds(part)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,11 @@ def run(
             bank.recipes, folder, results, model_cache=model_cache, listener=listener, save_interval=save_interval
         )
     return runs
+
+
+def split_evenly(items: Sequence[T], number: int) -> list[Sequence[T]]:
+    """Split a sequence into `number` parts of nearly equal length, in order."""
+    return [items[i * len(items) // number : (i + 1) * len(items) // number] for i in range(number)]
 
 
 def _doubling(most: int) -> list[int]:

@@ -19,7 +19,7 @@ from blipfit.compression.repair import lost_variance
 from blipfit.compression.selection import Selection, cut_model, select_parts
 from blipfit.compression.shrink import make_backbone, shrink, shrink_by_scores, write_checkpoint
 from blipfit.errors import UserError
-from blipfit.model import loading
+from blipfit.model import checkpoint_files, loading
 
 SMALLER = {"hidden": 24, "heads": 3, "intermediate": 40, "queries": 3}
 
@@ -186,13 +186,13 @@ def test_shards_stay_shards(backbone, small, family, tmp_path):
     where = {name: f"model-{1 + (i % 2):05}-of-00002.safetensors" for i, name in enumerate(names)}
     for shard in set(where.values()):
         save_file({n: weights[n] for n in names if where[n] == shard}, source / shard, {"format": "pt"})
-    (source / checkpoint_writer.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (source / checkpoint_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     # With cross-attention in every layer, some tensor names are in no shard of the original.
     hf, record = shrink(backbone, size_of(backbone, layers=1, cross_every=1), "magnitude", None)
     write_checkpoint(source, tmp_path / "smaller", hf, record)
     loaded = checkpoints.load(tmp_path / "smaller")
     assert loaded.hf.language_projection.weight.equal(hf.language_projection.weight)
-    index = json.loads((tmp_path / "smaller" / checkpoint_writer.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "smaller" / checkpoint_files.INDEX).read_text())
     for shard in set(index["weight_map"].values()):
         with safe_open(tmp_path / "smaller" / shard, "pt") as file:
             assert {n for n, s in index["weight_map"].items() if s == shard} == set(file.keys())

@@ -64,9 +64,9 @@ def test_an_exchanged_or_missing_adapter_is_noticed(finished_run: Run, iconqa: P
 
 def test_the_space_of_a_run_is_estimated(finished_run: Run, iconqa: Path):
     recipe = finished_run.recipe()
-    values = disk_needs._count_values(recipe)
+    values = disk_needs._count_values([recipe])[recipe.title]
     assert values == finished_run.result()["trained_parameters"]
-    predictions = prediction_bytes(disk_needs._load_evaluated(recipe, iconqa))
+    predictions = prediction_bytes(disk_needs._load_evaluated(recipe.data, iconqa))
     assert 0.3 * predictions < finished_run.predictions_file.stat().st_size <= predictions
     used = disk_space.folder_bytes(finished_run.folder)
     assert values * 4 < used <= disk_needs._result_bytes(values) + predictions

@@ -215,7 +215,7 @@ def test_experiments_leave_a_checkpointed_bank(small, family):
     def outcome(*changes: str) -> Outcome:
         walk = Walk(small[family], LORA, *changes)
         walk.step(0)
-        walk.stepper.keep_experiments([1])
+        walk.stepper.keep_experiments([1], walk.stepper.optimizer.steps)
         return walk.steps(1, 2)
 
     expected = outcome()

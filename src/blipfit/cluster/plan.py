@@ -139,8 +139,7 @@ def make_units(
             banks += [(part, seconds) for part, seconds in unfinished if part]
         else:
             number = -(-len(members) // (bank if bank and not saved_bank else len(members)))
-            split = [members[i * len(members) // number : (i + 1) * len(members) // number] for i in range(number)]
-            banks += [(tuple(part), None) for part in split]
+            banks += [(tuple(part), None) for part in sweep.split_evenly(members, number)]
     units = [
         replace(template, number=number, recipes=part, data=data[part[0].data.name].resolve(), seconds=seconds)
         for number, (part, seconds) in enumerate(banks)

@@ -8,6 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blipfit.sweep import split_evenly
+
 MIN_GAIN = 0.01
 """Smaller banks are used only if they shorten the whole by at least this share: each costs work in all."""
 
@@ -27,8 +29,7 @@ class Group:
 
     def split_sizes(self, banks: int) -> list[int]:
         """Sizes of `banks` banks, nearly equal."""
-        count = len(self.bank_seconds)
-        return [(index + 1) * count // banks - index * count // banks for index in range(banks)]
+        return [len(part) for part in split_evenly(self.bank_seconds, banks)]
 
     def seconds(self, banks: int) -> list[float]:
         """Time of each bank if the group is divided into `banks` banks."""

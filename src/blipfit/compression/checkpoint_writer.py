@@ -15,7 +15,7 @@ from blipfit.errors import UserError
 from blipfit.model import checkpoint_files, loading
 from blipfit.recipe import ModelConfig
 
-INDEX_FILE, CONFIG_FILE = "model.safetensors.index.json", "config.json"
+CONFIG_FILE = "config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".index.json")
 
 JsonEdit = Callable[[dict[str, Any]], None]
@@ -110,7 +110,7 @@ def _write_weights(source: Path, target: Path, replaced: Callable[[str], bool], 
         total_size += sum(tensor.numel() * tensor.element_size() for tensor in content.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (target / checkpoint_files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _list_shards(source: Path) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """Compare the questions and images of an evaluation with those that a run was trained and evaluated on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from blipfit import data as blipfit_data
 from blipfit.data.image_hashes import digest_images
@@ -19,7 +20,7 @@ def describe_changes(run: Run, split: str, questions: Sequence[Question], folder
     digest = recorded.get("questions", {}).get(split)
     if digest is not None and digest != blipfit_data.fingerprint([questions]):
         return [f"the questions of split {split} in {folder} are not those that {run.folder} was made with"]
-    return _describe_images(run, split, questions, folder)
+    return _describe_images(run, recorded, split, questions, folder)
 
 
 def describe_changed_images(run: Run, name: str, split: str, folder: Path) -> list[str]:
@@ -34,11 +35,13 @@ def describe_changed_images(run: Run, name: str, split: str, folder: Path) -> li
     questions = blipfit_data.load(name, folder, split, config.limit)
     if recorded.get("questions", {}).get(split) != blipfit_data.fingerprint([questions]):
         return []
-    return _describe_images(run, split, questions, folder)
+    return _describe_images(run, recorded, split, questions, folder)
 
 
-def _describe_images(run: Run, split: str, questions: Sequence[Question], folder: Path) -> list[str]:
-    digest = ((run.inputs() or {}).get("images") or {}).get(split)
+def _describe_images(
+    run: Run, recorded: Mapping[str, Any], split: str, questions: Sequence[Question], folder: Path
+) -> list[str]:
+    digest = (recorded.get("images") or {}).get(split)
     if digest is None or digest == digest_images(questions):
         return []
     return [

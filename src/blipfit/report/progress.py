@@ -4,7 +4,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from blipfit import methods
 from blipfit.report import terminal
@@ -12,20 +13,31 @@ from blipfit.training import events
 from blipfit.training.events import Event
 
 
+def live_progress(console: Console, *more_columns: ProgressColumn) -> Progress:
+    """Create live lines, erased when they stop: description, bar, count, the field `facts`, then `more_columns`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        *more_columns,
+        console=console,
+        transient=True,
+    )
+
+
+def stop_progress(progress: Progress) -> None:
+    """Erase the live lines, if there are any; stopping idle ones would print an empty line."""
+    if progress.live.is_started:
+        progress.stop()
+
+
 class TrainingDisplay:
     """A listener for training and sweeps; use it as a context manager, so that the terminal is given back."""
 
     def __init__(self) -> None:
         self.console = terminal.console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
+        self.progress = live_progress(self.console, TimeRemainingColumn())
         self.task: Any = None
         self.batch_size = self.steps = 0
         self.started_at, self.first_step = time.monotonic(), 0
@@ -37,12 +49,7 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        """Erase the live line, if there is one; stopping an idle one would print an empty line."""
-        if self.progress.live.is_started:
-            self.progress.stop()
+        stop_progress(self.progress)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -71,7 +78,7 @@ class TrainingDisplay:
                 if warning is not None:
                     self._print(f"warning: {warning}")
             case events.RunFinished(recipe=recipe, result=result):
-                self._stop()
+                stop_progress(self.progress)
                 self._print(f"{recipe.title}: test {terminal.format_score(result['metrics']['test'])}")
             case events.RunFailed(recipe=recipe, reason=reason):
                 self._print(f"{recipe.title}: {reason}")

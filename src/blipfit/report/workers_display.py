@@ -3,9 +3,8 @@
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from blipfit.report import terminal
+from blipfit.report.progress import live_progress, stop_progress
 from blipfit.training import events
 from blipfit.training.events import Event
 
@@ -15,14 +14,7 @@ class WorkersDisplay:
 
     def __init__(self) -> None:
         self.console = terminal.console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            console=self.console,
-            transient=True,
-        )
+        self.progress = live_progress(self.console)
         self.tasks: dict[str, Any] = {}
         self.steps: dict[str, int] = {}
         """Steps per epoch of the unit that a worker trains."""
@@ -35,7 +27,7 @@ class WorkersDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        stop_progress(self.progress)
 
     def __call__(self, worker: str, event: Event) -> None:
         match event:

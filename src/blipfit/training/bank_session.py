@@ -269,9 +269,8 @@ class BankSession:
         self.members = [self.members[k] for k in remaining]
         if remaining:
             best = [self.bank.state(k, self.best_KP) for k in remaining]
-            self.stepper.keep_experiments(remaining)
-            # The count was that of experiment 0, which may have stopped.
-            self.stepper.optimizer.steps = self.members[0].progress.updates
+            # The optimizer's own count may be that of an experiment that had stopped before.
+            self.stepper.keep_experiments(remaining, self.members[0].progress.updates)
             self.best_KP = self.bank.values.clone()
             for k, state in enumerate(best):
                 self.bank.load_state(k, state, self.best_KP)

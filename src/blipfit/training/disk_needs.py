@@ -12,7 +12,7 @@ from blipfit.data.question import Question
 from blipfit.evaluation.disk_needs import prediction_bytes
 from blipfit.model import shapes
 from blipfit.model.image_features import ImageFeatures
-from blipfit.recipe import Recipe
+from blipfit.recipe import DataConfig, Recipe
 from blipfit.run_folder import Run
 from blipfit.training import checkpoint
 from blipfit.training.bank_member import Member, bank_key
@@ -41,9 +41,11 @@ def require_space(banks: Sequence[Sequence[Recipe]], data: Mapping[str, Path], r
     recipes = [recipe for bank in banks for recipe in bank]
     if not recipes:
         return
-    questions = {recipe.data: _load_evaluated(recipe, data[recipe.data.name]) for recipe in recipes}
-    predictions = {config: prediction_bytes(own) for config, own in questions.items()}
-    values = {recipe.title: _count_values(recipe) for recipe in recipes}
+    predictions = {
+        config: prediction_bytes(_load_evaluated(config, data[config.name]))
+        for config in {recipe.data for recipe in recipes}
+    }
+    values = _count_values(recipes)
     lasting = sum(_result_bytes(values[recipe.title]) + predictions[recipe.data] for recipe in recipes)
     # A bank's checkpoints and the scores of an unfinished evaluation are deleted before the next bank starts.
     temporary = max(
@@ -68,29 +70,31 @@ def require_feature_space(
             missing.setdefault(source.store.home, set()).update(source.missing(split.questions))
     stores = {source.store.home: source.store for source in sources if source.store is not None}
     for home, images in missing.items():
-        needed = feature_store.estimate_bytes(len(images), stores[home].spec.shape)
-        needed += sum(
-            _checkpoint_bytes(member.recipe, _count_values(member.recipe))
-            - disk_space.folder_bytes(member.run.checkpoint)
-            for member in members
-            if disk_space.is_same_disk(member.run.folder, home)
-        )
         if images:
+            beside = [member for member in members if disk_space.is_same_disk(member.run.folder, home)]
+            values = _count_values([member.recipe for member in beside])
+            needed = feature_store.estimate_bytes(len(images), stores[home].spec.shape)
+            needed += sum(
+                _checkpoint_bytes(member.recipe, values[member.recipe.title])
+                - disk_space.folder_bytes(member.run.checkpoint)
+                for member in beside
+            )
             contents = f"image features of {len(images)} images and the checkpoints beside them"
             disk_space.require_space(home, needed, contents)
 
 
-def _load_evaluated(recipe: Recipe, folder: Path) -> Iterable[Question]:
+def _load_evaluated(config: DataConfig, folder: Path) -> Iterable[Question]:
     """The questions whose predictions a run records."""
-    config = recipe.data
     return [q for split in ("val", "test") for q in blipfit_data.load(config.name, folder, split, config.limit)]
 
 
-def _count_values(recipe: Recipe) -> int:
-    """Return the number of values that an experiment trains."""
-    name = recipe.model.name
-    model, family = shapes.on_meta(name), shapes.family(name)
-    return sum(parameter_counts.trained_parameters(model, family, recipe.adapter).values())
+def _count_values(recipes: Sequence[Recipe]) -> dict[str, int]:
+    """Return the number of values that each experiment trains, by title."""
+    models = {name: (shapes.on_meta(name), shapes.family(name)) for name in {recipe.model.name for recipe in recipes}}
+    return {
+        recipe.title: sum(parameter_counts.trained_parameters(*models[recipe.model.name], recipe.adapter).values())
+        for recipe in recipes
+    }
 
 
 def _checkpoint_bytes(recipe: Recipe, values: int) -> int:

@@ -123,15 +123,14 @@ class Stepper:
         losses_K = self.backbone.losses(visual, target)
         return losses_K, losses_K
 
-    def keep_experiments(self, indices: Sequence[int]) -> None:
-        """Continue with these experiments only, from the values that they have.
+    def keep_experiments(self, indices: Sequence[int], steps: int) -> None:
+        """Continue with these experiments only, from the values that they have after `steps` optimizer steps.
 
         Bank, optimizer and AdaLoRA's allocator are made anew for them, as if they continued from a checkpoint: the
         layout of a bank decides how sums are rounded, so it must not depend on experiments that have left.
         """
         self._captured = None  # the CUDA graph was recorded for the old K
         states = [self.state(k) for k in indices]
-        steps = self.optimizer.steps
         self.recipes = [self.recipes[k] for k in indices]
         self.bank.remove()
         self._make_bank()
