@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from blipfit import data, file_writes, run_folder
 from blipfit.errors import UserError
@@ -137,3 +139,15 @@ def test_a_folder_that_cannot_be_replaced_is_restored(tmp_path: Path, monkeypatc
     assert [path.name for path in target.iterdir()] == ["old"]
     assert _hidden(tmp_path) == []
     assert file_writes._is_alive(os.getpid())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
+def test_weights_can_be_read_by_whoever_can_read_other_new_files(tmp_path: Path, name: str):
+    (tmp_path / "other").touch()
+    with replacing(tmp_path / name) as temporary:
+        if name == "folder":
+            temporary.mkdir()
+        file = temporary if name != "folder" else temporary / "b.safetensors"
+        save_file({"x": torch.zeros(2)}, file)
+    written = tmp_path / name if name != "folder" else tmp_path / name / "b.safetensors"
+    assert written.stat().st_mode == (tmp_path / "other").stat().st_mode

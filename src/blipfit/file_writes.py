@@ -26,6 +26,8 @@ LEFTOVER_SECONDS = 24 * 3600.0
 FLUSH_THREADS = 8
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
 """What file systems answer that cannot flush a folder."""
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # the system has no call that only reads it
 _OWNER = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[a-z0-9_]{8}")
 _UNNAMED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """The temporary folders of earlier versions of blipfit."""
@@ -44,6 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with explaining_full_disk(path), folder_lock.fenced(path), temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
+        _grant_usual_access(temporary)
         flush(temporary)
         folder_lock.require(path)  # if it is taken over later than now, the temporary folder is deleted
         previous = folder / "previous" if temporary.is_dir() and path.exists() else None
@@ -149,6 +152,13 @@ def _last_write(folder: Path) -> float:
         return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
     except OSError:
         return time.time()
+
+
+def _grant_usual_access(path: Path) -> None:
+    """Give weight files the access rights of other new files; safetensors lets only the owner read what it writes."""
+    for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
+        if file.suffix == ".safetensors" and not file.is_symlink():
+            file.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:
